@@ -1,0 +1,85 @@
+"""Records that travel between the stages of a run.
+
+Shape legend: P prompts, G samples of one prompt (the GRPO group), B samples, N denoising steps, W steps in the SDE
+window, C H W latent, L text tokens, D text width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEmbeds:
+    """Text conditioning of a batch, encoded once per prompt and sent along with what it conditions."""
+
+    embeds: torch.Tensor  # [B, L, D]
+    pooled: torch.Tensor  # [B, D_pooled]
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def repeat(self, count: int) -> "PromptEmbeds":
+        """Each prompt `count` times in a row: [a, b] -> [a, a, b, b]."""
+        return PromptEmbeds(
+            embeds=self.embeds.repeat_interleave(count, 0), pooled=self.pooled.repeat_interleave(count, 0)
+        )
+
+    def select(self, index: torch.Tensor | slice) -> "PromptEmbeds":
+        """The prompts at `index`, in that order."""
+        return PromptEmbeds(embeds=self.embeds[index], pooled=self.pooled[index])
+
+    def to(self, device: torch.device | str) -> "PromptEmbeds":
+        return PromptEmbeds(embeds=self.embeds.to(device), pooled=self.pooled.to(device))
+
+    @staticmethod
+    def cat(parts: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
+        """One batch from several, in order."""
+        return PromptEmbeds(embeds=torch.cat([p.embeds for p in parts]), pooled=torch.cat([p.pooled for p in parts]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkItem:
+    """One group to roll out: a prompt and the keys of its randomness. Whoever runs it, the result is the same."""
+
+    step: int  # outer iteration of the run
+    prompt_id: int  # line number in the prompt file
+    prompt: str
+    group_size: int  # G
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterState:
+    """LoRA weights of the policy, CPU fp32, as published by the learner."""
+
+    version: int  # number of optimizer updates behind these weights
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """What one group's rollout leaves behind: all that scoring and training need, nothing they would recompute.
+
+    `states[k]` and `states[k + 1]` are the latents before and after window step `window_start + k`, fp32 and exactly as
+    the sampler stored them, so that replaying the step gives the sampled log-probability back.
+    """
+
+    item: WorkItem
+    policy_version: int
+    sigmas: torch.Tensor  # [N + 1] the table the sampler used; it travels so that replay cannot use another one
+    window_start: int
+    dynamics: str  # which stochastic step, see flow/sde.py
+    noise_level: float
+    states: torch.Tensor  # [W + 1, G, C, H, W]
+    log_probs: torch.Tensor  # [W, G]
+    latents: torch.Tensor  # [G, C, H, W] the finished samples x0
+    prompt: PromptEmbeds  # one row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingGroup:
+    """A scored trajectory with the advantages of its samples: the learner's input."""
+
+    trajectory: Trajectory
+    advantages: torch.Tensor  # [G]
