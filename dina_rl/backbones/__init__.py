@@ -1,0 +1,1 @@
+"""Diffusion families behind one Protocol: see `base.Backbone` and `registry.open_backbone`."""

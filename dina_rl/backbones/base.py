@@ -1,0 +1,89 @@
+"""What the rest of the system needs to know of a latent flow-matching family.
+
+Convention everywhere: sigma in [0, 1], x_sigma = (1 - sigma) x0 + sigma eps, velocity = eps - x0. Each backbone
+translates that into its own model time and sign.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dina_rl.types import PromptEmbeds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """Hidden states of selected blocks (Eq. 10) and the raw timestep embedding that modulates them."""
+
+    visual: tuple[torch.Tensor, ...]  # per tap [B, N_visual, width]
+    text: tuple[torch.Tensor, ...]  # per tap [B, N_text, width]
+    time_embedding: torch.Tensor  # [B, width]
+
+
+class TextEncoder(Protocol):
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Embeddings of `prompts`, one row each; a prompt seen before is not encoded again."""
+        ...
+
+
+class LatentCodec(Protocol):
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] in [0, 1] to normalised latents [B, C, H/f, W/f], fp32 (posterior mode)."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents back to images in [0, 1], fp32."""
+        ...
+
+
+class Backbone(Protocol):
+    """One diffusion family, opened on a pipeline directory or hub id. Parts load only when asked for."""
+
+    num_blocks: int  # joint blocks of the full transformer
+    width: int  # hidden width of a token
+    lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
+
+    def load_transformer(self) -> nn.Module:
+        """The denoiser, frozen and in eval mode."""
+        ...
+
+    def load_text_encoder(self) -> TextEncoder: ...
+
+    def load_codec(self) -> LatentCodec: ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latent of an image of that size. Raises ValueError if the size does not fit."""
+        ...
+
+    def sigmas(self, num_steps: int) -> torch.Tensor:
+        """The scheduler's sigma table [num_steps + 1], fp32, from 1 down to 0."""
+        ...
+
+    def velocity(
+        self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds
+    ) -> torch.Tensor:
+        """Predicted velocity eps - x0, fp32, for latents [B, C, h, w] at sigma [B]."""
+        ...
+
+    def truncated(self, transformer: nn.Module, num_blocks: int) -> nn.Module:
+        """An independent copy of the first `num_blocks` blocks and the embedders; nothing after them is kept."""
+        ...
+
+    def features(
+        self,
+        truncated: nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        prompt: PromptEmbeds,
+        taps: Sequence[int],
+    ) -> Features:
+        """Outputs of the 1-based blocks `taps` of a `truncated` transformer."""
+        ...
+
+    def save_adapter(self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float) -> Path:
+        """Write policy LoRA weights as the file that stock diffusers' `load_lora_weights` reads."""
+        ...

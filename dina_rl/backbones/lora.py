@@ -1,0 +1,70 @@
+"""LoRA adapters on a diffusers transformer: add, read, write, switch off.
+
+The base model doubles as the reference policy by switching the adapter off, so no second copy is ever held.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from dina_rl.seeding import derive_seed
+
+
+def add_lora(module: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    """Inject fp32 LoRA layers into every module of `module` whose name ends in one of `targets`.
+
+    A is Gaussian (drawn from `seed`, not from the global state) and B is zero, so the model's function is unchanged.
+    Only the adapter's parameters require a gradient afterwards.
+    """
+    module.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora"))
+        inject_adapter_in_model(config, module)
+    for parameter in trainable(module).values():
+        parameter.data = parameter.data.float()  # fp32 masters also on a half-precision base
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name, in definition order."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def lora_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A CPU copy of the adapter's weights under peft's names (no adapter name inside)."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(module).items()}
+
+
+def load_lora_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Overwrite the adapter's weights in place.
+
+    Raises:
+        ValueError: `state` does not hold exactly the adapter's tensors.
+    """
+    expected = set(get_peft_model_state_dict(module))
+    if set(state) != expected:
+        raise ValueError(
+            f"adapter does not fit: {len(expected - set(state))} tensors missing, "
+            f"{len(set(state) - expected)} unknown (first: {sorted(expected ^ set(state))[:1]})"
+        )
+    set_peft_model_state_dict(module, state)
+
+
+@contextmanager
+def adapter_disabled(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` computes as if it had no adapter (the reference policy); `requires_grad` is untouched."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    required = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(required[name])
