@@ -1,0 +1,1 @@
+"""Readers of preference sets and the latent store that training reads."""

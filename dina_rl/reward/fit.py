@@ -1,0 +1,182 @@
+"""Fitting the reward model: the paper's Algorithm 1 as one loop, whoever feeds it and however many ranks run it.
+
+Noise levels and noise are keyed by (seed, step, pair), so a pair sees the same ones on whichever rank it lands, and a
+restarted fit repeats them.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dina_rl.backbones.base import TextEncoder
+from dina_rl.backbones.lora import trainable
+from dina_rl.config import FitConfig, TimestepConfig
+from dina_rl.data.pairs import PairBatch
+from dina_rl.reward.model import LatentRewardModel
+from dina_rl.reward.thurstone import comparison_variance, fidelity_loss
+from dina_rl.reward.timesteps import draw_timestep
+from dina_rl.seeding import generator
+
+FINAL_RATE = 0.05
+"""Share of the peak learning rate at which a decaying schedule ends."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+METRICS_FILE = "metrics.json"
+"""`FitResult` in the run directory, written last."""
+REWARD = "reward"
+"""The averaged weights in the run directory, what `load_reward` reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """What a fit reached. Accuracies are pairwise, on the test pairs, of the averaged weights."""
+
+    accuracy_single: float  # at reward.single_level
+    accuracy_ensemble: float  # over reward.ensemble_levels
+    label_ceiling: float | None  # best possible accuracy, where the dataset comes with golden scores
+    train_pairs: int
+    test_pairs: int
+    skipped: int  # unusable records
+    steps: int
+    pairs_per_second: float
+    encode_seconds: float
+    fit_seconds: float  # the loop alone, on the workers
+    total_seconds: float
+    reward: str  # directory of the saved reward model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step, over this rank's share of the batch (the gradient norm is of the whole batch)."""
+
+    step: int  # steps done, this one included
+    loss: float
+    accuracy: float  # share of pairs ranked right, at their training noise level
+    grad_norm: float  # before clipping
+    learning_rate: float
+
+
+class RewardFit:
+    """What a fit changes: the model's trainable weights, their average, the optimizer and the step count."""
+
+    def __init__(self, model: LatentRewardModel, config: FitConfig) -> None:
+        self.model = model
+        self.config = config
+        self.parameters = trainable(model)
+        self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.step = 0
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """CPU copies of everything that continuing needs, the step count included."""
+        tensors = {"steps": torch.tensor(self.step)}
+        for name, parameter in self.parameters.items():
+            tensors[f"weights.{name}"] = parameter
+            tensors[f"averages.{name}"] = self.averages[name]
+            for moment, value in self.optimizer.state[parameter].items():
+                tensors[f"{moment}.{name}"] = value
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue where `state` was taken: the steps that follow are those of the uninterrupted fit."""
+        self.step = int(state["steps"])
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"weights.{name}"])
+            self.averages[name].copy_(state[f"averages.{name}"])
+            self.optimizer.state[parameter] = {
+                moment: state[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in MOMENTS
+            }
+
+    @torch.no_grad()
+    def update_averages(self) -> None:
+        """Exponential moving average of the weights, decay min((1 + n) / (10 + n), ema_decay) after n steps."""
+        decay = min((1 + self.step) / (10 + self.step), self.config.ema_decay)
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[LatentRewardModel]:
+        """Inside, the model holds the averaged weights: the ones to evaluate and to save."""
+        current = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._set_weights(self.averages)
+        try:
+            yield self.model
+        finally:
+            self._set_weights(current)
+
+    @torch.no_grad()
+    def _set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+
+def fit(
+    progress: RewardFit,
+    batches: Iterable[PairBatch],
+    encoder: TextEncoder,
+    *,
+    seed: int,
+    forward: nn.Module | None = None,
+) -> Iterator[StepReport]:
+    """One optimizer step per batch (Algorithm 1); yields after each, when `progress` may be saved.
+
+    Args:
+        batches: this rank's share of each step's batch, from step `progress.step` on.
+        forward: `progress.model` in a wrapper that averages gradients over ranks; the model itself on one rank.
+    """
+    model, config = progress.model, progress.config
+    forward = model if forward is None else forward
+    device = next(model.head.parameters()).device
+    for batch in batches:
+        rate = config.learning_rate * rate_factor(progress.step, config)
+        for group in progress.optimizer.param_groups:
+            group["lr"] = rate
+        t, noise = training_noise(batch, model.config.timestep, seed=seed, step=progress.step)
+        t, noise = t.to(device), noise.to(device)
+        preferred, other = forward(
+            batch.chosen.to(device), batch.rejected.to(device), t, encoder(batch.prompts).to(device), noise
+        )
+        margin = preferred - other
+        variance = comparison_variance(t, model.config.thurstone)
+        loss = fidelity_loss(margin, variance, torch.ones_like(margin)).mean()  # y = 1: chosen is the preferred one
+        progress.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(progress.parameters.values(), config.max_grad_norm)
+        progress.optimizer.step()
+        progress.update_averages()
+        progress.step += 1
+        yield StepReport(
+            step=progress.step,
+            loss=loss.item(),
+            accuracy=(margin > 0).float().mean().item(),
+            grad_norm=grad_norm.item(),
+            learning_rate=rate,
+        )
+
+
+def training_noise(
+    batch: PairBatch, config: TimestepConfig, *, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """t [B] ~ q(t) and noise [B, C, H, W] of every pair; a pair's two images share both."""
+    levels, noise = [], []
+    for pair_id in batch.pair_ids.tolist():
+        draws = generator(seed, "fit", step, pair_id)
+        levels.append(draw_timestep(config, draws))
+        noise.append(torch.randn(batch.chosen.shape[1:], generator=draws))
+    return torch.stack(levels), torch.stack(noise)
+
+
+def rate_factor(step: int, config: FitConfig) -> float:
+    """Share of the peak learning rate at 0-based `step`: linear warm-up, constant, linear decay to 5 percent."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps or 1))
+    decay_from = config.decay_start * config.steps
+    if step < decay_from:
+        return warmup
+    share = (step - decay_from) / (config.steps - decay_from)
+    return warmup * (1 - (1 - FINAL_RATE) * share)

@@ -1,0 +1,108 @@
+"""LatentRewardModel: truncated diffusion backbone + scoring head, in latent space (paper sections 4.2 and 4.3).
+
+Shapes: B samples, K noise levels, C H W latent.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dina_rl.backbones.base import Backbone
+from dina_rl.backbones.lora import add_lora
+from dina_rl.config import RewardModelConfig
+from dina_rl.reward.head import RewardHead
+from dina_rl.seeding import derive_seed
+from dina_rl.types import PromptEmbeds
+
+
+class LatentRewardModel(nn.Module):
+    """r_theta(x_t, t, c). Trainable: the head (fp32) and, unless `config.lora` is None, LoRA on the backbone (fp32).
+
+    The backbone is a copy: neither its adapters nor their training touch the generator. All scores are differentiable
+    with respect to the latents. Noise is always given by the caller, who alone knows what it must be shared with.
+
+    Raises:
+        ValueError: taps beyond the backbone, or heads that do not divide its width.
+    """
+
+    def __init__(self, backbone: Backbone, config: RewardModelConfig, *, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.truncated = backbone.truncated(backbone.load_transformer(), config.taps[-1])
+        self.truncated.requires_grad_(False)
+        if config.lora is not None:
+            add_lora(
+                self.truncated,
+                rank=config.lora.rank,
+                alpha=config.lora.alpha,
+                targets=backbone.lora_targets,
+                seed=seed,
+            )
+        # Constructors draw from torch's global generator: fork it, so that nobody else notices.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "reward-head"))
+            self.head = RewardHead(
+                backbone.width,
+                num_taps=len(config.taps),
+                num_queries=config.num_queries,
+                num_heads=config.num_heads,
+            )
+        self.head.to(next(self.truncated.parameters()).device)
+
+    def score(self, noisy_latents: torch.Tensor, t: torch.Tensor, prompt: PromptEmbeds) -> torch.Tensor:
+        """r(x_t, t, c) [B] of latents x_t [B, C, H, W] at noise levels t [B], one prompt row per sample (Eq. 11)."""
+        return self._score(noisy_latents, t, prompt, num_levels=1)
+
+    def score_clean(
+        self, latents: torch.Tensor, prompt: PromptEmbeds, levels: Sequence[float], noise: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores [B] of clean latents [B, C, H, W] at one level (Eq. 12) or an ensemble of levels (Eq. 13, Alg. 2).
+
+        All levels run in one backbone forward, and share `noise` [B, C, H, W].
+        """
+        count = len(levels)
+        t = torch.tensor(levels, dtype=torch.float32, device=latents.device).repeat(len(latents))
+        noisy = add_noise(latents.repeat_interleave(count, 0), noise.repeat_interleave(count, 0), t)
+        return self._score(noisy, t, prompt.repeat(count), num_levels=count)
+
+    def pair_scores(
+        self,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        t: torch.Tensor,
+        prompt: PromptEmbeds,
+        noise: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [B], [B] of two clean latents per pair [B, C, H, W], both noised to t [B] by the same noise (Alg. 1).
+
+        One forward of 2 B samples.
+        """
+        noisy = torch.cat([add_noise(chosen, noise, t), add_noise(rejected, noise, t)])
+        scores = self.score(noisy, torch.cat([t, t]), PromptEmbeds.cat([prompt, prompt]))
+        first, second = scores.chunk(2)
+        return first, second
+
+    def forward(
+        self,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        t: torch.Tensor,
+        prompt: PromptEmbeds,
+        noise: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`pair_scores` under the name that wrappers such as DistributedDataParallel call."""
+        return self.pair_scores(chosen, rejected, t, prompt, noise)
+
+    def _score(
+        self, noisy_latents: torch.Tensor, t: torch.Tensor, prompt: PromptEmbeds, *, num_levels: int
+    ) -> torch.Tensor:
+        features = self.backbone.features(self.truncated, noisy_latents, t, prompt, self.config.taps)
+        return self.head(features, num_levels=num_levels)
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = (1 - t) x_0 + t eps (Eq. 6), fp32; t [B], the rest [B, C, H, W]."""
+    t = t.view(-1, 1, 1, 1)
+    return (1 - t) * latents + t * noise
