@@ -1,0 +1,101 @@
+"""What the learner needs of a training engine, and the plain one; DeepSpeed's is `actors/engine.py`."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dina_rl.backbones.lora import load_lora_state, lora_state, trainable
+from dina_rl.config import LearnerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine(Protocol):
+    """One rank's hold on the policy and its optimizer.
+
+    An update is any number of `backward` calls and one `step`. The sum of the losses over an update's `backward` calls,
+    averaged over ranks, is the objective; every rank makes the same number of calls.
+    """
+
+    module: nn.Module  # what to call forward on
+    rank: int
+    world_size: int
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate gradients; `last` marks the final call before `step`."""
+        ...
+
+    def step(self) -> float:
+        """Average over ranks, clip, update, clear. Returns the gradient norm before clipping."""
+        ...
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """The whole adapter, CPU fp32, on every rank. All ranks must call it."""
+        ...
+
+    def load_adapter(self, state: dict[str, torch.Tensor]) -> None: ...
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """`<parameter>.exp_avg`, `<parameter>.exp_avg_sq` in full size and one `step`, whatever the sharding."""
+        ...
+
+    def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None: ...
+
+    def reduce(self, values: Sequence[float], operation: str) -> list[float]:
+        """`sum` or `max` of each value over ranks."""
+        ...
+
+
+def build_optimizer(parameters: Sequence[nn.Parameter], config: LearnerConfig) -> torch.optim.AdamW:
+    """The optimizer of every engine."""
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+class TorchEngine:
+    """Plain torch on one process: the reference that the distributed engine must match."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, module: nn.Module, config: LearnerConfig) -> None:
+        self.module = module
+        self._parameters = trainable(module)
+        self._max_grad_norm = config.max_grad_norm
+        self._optimizer = build_optimizer(list(self._parameters.values()), config)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        return lora_state(self.module)
+
+    def load_adapter(self, state: dict[str, torch.Tensor]) -> None:
+        load_lora_state(self.module, state)
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state[parameter]
+            if state:
+                tensors["step"] = state["step"].clone()
+                tensors.update({f"{name}.{moment}": state[moment].cpu().clone() for moment in MOMENTS})
+        return tensors
+
+    def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None:
+        if not state:
+            return
+        for name, parameter in self._parameters.items():
+            moments = {moment: state[f"{name}.{moment}"].to(parameter.device).clone() for moment in MOMENTS}
+            self._optimizer.state[parameter] = {"step": state["step"].clone(), **moments}
+
+    def reduce(self, values: Sequence[float], operation: str) -> list[float]:
+        assert operation in ("sum", "max")
+        return list(values)

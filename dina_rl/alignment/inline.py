@@ -1,0 +1,56 @@
+"""The loop's two Protocols satisfied in this process, without Ray: for debuggers, tests and machines without it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from dina_rl.alignment.engine import TorchEngine
+from dina_rl.alignment.golden import EvaluationItem, Measurement, combine
+from dina_rl.alignment.learner import PolicyLearner
+from dina_rl.alignment.loop import ScoredGroup
+from dina_rl.alignment.rollout import RolloutWorker
+from dina_rl.alignment.scoring import ScoringWorker
+from dina_rl.config import AlignRun
+from dina_rl.types import AdapterState, TrainingGroup, Trajectory, WorkItem
+
+
+def in_calls(items: Sequence[WorkItem], groups_per_call: int) -> list[list[WorkItem]]:
+    """The work items in calls of equal geometry; the split depends on the configuration, never on the workers."""
+    return [list(items[i : i + groups_per_call]) for i in range(0, len(items), groups_per_call)]
+
+
+class InlineExperience:
+    def __init__(self, run: AlignRun) -> None:
+        self._groups_per_call = run.rollout.groups_per_call
+        self._worker = RolloutWorker(run)
+        self._scorer = ScoringWorker(run)
+
+    def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[Trajectory]]:
+        scored = []
+        for call in in_calls(items, self._groups_per_call):
+            trajectories = self._worker.rollout(call)
+            rewards = self._scorer.score(trajectories)
+            scored += [ScoredGroup(handle=t, rewards=r) for t, r in zip(trajectories, rewards, strict=True)]
+        return scored
+
+    def publish(self, adapter: AdapterState) -> None:
+        self._worker.load_adapter(adapter)
+
+    def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
+        samples = [self._worker.evaluate(item) for item in items]
+        return combine(samples, [self._scorer.score_evaluation(batch) for batch in samples])
+
+
+class InlineLearner:
+    """One rank with plain torch AdamW."""
+
+    def __init__(self, run: AlignRun) -> None:
+        self._learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
+        self.policy = self._learner.policy
+        self.average = self._learner.average
+        self.state = self._learner.state
+        self.load_state = self._learner.load_state
+
+    def update(self, step: int, handles: Sequence[Trajectory], advantages: torch.Tensor) -> dict[str, float]:
+        groups = [TrainingGroup(trajectory=t, advantages=a) for t, a in zip(handles, advantages, strict=True)]
+        return self._learner.update(step, groups)

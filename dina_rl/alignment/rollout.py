@@ -1,0 +1,123 @@
+"""The generator's side of the loop: prompts in, trajectories out."""
+
+from collections.abc import Sequence
+
+import torch
+
+from dina_rl.alignment.golden import EvaluationItem, EvaluationSamples, open_metric
+from dina_rl.backbones.lora import add_lora, load_lora_state
+from dina_rl.config import AlignRun
+from dina_rl.flow.sampler import Denoised, denoise
+from dina_rl.runtime import open_pipeline
+from dina_rl.seeding import normal
+from dina_rl.types import AdapterState, PromptEmbeds, Trajectory, WorkItem
+
+
+class RolloutWorker:
+    """The policy as a sampler, with text encoder and VAE. Holds no state between calls but the adapter."""
+
+    def __init__(self, run: AlignRun) -> None:
+        self._run = run
+        self._backbone = open_pipeline(run.pipeline)
+        self._transformer = self._backbone.load_transformer()
+        lora = run.learner.lora
+        add_lora(
+            self._transformer, rank=lora.rank, alpha=lora.alpha, targets=self._backbone.lora_targets, seed=run.seed
+        )
+        self._transformer.requires_grad_(False)
+        self._text = self._backbone.load_text_encoder()
+        self._codec = self._backbone.load_codec()
+        self._metric = open_metric(run.golden)
+        self._shape = self._backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+        self._sigmas = self._backbone.sigmas(run.rollout.num_steps)
+        self._version = 0
+
+    def load_adapter(self, adapter: AdapterState) -> int:
+        """Sample with `adapter` from now on; returns its version."""
+        load_lora_state(self._transformer, adapter.tensors)
+        self._version = adapter.version
+        return self._version
+
+    def rollout(self, items: Sequence[WorkItem]) -> list[Trajectory]:
+        """One trajectory per group, all groups in one batch. Depends on the items and the adapter alone."""
+        run = self._run.rollout
+        seed = self._run.seed
+        noise = torch.stack(
+            [
+                normal((1 + run.window_steps, *self._shape), seed, "rollout", item.step, item.prompt_id, sample)
+                for item in items
+                for sample in range(item.group_size)
+            ],
+            1,
+        )
+        rows = self._text([item.prompt for item in items])
+        sizes = [item.group_size for item in items]
+        prompt = PromptEmbeds.cat([rows.select(slice(i, i + 1)).repeat(size) for i, size in enumerate(sizes)])
+        result = self._denoise(
+            noise[0], prompt, run.guidance_scale, window_start=run.window_start, window_noise=noise[1:]
+        )
+        trajectories, first = [], 0
+        for i, item in enumerate(items):
+            group = slice(first, first + item.group_size)
+            first += item.group_size
+            trajectories.append(
+                Trajectory(
+                    item=item,
+                    policy_version=self._version,
+                    sigmas=self._sigmas,
+                    window_start=run.window_start,
+                    dynamics=run.dynamics,
+                    noise_level=run.noise_level,
+                    states=result.states[:, group].cpu().clone(),  # a view would be sent with its whole batch
+                    log_probs=result.log_probs[:, group].cpu().clone(),
+                    latents=result.latents[group].cpu().clone(),
+                    prompt=rows.select(slice(i, i + 1)).to("cpu"),
+                )
+            )
+        return trajectories
+
+    def evaluate(self, item: EvaluationItem) -> EvaluationSamples:
+        """ODE samples of the current adapter at fixed noise, decoded and measured by the golden metric."""
+        noise = torch.stack(
+            [
+                normal(self._shape, "evaluation", item.split, prompt_id, sample_id)
+                for prompt_id, sample_id in zip(item.prompt_ids, item.sample_ids, strict=True)
+            ]
+        )
+        prompt = self._text(item.prompts)
+        latents = self._denoise(noise, prompt, item.guidance_scale).latents
+        images = self._codec.decode(latents).cpu()
+        return EvaluationSamples(
+            item=item,
+            golden=self._metric(images, item.prompts),
+            latents=latents.cpu(),
+            prompt=prompt.to("cpu"),
+            images=(images * 255).round().to(torch.uint8),
+        )
+
+    def _denoise(
+        self,
+        noise: torch.Tensor,
+        prompt: PromptEmbeds,
+        guidance_scale: float,
+        *,
+        window_start: int = 0,
+        window_noise: torch.Tensor | None = None,
+    ) -> Denoised:
+        device = self._backbone.device
+        negative = self._text([""]).repeat(len(noise))
+
+        def velocity_for(text: PromptEmbeds):
+            return lambda latents, sigma: self._backbone.velocity(self._transformer, latents, sigma, text)
+
+        return denoise(
+            noise.to(device),
+            self._sigmas.to(device),
+            velocity_for(prompt),
+            velocity_for(negative) if guidance_scale != 1 else None,
+            guidance_scale=guidance_scale,
+            window_start=window_start,
+            dynamics=self._run.rollout.dynamics,
+            noise_level=self._run.rollout.noise_level,
+            window_noise=None if window_noise is None else window_noise.to(device),
+        )
