@@ -1,0 +1,145 @@
+"""The learner's ranks as one unit: created together, called together, lost together.
+
+A rank that dies leaves the others waiting inside a collective, so there is no replacing a single one: all are killed,
+and the caller builds a new gang from its last checkpoint.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import ray
+import torch.distributed
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.placement import check, wait_all
+
+DEATH_NOTICE_S = 5.0  # Ray reports a dead process well within this
+
+
+class GangLost(RuntimeError):
+    """A rank died or hung; the gang is gone."""
+
+
+class GangMember:
+    """One rank's part of the rendezvous; the base of an actor class whose instances form a `Gang`.
+
+    Args:
+        timeout_s: longest wait for the other ranks, at the rendezvous and in each collective.
+    """
+
+    def __init__(self, rank: int, world_size: int, *, timeout_s: float) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self._store: torch.distributed.TCPStore | None = None
+
+    def listen(self) -> tuple[str, int]:
+        """Rank 0 opens the store that all ranks meet at; returns its (address, port)."""
+        address = ray.util.get_node_ip_address()
+        # Port 0: the system picks a free one and the store holds it at once, so nobody can take it in between.
+        self._store = torch.distributed.TCPStore(
+            address,
+            0,
+            self.world_size,
+            is_master=True,
+            timeout=timedelta(seconds=self.timeout_s),
+            wait_for_workers=False,
+        )
+        return address, self._store.port
+
+    def join(self, address: str, port: int) -> None:
+        """Form torch's default process group. All ranks must call it."""
+        timeout = timedelta(seconds=self.timeout_s)
+        if self._store is None:
+            self._store = torch.distributed.TCPStore(address, port, self.world_size, is_master=False, timeout=timeout)
+        # DeepSpeed reads these; Ray shows each actor only its own device, hence LOCAL_RANK 0 on every rank.
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+        torch.distributed.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=self._store,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+        )
+
+
+class Gang:
+    """`size` actors from `spawn(rank)`, each a `GangMember`, joined in one process group.
+
+    Args:
+        spawn: creates the actor of a rank; with `max_restarts=0` and `max_task_retries=0`.
+        name: of the gang, for messages.
+        start_timeout_s: longest wait for all constructors, and then for the process group.
+        call_timeout_s: longest run of one call.
+
+    Raises:
+        GangLost: the ranks did not start or did not find each other.
+    """
+
+    def __init__(
+        self,
+        spawn: Callable[[int], ActorHandle],
+        size: int,
+        *,
+        name: str,
+        start_timeout_s: float,
+        call_timeout_s: float,
+    ) -> None:
+        self.name = name
+        self._call_timeout_s = call_timeout_s
+        self._handles = [spawn(rank) for rank in range(size)]
+        self._run([handle.__ray_ready__.remote() for handle in self._handles], start_timeout_s, "starting")
+        meeting_point = self._handles[0].listen.remote()
+        self._run([meeting_point], start_timeout_s, "rendezvous")
+        address, port = ray.get(meeting_point, timeout=start_timeout_s)
+        self._run([handle.join.remote(address, port) for handle in self._handles], start_timeout_s, "rendezvous")
+
+    def call(self, call: Callable[[ActorHandle], ray.ObjectRef]) -> ray.ObjectRef:
+        """Submit `call` to every rank and wait for all; returns rank 0's finished result.
+
+        Raises:
+            GangLost: a rank died or exceeded the limit; all ranks are killed.
+            ray.exceptions.RayTaskError: a rank raised; all ranks are killed, since the others may wait for it forever.
+        """
+        refs = [call(handle) for handle in self._handles]
+        self._run(refs, self._call_timeout_s, "call")
+        return refs[0]
+
+    def shutdown(self) -> None:
+        """Kill all ranks."""
+        for handle in self._handles:
+            ray.kill(handle)
+        self._handles = []
+
+    def _run(self, refs: list[ray.ObjectRef], timeout_s: float, what: str) -> None:
+        try:
+            wait_all(refs, timeout_s=timeout_s, what=f"{self.name} ({what})")
+        except RayTaskError:
+            death = _death_among(refs)
+            self.shutdown()
+            if death is not None:
+                raise GangLost(f"{self.name}: a rank was lost ({what}): {death}") from death
+            raise
+        except (RayActorError, TimeoutError) as lost:
+            self.shutdown()
+            raise GangLost(f"{self.name}: a rank was lost ({what}): {lost}") from lost
+
+
+def _death_among(refs: list[ray.ObjectRef]) -> RayActorError | None:
+    """The death of a rank behind another rank's error, if there is one.
+
+    When a rank dies, the collective of the others fails at once and may be heard of first; Ray tells of the death soon
+    after. Without this look a lost rank would pass for an error of the program.
+    """
+    done, _ = ray.wait(refs, num_returns=len(refs), timeout=DEATH_NOTICE_S, fetch_local=False)
+    for ref in done:
+        try:
+            check(ref)
+        except RayTaskError:
+            continue
+        except RayActorError as death:
+            return death
+    return None

@@ -1,0 +1,56 @@
+"""The learner actor: one rank of `PolicyLearner`."""
+
+from collections.abc import Sequence
+
+import torch
+
+from actors.gang import GangMember
+from dina_rl.alignment.engine import TorchEngine
+from dina_rl.alignment.learner import PolicyLearner
+from dina_rl.config import AlignRun
+from dina_rl.runtime import configure_process
+from dina_rl.types import AdapterState, TrainingGroup, Trajectory
+
+
+class LearnerActor(GangMember):
+    """A rank of the gang. What every rank computes alike is sent to the driver by rank 0 alone."""
+
+    def __init__(self, rank: int, run: AlignRun) -> None:
+        super().__init__(rank, run.workers.learner_ranks, timeout_s=run.workers.call_timeout_s)
+        configure_process(run.workers.threads_per_actor)
+        self._run = run
+        self._learner: PolicyLearner
+
+    def build(self) -> None:
+        """Load the policy and start the engine; after `join`, because DeepSpeed splits the weights over the ranks."""
+        if self._run.learner.engine == "torch":
+            assert self.world_size == 1, "the torch engine does not average gradients over ranks"
+            self._learner = PolicyLearner(self._run, lambda policy: TorchEngine(policy, self._run.learner))
+            return
+        from actors.engine import DeepSpeedEngine
+
+        self._learner = PolicyLearner(self._run, lambda policy: DeepSpeedEngine(policy, self._run.learner))
+
+    def update(
+        self, step: int, picks: Sequence[tuple[int, int]], advantages: torch.Tensor, *calls: list[Trajectory]
+    ) -> dict[str, float]:
+        """Train on trajectories `calls[i][j]` for (i, j) in `picks`, with `advantages` [picks, G]."""
+        groups = [
+            TrainingGroup(trajectory=calls[call][number], advantages=row)
+            for (call, number), row in zip(picks, advantages, strict=True)
+        ]
+        return self._learner.update(step, groups)
+
+    def policy(self) -> AdapterState | None:
+        policy = self._learner.policy()
+        return policy if self.rank == 0 else None
+
+    def average(self) -> AdapterState | None:
+        return self._learner.average() if self.rank == 0 else None
+
+    def state(self) -> dict[str, torch.Tensor] | None:
+        state = self._learner.state()
+        return state if self.rank == 0 else None
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._learner.load_state(state)

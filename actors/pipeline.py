@@ -1,0 +1,228 @@
+"""The loop's two Protocols on Ray: where rollout actors, scorers and the learner's ranks meet.
+
+                     adapter (object store)
+           +------------------------------------------+
+           v                                          |
+    rollout pool --trajectory refs--> scorer pool   learner gang
+           |                              |           ^
+           +------ trajectory refs -------|-----------+
+                                          +--> rewards [G] to the driver, who makes advantages of them
+
+Trajectories stay in the store of the node that made them; the driver passes references on.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from actors.gang import Gang, GangLost
+from actors.learner import LearnerActor
+from actors.placement import actor_options, place_gang, release_gang
+from actors.pool import Pool
+from actors.rollout import RolloutActor
+from actors.scorer import ScorerActor
+from dina_rl.alignment.golden import EvaluationItem, Measurement, combine
+from dina_rl.alignment.inline import in_calls
+from dina_rl.alignment.loop import ScoredGroup
+from dina_rl.config import AlignRun
+from dina_rl.types import AdapterState, WorkItem
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteTrajectory:
+    """Trajectory number `number` of the list that a rollout call returned."""
+
+    call: ray.ObjectRef
+    number: int
+
+
+class RayExperience:
+    """Rollouts and scores from two pools of actors. A lost actor is replaced and its work done again, same numbers."""
+
+    def __init__(self, run: AlignRun) -> None:
+        workers = run.workers
+        self._groups_per_call = run.rollout.groups_per_call
+        self._timeout_s = workers.call_timeout_s
+        self.rollouts = _pool("rollout workers", RolloutActor, run, workers.rollout_workers, workers.gpus_per_rollout)
+        self.scorers = _pool("scorers", ScorerActor, run, workers.scorers, workers.gpus_per_scorer)
+
+    def wait_until_ready(self) -> None:
+        """Block until all actors have loaded their models."""
+        self.rollouts.wait_until_ready()
+        self.scorers.wait_until_ready()
+
+    def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[RemoteTrajectory]]:
+        calls = in_calls(items, self._groups_per_call)
+        results = self._sample_and_score(
+            calls,
+            lambda actor, call: actor.rollout.remote(call),
+            lambda actor, trajectories: actor.score.remote(trajectories),
+        )
+        return [
+            ScoredGroup(handle=RemoteTrajectory(call=ref, number=number), rewards=row)
+            for ref, rewards in results
+            for number, row in enumerate(rewards)
+        ]
+
+    def publish(self, adapter: AdapterState) -> None:
+        shared = ray.put(adapter)
+        self.rollouts.broadcast(lambda actor: actor.load_adapter.remote(shared))
+
+    def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
+        results = self._sample_and_score(
+            items,
+            lambda actor, item: actor.evaluate.remote(item),
+            lambda actor, samples: actor.score_evaluation.remote(samples),
+        )
+        samples = ray.get([ref for ref, _ in results], timeout=self._timeout_s)
+        return combine(samples, [proxy for _, proxy in results])
+
+    def shutdown(self) -> None:
+        self.rollouts.shutdown()
+        self.scorers.shutdown()
+
+    def _sample_and_score(
+        self,
+        items: Sequence[Item],
+        sample: Callable[[ActorHandle, Item], ray.ObjectRef],
+        score: Callable[[ActorHandle, ray.ObjectRef], ray.ObjectRef],
+    ) -> list[tuple[ray.ObjectRef, torch.Tensor]]:
+        """(reference to the samples, their scores) per item, in order; scoring overlaps with sampling."""
+        sampled: list[tuple[int, ray.ObjectRef]] = []
+
+        def as_they_finish() -> Iterator[ray.ObjectRef]:
+            for index, ref in self.rollouts.stream(items, sample):
+                sampled.append((index, ref))
+                yield ref
+
+        results = {}
+        for position, scores in self.scorers.stream(as_they_finish(), score):
+            index, ref = sampled[position]
+            results[index] = ref, ray.get(scores, timeout=self._timeout_s)
+        return [results[index] for index in range(len(items))]
+
+
+class RayLearner:
+    """The learner's gang. After every update its whole state (adapter, moments, average) is kept as a reference.
+
+    When a rank is lost, the gang is built anew from that state and the call that was lost is made again, so that a run
+    with losses ends with the numbers of a run without.
+    """
+
+    def __init__(self, run: AlignRun) -> None:
+        workers = run.workers
+        self.restarts = 0
+        self._run = run
+        self._state: ray.ObjectRef | None = None  # None: as built from the configuration's seed
+        self._place = place_gang(
+            workers.learner_ranks,
+            num_cpus=workers.cpus_per_actor,
+            num_gpus=workers.gpus_per_rank,
+            timeout_s=workers.start_timeout_s,
+        )
+        self._gang: Gang | None = self._build()  # None between a loss and the next call
+
+    def update(self, step: int, handles: Sequence[RemoteTrajectory], advantages: torch.Tensor) -> dict[str, float]:
+        calls = list(dict.fromkeys(handle.call for handle in handles))
+        picks = [(calls.index(handle.call), handle.number) for handle in handles]
+
+        def update_and_keep(gang: Gang) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+            metrics = gang.call(lambda rank: rank.update.remote(step, picks, advantages, *calls))
+            return metrics, gang.call(lambda rank: rank.state.remote())
+
+        metrics, self._state = self._survive(update_and_keep)
+        return self._fetch(metrics)
+
+    def policy(self) -> AdapterState:
+        return self._fetch(self._survive(lambda gang: gang.call(lambda rank: rank.policy.remote())))
+
+    def average(self) -> AdapterState:
+        return self._fetch(self._survive(lambda gang: gang.call(lambda rank: rank.average.remote())))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self._fetch(self._survive(lambda gang: gang.call(lambda rank: rank.state.remote())))
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._state = ray.put(state)
+        self._survive(lambda gang: gang.call(lambda rank: rank.load_state.remote(self._state)))
+
+    def shutdown(self) -> None:
+        if self._gang is not None:
+            self._gang.shutdown()
+        release_gang(self._place)
+
+    def _build(self) -> Gang:
+        workers = self._run.workers
+        options = {**actor_options(workers, num_gpus=workers.gpus_per_rank), "scheduling_strategy": self._place}
+        gang = Gang(
+            lambda rank: ray.remote(**options)(LearnerActor).remote(rank, self._run),
+            workers.learner_ranks,
+            name="learner",
+            start_timeout_s=workers.start_timeout_s,
+            call_timeout_s=workers.call_timeout_s,
+        )
+        gang.call(lambda rank: rank.build.remote())
+        if self._state is not None:
+            gang.call(lambda rank: rank.load_state.remote(self._state))
+        return gang
+
+    def _survive(self, work: Callable[[Gang], Result]) -> Result:
+        """`work` on the gang, or on its successors.
+
+        Raises:
+            RuntimeError: more gangs were lost than `workers.max_restarts`.
+        """
+        while True:
+            try:
+                if self._gang is None:
+                    self._gang = self._build()
+                return work(self._gang)
+            except GangLost as lost:
+                self._gang = None
+                self.restarts += 1
+                if self.restarts > self._run.workers.max_restarts:
+                    raise RuntimeError(f"{lost}; replaced {self.restarts - 1} times (workers.max_restarts)") from lost
+                log.warning("%s; building the learner anew from its last state", lost)
+
+    def _fetch(self, ref: ray.ObjectRef) -> Result:
+        return ray.get(ref, timeout=self._run.workers.call_timeout_s)
+
+
+@contextmanager
+def open_actors(run: AlignRun) -> Iterator[tuple[RayExperience, RayLearner]]:
+    """All actors of an alignment run, with their models loaded; killed at the end.
+
+    Raises:
+        RuntimeError: they did not come up within `workers.start_timeout_s`.
+    """
+    with ExitStack() as stack:
+        experience = RayExperience(run)
+        stack.callback(experience.shutdown)
+        learner = RayLearner(run)  # while the pools load their models
+        stack.callback(learner.shutdown)
+        experience.wait_until_ready()
+        yield experience, learner
+
+
+def _pool(name: str, actor: type, run: AlignRun, size: int, num_gpus: float) -> Pool:
+    workers = run.workers
+    options = actor_options(workers, num_gpus=num_gpus)
+    return Pool(
+        lambda number: ray.remote(**options)(actor).remote(run),
+        size,
+        name=name,
+        start_timeout_s=workers.start_timeout_s,
+        call_timeout_s=workers.call_timeout_s,
+        max_restarts=workers.max_restarts,
+    )

@@ -1,0 +1,226 @@
+"""A pool of identical actors that survives the death of any of them.
+
+The driver owns the policy of recovery: a dead or hung actor is killed, a new one is created, told first what the pool
+was last told (its adapter), and given the lost work again. Work carries its own seeds, so the result is the same.
+
+    submit -> [start] [sync] [item] [item]      one FIFO per actor, as the actor itself runs its calls
+               ^ the head is what the actor is doing; only heads are waited for
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.placement import REPORT_EVERY_S, check, resources
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+CAPACITY = 2  # items per actor: one running, one queued so that it never waits for the driver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """One item of a stream, kept until its result is known."""
+
+    index: int
+    item: object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """A call that was submitted to an actor."""
+
+    ref: ray.ObjectRef
+    purpose: str  # "start", "sync" or "work"
+    work: _Work | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Member:
+    """An actor and its submitted calls, oldest first."""
+
+    handle: ActorHandle
+    calls: deque[_Call] = field(default_factory=deque)
+    head_since: float = 0.0  # when the oldest call became the oldest
+
+    def submit(self, call: _Call) -> None:
+        if not self.calls:
+            self.head_since = time.monotonic()
+        self.calls.append(call)
+
+    def pop(self) -> _Call:
+        self.head_since = time.monotonic()
+        return self.calls.popleft()
+
+    def work(self) -> list[_Work]:
+        return [call.work for call in self.calls if call.work is not None]
+
+
+class Pool:
+    """`size` actors from `spawn(number)`, all alike.
+
+    Actors must be created with `max_restarts=0` and `max_task_retries=0`; their methods return their values (a value
+    that an actor `ray.put`s dies with it). One stream runs at a time. Not thread-safe.
+
+    Args:
+        spawn: creates actor number 0 to size - 1; called again with the same number to replace it.
+        name: of the pool, for messages.
+        start_timeout_s: longest wait for one actor's constructor.
+        call_timeout_s: longest run of one call; then the actor counts as hung and is killed.
+        max_restarts: actors replaced in the pool's lifetime before it gives up.
+        sync: what a new actor is told before any work; replaced by each `broadcast`.
+    """
+
+    def __init__(
+        self,
+        spawn: Callable[[int], ActorHandle],
+        size: int,
+        *,
+        name: str,
+        start_timeout_s: float,
+        call_timeout_s: float,
+        max_restarts: int,
+        sync: Callable[[ActorHandle], ray.ObjectRef] | None = None,
+    ) -> None:
+        self.name = name
+        self.restarts = 0
+        self._spawn = spawn
+        self._sync = sync
+        self._limits = {"start": start_timeout_s, "sync": call_timeout_s, "work": call_timeout_s}
+        self._max_restarts = max_restarts
+        self._pending: deque[_Work] = deque()
+        self._members = [self._create(number) for number in range(size)]
+
+    def wait_until_ready(self) -> None:
+        """Block until every actor runs and has been told what there is to tell."""
+        while any(member.calls for member in self._members):
+            self._advance()
+
+    def broadcast(self, call: Callable[[ActorHandle], ray.ObjectRef]) -> None:
+        """Submit `call` to every actor, to run after what is submitted and before what is not. Does not wait."""
+        self._sync = call
+        for member in self._members:
+            member.submit(_Call(ref=call(member.handle), purpose="sync"))
+
+    def map(self, items: Iterable[Item], call: Callable[[ActorHandle, Item], ray.ObjectRef]) -> list[ray.ObjectRef]:
+        """The finished results of `call` on every item, in the items' order; raises like `stream`."""
+        return [ref for _, ref in sorted(self.stream(items, call), key=lambda result: result[0])]
+
+    def stream(
+        self, items: Iterable[Item], call: Callable[[ActorHandle, Item], ray.ObjectRef]
+    ) -> Iterator[tuple[int, ray.ObjectRef]]:
+        """Yield (index, result) as results finish. `items` is pulled only as actors become free.
+
+        Streams chain: `scorers.stream(rollouts.stream(...), ...)` scores a rollout while others are still sampled.
+
+        Raises:
+            RuntimeError: more actors were lost than `max_restarts`, or one did not start in time.
+            ray.exceptions.RayTaskError: the call itself raised; that is not retried.
+        """
+        left = len(self._pending) + sum(len(member.work()) for member in self._members)
+        assert left == 0, f"pool {self.name!r}: the previous stream was not exhausted"
+        source = enumerate(items)
+        exhausted = False
+        while True:
+            member = self._freest()
+            if member is not None and not self._pending and not exhausted:
+                try:
+                    index, item = next(source)
+                    self._pending.append(_Work(index=index, item=item))
+                except StopIteration:
+                    exhausted = True
+            if member is not None and self._pending:
+                work = self._pending.popleft()
+                member.submit(_Call(ref=call(member.handle, work.item), purpose="work", work=work))
+            elif any(each.work() for each in self._members):
+                for done in self._advance():
+                    yield done.work.index, done.ref
+            else:
+                return
+
+    def shutdown(self) -> None:
+        """Kill all actors."""
+        for member in self._members:
+            ray.kill(member.handle)
+        self._members = []
+
+    def _create(self, number: int) -> _Member:
+        member = _Member(handle=self._spawn(number))
+        member.submit(_Call(ref=member.handle.__ray_ready__.remote(), purpose="start"))
+        if self._sync is not None:
+            member.submit(_Call(ref=self._sync(member.handle), purpose="sync"))
+        return member
+
+    def _freest(self) -> _Member | None:
+        """The actor with the least work submitted, None if all are at capacity."""
+        member = min(self._members, key=lambda member: len(member.work()))
+        return member if len(member.work()) < CAPACITY else None
+
+    def _advance(self) -> list[_Call]:
+        """Wait for the oldest call of any actor; replace dead and hung actors. Returns the work that is done."""
+        heads = {member.calls[0].ref: number for number, member in enumerate(self._members) if member.calls}
+        now = time.monotonic()
+        slack = min(self._deadline(self._members[number]) for number in heads.values()) - now
+        done, waiting = ray.wait(
+            list(heads),
+            num_returns=1,
+            timeout=min(max(slack, 0.0), REPORT_EVERY_S),
+            fetch_local=False,
+        )
+        finished = []
+        for ref in done:
+            number = heads[ref]
+            try:
+                check(ref)
+            except RayTaskError:
+                raise  # first: a RayTaskError is also an instance of its cause, which may be another actor's death
+            except RayActorError as death:
+                self._replace(number, f"died: {death}")
+            else:
+                call = self._members[number].pop()
+                if call.work is not None:
+                    finished.append(call)
+        if not done:
+            self._judge_waiting([heads[ref] for ref in waiting])
+        return finished
+
+    def _judge_waiting(self, numbers: list[int]) -> None:
+        """None of these actors' oldest calls is done: replace those that are over their limit."""
+        for number in numbers:
+            member = self._members[number]
+            purpose = member.calls[0].purpose
+            if time.monotonic() >= self._deadline(member):
+                if purpose == "start":
+                    raise RuntimeError(
+                        f"pool {self.name!r}: actor {number} did not start within {self._limits['start']:g} s; "
+                        f"{resources()}"
+                    )
+                self._replace(number, f"hung: one call ({purpose}) ran longer than {self._limits[purpose]:g} s")
+            elif purpose == "start":
+                log.warning("pool %r: waiting for actor %d to start; %s", self.name, number, resources())
+
+    def _deadline(self, member: _Member) -> float:
+        return member.head_since + self._limits[member.calls[0].purpose]
+
+    def _replace(self, number: int, reason: str) -> None:
+        member = self._members[number]
+        ray.kill(member.handle)
+        lost = member.work()
+        self.restarts += 1
+        which = f"item {lost[0].index} ({lost[0].item!r})" if lost else "no item"
+        if self.restarts > self._max_restarts:
+            raise RuntimeError(
+                f"pool {self.name!r}: actor {number} was lost with {which}, after {self._max_restarts} replaced actors "
+                f"(workers.max_restarts); it {reason}"
+            )
+        log.warning("pool %r: actor %d was lost with %s and is replaced; it %s", self.name, number, which, reason)
+        self._pending.extendleft(reversed(lost))  # at the front: lost work is the oldest
+        self._members[number] = self._create(number)

@@ -1,0 +1,24 @@
+"""The rollout actor: `RolloutWorker` in a process of its own."""
+
+from collections.abc import Sequence
+
+from dina_rl.alignment.golden import EvaluationItem, EvaluationSamples
+from dina_rl.alignment.rollout import RolloutWorker
+from dina_rl.config import AlignRun
+from dina_rl.runtime import configure_process
+from dina_rl.types import AdapterState, Trajectory, WorkItem
+
+
+class RolloutActor:
+    def __init__(self, run: AlignRun) -> None:
+        configure_process(run.workers.threads_per_actor)
+        self._worker = RolloutWorker(run)
+
+    def load_adapter(self, adapter: AdapterState) -> int:
+        return self._worker.load_adapter(adapter)
+
+    def rollout(self, items: Sequence[WorkItem]) -> list[Trajectory]:
+        return self._worker.rollout(items)
+
+    def evaluate(self, item: EvaluationItem) -> EvaluationSamples:
+        return self._worker.evaluate(item)

@@ -1,0 +1,23 @@
+"""The scorer actor: `ScoringWorker` in a process of its own."""
+
+from collections.abc import Sequence
+
+import torch
+
+from dina_rl.alignment.golden import EvaluationSamples
+from dina_rl.alignment.scoring import ScoringWorker
+from dina_rl.config import AlignRun
+from dina_rl.runtime import configure_process
+from dina_rl.types import Trajectory
+
+
+class ScorerActor:
+    def __init__(self, run: AlignRun) -> None:
+        configure_process(run.workers.threads_per_actor)
+        self._worker = ScoringWorker(run)
+
+    def score(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        return self._worker.score(trajectories)
+
+    def score_evaluation(self, samples: EvaluationSamples) -> torch.Tensor:
+        return self._worker.score_evaluation(samples)

@@ -1,0 +1,86 @@
+"""The learner's gang: one rank lost, all lost, and nobody waits forever."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import ray
+import torch
+
+from actors.gang import Gang, GangLost, GangMember
+from actors.placement import place_gang
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+# Workers cannot import test modules by name.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Rank(GangMember):
+    """Sums over the group, unless it is rank 1 and told to do worse."""
+
+    def total(self) -> float:
+        tensor = torch.tensor([self.rank + 1.0])
+        torch.distributed.all_reduce(tensor)
+        return tensor.item()
+
+    def die_at_rank_1(self) -> float:
+        if self.rank == 1:
+            os._exit(1)
+        return self.total()
+
+    def raise_at_rank_1(self) -> float:
+        if self.rank == 1:
+            raise ValueError("rank 1 has a problem")
+        return self.total()
+
+    def hang_at_rank_1(self) -> float:
+        if self.rank == 1:
+            time.sleep(600)
+        return self.total()
+
+
+@pytest.fixture
+def handles() -> list[ray.actor.ActorHandle]:
+    return []
+
+
+@pytest.fixture
+def gang(handles) -> Iterator[Gang]:
+    def spawn(rank: int) -> ray.actor.ActorHandle:
+        actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Rank)
+        handles.append(actor.remote(rank, 2, timeout_s=120))
+        return handles[-1]
+
+    gang = Gang(spawn, 2, name="learner", start_timeout_s=120, call_timeout_s=5)
+    assert ray.get(gang.call(lambda rank: rank.total.remote()), timeout=60) == 3
+    yield gang
+    gang.shutdown()
+
+
+def assert_dead(handles: list[ray.actor.ActorHandle]) -> None:
+    for handle in handles:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(handle.total.remote(), timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda rank: rank.die_at_rank_1.remote(), GangLost, r"learner: a rank was lost \(call\).*died"),
+        (lambda rank: rank.hang_at_rank_1.remote(), GangLost, r"2 of 2 not done after 5 s; cluster: 1 node"),
+        (lambda rank: rank.raise_at_rank_1.remote(), ValueError, "rank 1 has a problem"),
+    ],
+    ids=["dies", "hangs", "raises"],
+)
+def test_one_failing_rank_ends_all(gang, handles, call: Callable, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        gang.call(call)
+    assert_dead(handles)
+
+
+def test_the_gang_is_placed_together_or_not_at_all(ray_local):
+    assert place_gang(2, num_cpus=0, num_gpus=0, timeout_s=1) is None
+    with pytest.raises(RuntimeError, match=r"no room for 2 learner ranks of {'GPU': 1} within 1 s; cluster: 1 node"):
+        place_gang(2, num_cpus=0, num_gpus=1, timeout_s=1)

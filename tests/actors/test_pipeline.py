@@ -1,0 +1,134 @@
+"""The same run in one process, on Ray, on more actors, with actors killed under it, and on DeepSpeed ranks."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from actors.pipeline import RayExperience, RayLearner, open_actors
+from dina_rl.alignment.loop import align
+from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.record import Recorder
+from dina_rl.checkpoint import load_tensors
+from dina_rl.config import AlignRun
+from jobs.align import adapter_exporter, align_generator
+from tests.tiny_run import tiny_run
+
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    history: list[dict]
+    adapter: dict[str, torch.Tensor]
+
+
+def outcome(run: AlignRun, recorder: Recorder) -> Outcome:
+    return Outcome(
+        history=recorder.history,
+        adapter=load_tensors(run.run_dir / "adapter" / "pytorch_lora_weights.safetensors"),
+    )
+
+
+@pytest.fixture(scope="module")
+def make_run(tiny_pipeline, tiny_reward) -> Callable[..., AlignRun]:
+    def make(run_dir: Path, **changes: dict | int) -> AlignRun:
+        # Ample: the machine may be busy with other things, and nothing here waits for a timeout to pass.
+        workers = {"start_timeout_s": 300, **changes.pop("workers", {})}
+        return tiny_run(run_dir, tiny_pipeline, tiny_reward, workers=workers, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def inline(make_run, tmp_path_factory) -> Outcome:
+    run = make_run(tmp_path_factory.mktemp("inline"), inline=True)
+    return outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir))
+
+
+def assert_same(ours: Outcome, theirs: Outcome) -> None:
+    assert ours.history == theirs.history
+    assert set(ours.adapter) == set(theirs.adapter)
+    assert all(torch.equal(ours.adapter[name], theirs.adapter[name]) for name in theirs.adapter)
+
+
+class Killer(threading.Thread):
+    """SIGKILLs the first of this session's worker processes that is seen to run `title` (Ray names them so)."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(daemon=True)
+        self.title = title
+        self.killed = False
+        self._deadline = time.monotonic() + 200
+
+    def run(self) -> None:
+        workers = psutil.Process().children(recursive=True)
+        while not self.killed and time.monotonic() < self._deadline:
+            for process in workers:
+                if not self.killed and title_of(process) == self.title:
+                    os.kill(process.pid, signal.SIGKILL)
+                    self.killed = True
+            time.sleep(0.001)
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()).strip()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+class Sabotaged:
+    """A real experience and learner; from iteration 1 on, one actor of each kind is killed in the middle of a call."""
+
+    def __init__(self, experience: RayExperience, learner: RayLearner) -> None:
+        self._experience = experience
+        self.publish, self.measure = experience.publish, experience.measure
+        self.update, self.policy, self.average = learner.update, learner.policy, learner.average
+        self.state, self.load_state = learner.state, learner.load_state
+        self.killers: list[Killer] = []
+
+    def collect(self, items):
+        if items[0].step == 1:
+            titles = ("RolloutActor.rollout", "ScorerActor.score", "LearnerActor.update")
+            self.killers = [Killer(f"ray::{title}") for title in titles]
+            for killer in self.killers:
+                killer.start()
+        return self._experience.collect(items)
+
+
+def test_ray_equals_the_in_process_run(make_run, inline, tmp_path):
+    run = make_run(tmp_path, learner={"engine": "torch"})
+    assert_same(outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir)), inline)
+
+
+def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path):
+    workers = {"rollout_workers": 2, "scorers": 2, "max_restarts": 1}
+    run = make_run(tmp_path, learner={"engine": "torch"}, workers=workers)
+    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    with open_actors(run) as (experience, learner):
+        sabotaged = Sabotaged(experience, learner)
+        align(run, load_prompts(run.prompts), sabotaged, sabotaged, recorder)
+        assert [killer.killed for killer in sabotaged.killers] == [True, True, True]
+        assert experience.rollouts.restarts == 1
+        assert experience.scorers.restarts == 1
+        assert learner.restarts == 1
+    assert_same(outcome(run, recorder), inline)
+
+
+def test_deepspeed_ranks_equal_the_in_process_run(make_run, inline, tmp_path):
+    run = make_run(tmp_path, learner={"zero_stage": 2}, workers={"learner_ranks": 2})
+    ours = outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir))
+    for name, tensor in inline.adapter.items():
+        torch.testing.assert_close(ours.adapter[name], tensor, atol=1e-6, rtol=0)
+    assert len(ours.history) == len(inline.history)
+    for mine, theirs in zip(ours.history, inline.history, strict=True):
+        numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
+        assert {name: mine[name] for name in numbers} == pytest.approx(numbers, abs=1e-5)
