@@ -1,0 +1,171 @@
+"""One YAML file plus `--section.key value` overrides -> a validated config; mistakes are one line each and exit 2.
+
+YAML and overrides are merged first and validated once by pydantic, so that every mistake is reported, and with its full
+path. tyro renders `--help` from the same models.
+"""
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import tyro
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Run = TypeVar("Run", bound=BaseModel)
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # what shells use for Ctrl-C
+
+
+def fail(message: str) -> NoReturn:
+    """End the program over a mistake of the user: one line on stderr, exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_INPUT)
+
+
+@contextmanager
+def interruptible(run_dir: Path) -> Iterator[None]:
+    """End the program with one line on Ctrl-C: what is there stays, and can be continued."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; add --resume to continue {run_dir}", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def load(model: type[Run], argv: Sequence[str], *, program: str, default_config: str | None = None) -> Run:
+    """Read `--config FILE` and overrides from `argv` into `model`, or end the program with clear lines.
+
+    Args:
+        program: how the user called it, for `--help`.
+        default_config: the YAML file used without `--config`.
+    """
+    try:
+        config_file, overrides, wants_help = _split(list(argv))
+        values = read_yaml(config_file or default_config) if config_file or default_config else {}
+        for key, value in overrides:
+            _assign(model, values, key, value)
+        config = model.model_validate(values)
+    except ValidationError as error:
+        for line in explain(error)[:-1]:
+            print(f"error: {line}", file=sys.stderr)
+        fail(explain(error)[-1])
+    except ValueError as error:
+        fail(str(error))
+    if wants_help:
+        _print_help(model, config, program)
+    return config
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A YAML mapping.
+
+    Raises:
+        ValueError: missing file, broken YAML, or not a mapping.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"config file {file} does not exist")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {file} must hold a mapping of sections, not {type(values).__name__}")
+    return values
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One line per mistake: `section.key: what is wrong (got value)`."""
+    lines = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown key")
+        elif isinstance(item["input"], dict | BaseModel):
+            lines.append(f"{path}: {message}" if path else message)
+        else:
+            lines.append(f"{path}: {message} (got {item['input']!r})")
+    return lines
+
+
+def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, object]], bool]:
+    """(config file, [(dotted key, value)], help wanted). A key takes the words up to the next `--`."""
+    config_file, overrides, wants_help = None, [], False
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if word in ("-h", "--help"):
+            wants_help = True
+            continue
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected word {word!r}; overrides are written --section.key value")
+        key, equals, inline = word[2:].partition("=")
+        words = [inline] if equals else []
+        while not equals and position < len(argv) and not argv[position].startswith("--"):
+            words.append(argv[position])
+            position += 1
+        key = key.replace("-", "_")
+        if key == "config":
+            if len(words) != 1:
+                raise ValueError("--config takes one file")
+            config_file = words[0]
+        elif not words and key.rpartition(".")[2].startswith("no_"):
+            parent, dot, leaf = key.rpartition(".")
+            overrides.append((parent + dot + leaf.removeprefix("no_"), False))
+        else:
+            overrides.append((key, _value(words)))
+    return config_file, overrides, wants_help
+
+
+def _value(words: list[str]) -> object:
+    if not words:
+        return True
+    parsed = [None if word == "None" else yaml.safe_load(word) for word in words]
+    return parsed[0] if len(parsed) == 1 else parsed
+
+
+def _assign(model: type[BaseModel], values: dict, key: str, value: object) -> None:
+    """Set a dotted key in nested `values`; an unknown one is refused with the nearest known key."""
+    known = known_keys(model)
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        raise ValueError(f"--{key}: unknown key" + (f"; did you mean --{close[0]}?" if close else ""))
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+    values[leaf] = value
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of `model`, sections included (a section that may be None is switched off by its own name)."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        section = section_of(field.annotation)
+        if section is not None:
+            keys.extend(known_keys(section, f"{prefix}{name}."))
+    return keys
+
+
+def section_of(annotation: object) -> type[BaseModel] | None:
+    """The model class behind a field annotation `Section` or `Section | None`; None for a plain value."""
+    from typing import get_args
+
+    candidates = [annotation, *get_args(annotation)]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _print_help(model: type[Run], config: Run, program: str) -> NoReturn:
+    print(
+        f"{program} [--config FILE.yaml] [--section.key value ...]\nDefaults shown are those of the config file read.\n"
+    )
+    tyro.cli(model, default=config, args=["--help"], prog=program, config=(tyro.conf.AvoidSubcommands,))
+    raise AssertionError("tyro ends the program after --help")

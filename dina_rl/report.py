@@ -1,0 +1,72 @@
+"""Pictures of a run: proxy and golden side by side (the paper's Fig. 5), and samples before and after."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dina_rl.checkpoint import write_bytes
+
+GOLDEN, PROXY, FAINT = "#c9a227", "#2f6f9f", "#8a8a8a"
+
+
+def image_grid(images: torch.Tensor, columns: int = 8, scale: int = 3) -> torch.Tensor:
+    """One picture [3, H, W] uint8 of `images` [B, 3, h, w] uint8 in rows of `columns`, enlarged without smoothing."""
+    enlarged = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    padded = torch.nn.functional.pad(enlarged, (2, 2, 2, 2), value=255)
+    missing = -len(padded) % columns
+    padded = torch.cat([padded, torch.full((missing, *padded.shape[1:]), 255, dtype=torch.uint8)])
+    rows = padded.view(-1, columns, *padded.shape[1:])
+    return torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+
+
+def plot_curves(points: Sequence[dict], base: dict[float, float], path: Path) -> None:
+    """Golden (left) and proxy (right) over iterations, with standard errors.
+
+    Args:
+        points: records with step, golden, golden_std, proxy, proxy_std, samples.
+        base: guidance scale -> golden of the base; its best is drawn as a line, the honest bar to clear.
+    """
+    steps = [point["step"] for point in points]
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, name, colour in ((left, "golden", GOLDEN), (right, "proxy", PROXY)):
+        mean = [point[name] for point in points]
+        error = [point[f"{name}_std"] / point["samples"] ** 0.5 for point in points]
+        axes.plot(steps, mean, color=colour, marker="o", markersize=4)
+        low = [m - e for m, e in zip(mean, error, strict=True)]
+        high = [m + e for m, e in zip(mean, error, strict=True)]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e5e5")
+    scale = max(base, key=base.get)
+    left.axhline(base[scale], color=FAINT, linestyle="--", linewidth=1)
+    left.annotate(f"base at its best guidance ({scale:g}, test prompts)", (0, base[scale]), (2, 3),
+                  textcoords="offset points", fontsize=8, color=FAINT)  # fmt: skip
+    left.set_title("golden metric (held out)")
+    right.set_title("proxy: DiNa-LRM reward (optimised)")
+    _save(figure, path)
+
+
+def plot_samples(before: torch.Tensor, after: torch.Tensor, path: Path) -> None:
+    """Test prompts' first samples, same noise: base above, aligned below. Images [B, 3, h, w] uint8."""
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    for axes, images, title in zip(figure.subplots(2, 1), (before, after), ("base", "aligned"), strict=True):
+        axes.imshow(image_grid(images).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_title(title, loc="left")
+        axes.set_axis_off()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Agg directly: no pyplot state, no display, safe in any process.
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=130)
+    write_bytes(path, buffer.getvalue())

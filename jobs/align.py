@@ -1,0 +1,90 @@
+"""Align the generator: `python -m jobs.align --config configs/shapes_flow_grpo_fast.yaml`, also by `ray job submit`."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from dina_rl.alignment.loop import Prompts, align
+from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.record import Recorder
+from dina_rl.checkpoint import open_run_dir
+from dina_rl.cli import fail, interruptible, load
+from dina_rl.config import AlignRun
+from dina_rl.reward.checkpoint import read_card
+from dina_rl.runtime import configure_process, open_pipeline
+
+MAY_CHANGE = ("inline", "workers", "checkpoint_every")
+
+
+def main(argv: Sequence[str]) -> None:
+    run = load(AlignRun, argv, program="python -m jobs.align")
+    try:
+        prompts = preflight(run)
+        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
+    except ValueError as error:
+        fail(str(error))
+    with interruptible(run_dir):
+        recorder = align_generator(run, prompts, run_dir)
+    points = recorder.points()
+    print(f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
+    print(f"adapter   {run_dir / 'adapter'}\ncurves    {run_dir / 'curves.png'}")
+    print(f"look at   tensorboard --logdir {run_dir}")
+
+
+def preflight(run: AlignRun) -> Prompts:
+    """All that can be wrong with the inputs, found before anything starts.
+
+    Raises:
+        ValueError: a missing pipeline, reward model or prompt file, or parts that do not fit together.
+    """
+    backbone = open_pipeline(run.pipeline)
+    backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+    card = read_card(run.scorer.location)
+    if (card.width, card.max_sequence_length) != (backbone.width, run.pipeline.max_sequence_length):
+        raise ValueError(
+            f"reward model {run.scorer.location} was fitted on {card.pipeline} with width {card.width} and "
+            f"{card.max_sequence_length} text tokens; {run.pipeline.path} has {backbone.width} and "
+            f"{run.pipeline.max_sequence_length}"
+        )
+    prompts = load_prompts(run.prompts)
+    if run.rollout.prompts_per_step > len(prompts.train):
+        raise ValueError(
+            f"rollout.prompts_per_step ({run.rollout.prompts_per_step}) exceeds the {len(prompts.train)} "
+            "training prompts"
+        )
+    return prompts
+
+
+def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
+    """Run the loop on Ray actors, or in this process with `run.inline`; returns what was recorded."""
+    recorder = Recorder(run, run_dir, adapter_exporter(run))
+    if recorder.finished:
+        recorder.restore()
+        return recorder
+    if run.inline:
+        from dina_rl.alignment.inline import InlineExperience, InlineLearner
+
+        configure_process(run.workers.threads_per_actor)
+        align(run, prompts, InlineExperience(run), InlineLearner(run), recorder)
+        return recorder
+    from actors.pipeline import open_actors
+    from jobs.cluster import start_ray
+
+    start_ray()
+    with ExitStack() as stack:
+        with recorder.timed("start"):
+            experience, learner = stack.enter_context(open_actors(run))
+        align(run, prompts, experience, learner, recorder)
+    return recorder
+
+
+def adapter_exporter(run: AlignRun):
+    """Writes adapter tensors as the file that stock diffusers' `load_lora_weights` reads."""
+    lora = run.learner.lora
+    backbone = open_pipeline(run.pipeline)
+    return lambda directory, state: backbone.save_adapter(directory, state, rank=lora.rank, alpha=lora.alpha)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

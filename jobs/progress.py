@@ -1,0 +1,48 @@
+"""The driver's progress bar over steps that are taken elsewhere, read from the log file of the rank that takes them."""
+
+import json
+import threading
+from pathlib import Path
+
+from tqdm import tqdm
+
+POLL_S = 0.5
+
+
+class FollowedSteps:
+    """While open, a bar shows the steps that appear in a JSON-lines file of {step, loss, accuracy, ...}."""
+
+    def __init__(self, file: Path, *, steps: int, description: str) -> None:
+        self._file = file
+        self._position = file.stat().st_size if file.exists() else 0  # a resumed run shows new lines only
+        self._bar = tqdm(total=steps, desc=description, unit="step")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "FollowedSteps":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show_new()
+        self._bar.close()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._show_new()
+
+    def _show_new(self) -> None:
+        if not self._file.exists():
+            return
+        with self._file.open("rb") as file:
+            file.seek(self._position)
+            fresh = file.read()
+        whole = fresh[: fresh.rfind(b"\n") + 1]  # a line that is being written waits for the next look
+        self._position += len(whole)
+        if not whole:
+            return
+        last = json.loads(whole.splitlines()[-1])
+        self._bar.set_postfix(loss=f"{last['loss']:.3f}", accuracy=f"{last['accuracy']:.3f}", refresh=False)
+        self._bar.update(last["step"] - self._bar.n)
