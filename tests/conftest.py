@@ -1,0 +1,53 @@
+"""Fixtures that several test directories share."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One Ray instance on the loopback interface for the whole session; its CPUs are logical."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray's 30 s are short on a loaded machine
+    import ray
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=8,
+        object_store_memory=256 * 1024**2,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised miniature SD3.5 in the on-disk format of the real one."""
+    from dina_rl.shapes.pipeline import build_pipeline
+
+    directory = tmp_path_factory.mktemp("pipeline") / "tiny"
+    build_pipeline(0).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
+    """A randomly initialised DiNa-LRM on `tiny_pipeline`, as fit_reward would have saved it."""
+    from dina_rl.config import LoRAConfig, PipelineConfig, RewardModelConfig
+    from dina_rl.reward.checkpoint import save_reward
+    from dina_rl.reward.model import LatentRewardModel
+    from dina_rl.runtime import open_pipeline
+
+    pipeline = PipelineConfig(path=str(tiny_pipeline))
+    config = RewardModelConfig(taps=(1, 2), num_heads=4, lora=LoRAConfig(rank=4, alpha=8))
+    directory = tmp_path_factory.mktemp("reward") / "tiny"
+    save_reward(LatentRewardModel(open_pipeline(pipeline), config, seed=0), directory, pipeline=pipeline)
+    return directory

@@ -1,0 +1,225 @@
+"""The reward model's job through real Ray Data and Ray Train, on a handful of noise images."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dina_rl.config import FitRun
+from dina_rl.data.encode import LATENTS, SKIPPED_FILE, encode_dataset
+from dina_rl.data.hpdv3 import load_image
+from dina_rl.data.latents import LatentStore
+from dina_rl.reward.fit import METRICS_FILE, FitResult
+from dina_rl.reward.inline import fit_inline, training_steps
+from dina_rl.runtime import open_pipeline
+from jobs import encode, fit_reward
+from tests.tiny_reward import TINY_REWARD, write_preferences
+
+
+def tiny_fit(run_dir: Path, dataset: Path, pipeline: Path, *, resume: bool = False, **fit_values: float) -> FitRun:
+    values = {"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2, "ema_decay": 0.9}
+    return FitRun(
+        run_dir=run_dir,
+        resume=resume,
+        pipeline={"path": str(pipeline)},
+        dataset={"path": str(dataset), "max_skipped": 0.2, "encode_batch_size": 8},
+        reward=TINY_REWARD,
+        fit={**values, **fit_values},
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 training pairs, one malformed and one with an unreadable image, and 6 test pairs."""
+    directory = tmp_path_factory.mktemp("preferences") / "tiny"
+    write_preferences(directory, train=20, test=6)
+    records = json.loads((directory / "train.json").read_text())
+    records[3]["path2"] = None
+    (directory / "train.json").write_text(json.dumps(records))
+    (directory / records[5]["path1"]).write_bytes(b"not an image")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_local, dataset: Path, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FitRun, FitResult]:
+    run = tiny_fit(tmp_path_factory.mktemp("fit") / "run", dataset, tiny_pipeline)
+    return run, fit_reward.fit_reward_model(run)
+
+
+def losses_of_one_process(run: FitRun) -> list[float]:
+    """Every step's loss of the plain loop, without Ray, on the same data."""
+    backbone = open_pipeline(run.pipeline)
+    _, steps = training_steps(run, LatentStore(run.run_dir / LATENTS), backbone, backbone.load_text_encoder())
+    return [report.loss for report in steps]
+
+
+def test_bad_records_are_skipped_and_listed(finished) -> None:
+    run, result = finished
+    lines = [json.loads(line) for line in (run.run_dir / SKIPPED_FILE).read_text().splitlines()]
+    assert [(line["file"], line["index"]) for line in lines] == [("train.json", 3), ("train.json", 5)]
+    assert lines[0]["reason"].startswith("path2 must be")
+    assert "unreadable image" in lines[1]["reason"]
+    assert (result.skipped, result.train_pairs, result.test_pairs) == (2, 18, 6)
+
+
+def test_every_image_is_encoded_once(finished, dataset: Path) -> None:
+    run, _ = finished
+    store = LatentStore(run.run_dir / LATENTS)
+    assert len(store.images) == len(set(store.images)) == 2 * 25  # the malformed record's images are not needed
+    image = torch.tensor(load_image(dataset / store.images[0], height=32, width=32))
+    expected = open_pipeline(run.pipeline).load_codec().encode(image.permute(2, 0, 1)[None].float() / 255)
+    torch.testing.assert_close(store.latents(torch.tensor([0])), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_workers_fit_what_one_process_fits(finished) -> None:
+    """Same batches, same noise: losses differ by rounding alone (Adam would blow that up in the weights)."""
+    run, _ = finished
+    logged = json.loads((run.run_dir / fit_reward.LOG_FILE).read_text().splitlines()[-1])
+    losses = losses_of_one_process(run)
+    assert logged["step"] == len(losses) == 6
+    assert logged["loss"] == pytest.approx(sum(losses) / 6, rel=1e-5)
+
+
+def test_the_fit_without_ray_is_a_complete_one(finished, dataset: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    run = tiny_fit(tmp_path / "run", dataset, tiny_pipeline)
+    ours, theirs = fit_inline(run), finished[1]
+    for name in ("label_ceiling", "train_pairs", "test_pairs", "skipped", "steps"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert ours.accuracy_single == pytest.approx(theirs.accuracy_single, abs=1 / 6 + 1e-9)  # one pair of the six
+    assert (Path(ours.reward) / "head.safetensors").is_file()
+    assert fit_inline(run.model_copy(update={"resume": True})) == ours
+
+
+def test_result_is_written_and_bounded_by_the_ceiling(finished) -> None:
+    run, result = finished
+    metrics = json.loads((run.run_dir / METRICS_FILE).read_text())
+    assert metrics["accuracy_single"] == result.accuracy_single
+    assert 0 <= result.accuracy_single <= 1
+    assert result.label_ceiling == 1.0  # the preferred test image is always the brighter one
+    assert result.steps == 6
+
+
+def test_curves_are_in_tensorboard(finished) -> None:
+    run, result = finished
+    events = EventAccumulator(str(run.run_dir / fit_reward.TENSORBOARD)).Reload()
+    tags = set(events.Tags()["scalars"])
+    curves = {"loss", "accuracy", "grad_norm", "learning_rate", "pairs_per_second"}
+    assert {f"reward/{name}" for name in curves} <= tags
+    assert events.Scalars("reward/test_accuracy_single")[-1].value == pytest.approx(result.accuracy_single)
+
+
+def test_a_finished_run_returns_its_result(finished) -> None:
+    run, result = finished
+    assert fit_reward.fit_reward_model(run.model_copy(update={"resume": True})) == result
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing(finished, dataset: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The group restarts from its last checkpoint and ends, bit for bit, with the weights of the run left alone."""
+    run = tiny_fit(tmp_path / "run", dataset, tiny_pipeline, max_failures=1)
+    killed = []
+
+    def kill_after_the_first_checkpoint() -> None:
+        snapshot = run.run_dir / fit_reward.TRAIN / fit_reward.RAY_SNAPSHOT
+        while not snapshot.exists():
+            time.sleep(0.02)
+        victim = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
+        victim.kill()
+        killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill_after_the_first_checkpoint, daemon=True)
+    killer.start()
+    result = fit_reward.fit_reward_model(run)
+    assert killed
+    undisturbed = finished[1]
+    assert result.accuracy_single == undisturbed.accuracy_single
+    for file in ("head.safetensors", "backbone_lora/adapter_model.safetensors"):
+        expected, actual = (load_file(Path(r.reward) / file) for r in (undisturbed, result))
+        assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
+
+
+def arguments(run_dir: Path, dataset: Path, pipeline: Path) -> list[str]:
+    """A command line of the tiny fit."""
+    return [
+        *("--run_dir", str(run_dir), "--dataset.path", str(dataset), "--pipeline.path", str(pipeline)),
+        *("--reward.taps", "1", "3", "--reward.num_heads", "4", "--fit.steps", "2", "--fit.batch_size", "4"),
+    ]
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> list[str]:
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    return ["--config", str(tmp_path / "empty.yaml")]
+
+
+def refused(main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that `main` ends with."""
+    with pytest.raises(SystemExit) as ending:
+        main(argv)
+    assert ending.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("error: ")]) == 1
+    return lines[-1]
+
+
+@pytest.mark.parametrize("main", [fit_reward.main, encode.main])
+def test_missing_dataset(main, small_config, tmp_path, tiny_pipeline, capsys) -> None:
+    argv = small_config + arguments(tmp_path / "run", tmp_path / "nowhere", tiny_pipeline)
+    assert "nowhere does not exist" in refused(main, argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_pipeline(small_config, tmp_path, dataset, capsys) -> None:
+    argv = small_config + arguments(tmp_path / "run", dataset, tmp_path / "no-pipeline")
+    argv += ["--dataset.max_skipped", "0.2"]
+    assert "no-pipeline does not exist" in refused(fit_reward.main, argv, capsys)
+
+
+def test_used_run_directory(small_config, finished, tiny_pipeline, dataset, capsys) -> None:
+    argv = small_config + arguments(finished[0].run_dir, dataset, tiny_pipeline) + ["--dataset.max_skipped", "0.2"]
+    assert "--resume" in refused(fit_reward.main, argv, capsys)
+
+
+def test_taps_beyond_the_pipeline(small_config, tmp_path, dataset, tiny_pipeline, capsys) -> None:
+    argv = small_config + arguments(tmp_path / "run", dataset, tiny_pipeline)
+    argv += ["--reward.taps", "2", "4", "--dataset.max_skipped", "0.2"]
+    assert "of its 4 blocks 1 to 3 can be tapped" in refused(fit_reward.main, argv, capsys)
+
+
+def test_too_many_malformed_records(small_config, tmp_path, dataset, tiny_pipeline, capsys) -> None:
+    argv = small_config + arguments(tmp_path / "run", dataset, tiny_pipeline)
+    message = refused(fit_reward.main, argv, capsys)
+    assert "1 of 20 records" in message
+    assert "dataset.max_skipped = 0.01" in message
+
+
+def test_too_many_unreadable_images(ray_local, small_config, tmp_path, tiny_pipeline, capsys) -> None:
+    write_preferences(tmp_path / "data", train=10, test=2)
+    for index in range(3):
+        (tmp_path / "data" / "images" / f"train-{index}-dark.png").unlink()
+    argv = small_config + arguments(tmp_path / "run", tmp_path / "data", tiny_pipeline)
+    assert "3 of 12 records" in refused(encode.main, argv, capsys)
+    listed = (tmp_path / "run" / SKIPPED_FILE).read_text().splitlines()
+    assert [json.loads(line)["index"] for line in listed] == [0, 1, 2]
+
+
+def test_an_interrupted_encode_continues(ray_local, dataset, tiny_pipeline, tmp_path) -> None:
+    run = tiny_fit(tmp_path / "run", dataset, tiny_pipeline)
+    backbone = open_pipeline(run.pipeline)
+    store = encode_dataset(run, run.run_dir, backbone, encode.encode_shards)
+    shards = sorted(store.directory.glob("shard-*"))
+    contents = {shard.name: shard.read_bytes() for shard in shards}
+    before = shards[0].stat().st_mtime_ns
+    shards[-1].unlink()
+    again = encode_dataset(run, run.run_dir, backbone, encode.encode_shards)
+    assert again.missing_shards() == []
+    assert shards[0].stat().st_mtime_ns == before
+    assert {shard.name: shard.read_bytes() for shard in shards} == contents

@@ -1,0 +1,108 @@
+"""The main job as a newcomer runs it, in its smoke version: world, preferences, reward model, alignment, report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ["--config", str(ROOT / "configs" / "local_smoke.yaml")]
+SUMMARY = {
+    "reward": {"accuracy_single", "accuracy_ensemble", "label_ceiling"},
+    "align": {
+        "proxy_before",
+        "proxy_after",
+        "golden_before",
+        "golden_after",
+        "golden_best",
+        "golden_base_best_guidance",
+        "shape_accuracy_before",
+        "shape_accuracy_after",
+        "first_ratio_gap_max",
+    },
+    "seconds": {"preferences", "reward", "align", "total"},
+}
+
+
+def local(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dina_rl.local", *SMOKE, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.mark.slow
+def test_the_smoke_run_end_to_end_on_ray(tmp_path):
+    run_dir = tmp_path / "run"
+    done = local("--run-dir", str(run_dir))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("[preferences]", "[reward]", "[align]", "tensorboard --logdir"):
+        assert stage in done.stdout
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for section, keys in SUMMARY.items():
+        assert keys <= set(summary[section])
+    assert {"images_per_second", "peak_rss_bytes", "seed", "versions"} <= set(summary)
+    assert summary["align"]["first_ratio_gap_max"] == 0
+    assert summary["align"]["golden_base_best_guidance"] == max(summary["align"]["base_over_guidance"].values())
+    for name in ("align/curves.png", "align/samples.png", "align/adapter/pytorch_lora_weights.safetensors"):
+        assert (run_dir / name).stat().st_size > 0
+    assert "reward/loss" in EventAccumulator(str(run_dir / "fit" / "tensorboard")).Reload().Tags()["scalars"]
+    assert "gain/golden" in EventAccumulator(str(run_dir / "align" / "tensorboard")).Reload().Tags()["scalars"]
+
+    again = local("--run-dir", str(run_dir))
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[-1].startswith("error: run directory")
+    assert "Traceback" not in again.stderr
+    resumed = local("--run-dir", str(run_dir), "--resume")
+    assert resumed.returncode == 0
+    assert resumed.stdout.strip() == done.stdout[done.stdout.index("reward accuracy") :].strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pipeline.path", "/nowhere/sd3"], "pipeline directory /nowhere/sd3 does not exist"),
+        (["--reward.taps", "1", "4"], "reward.taps (1, 4) do not fit shapes"),
+        (["--pipeline.height", "30"], "image size 30x32 must be a multiple of"),
+        (["--prompts.train", "/nowhere/train.txt"], "prompts.train: file /nowhere/train.txt does not exist"),
+        (["--prompts.dev", "LEAK"], "held-out numbers would not be held out"),
+        (["--workers.learner-ranks", "5"], "does not split into learner.micro_batch_size"),
+    ],
+)
+def test_mistakes_end_before_anything_starts(tmp_path, capsys, arguments, message):
+    from dina_rl.local import main
+    from dina_rl.shapes.grammar import prompts
+
+    leak = tmp_path / "leak.txt"
+    leak.write_text(prompts("train")[0])
+    arguments = [str(leak) if word == "LEAK" else word for word in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        main([*SMOKE, "--run-dir", str(tmp_path / "run"), *arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scorer.path", "/nowhere/reward"], "reward model /nowhere/reward does not exist"),
+        (["--pipeline.max-sequence-length", "4"], "text tokens; shapes has 128 and 4"),
+        (["--rollout.prompts-per-step", "480"], "exceeds the 464 training prompts"),
+    ],
+)
+def test_an_alignment_that_cannot_work_is_refused(tmp_path, tiny_reward, capsys, arguments, message):
+    from jobs.align import main
+
+    base = ["--config", str(ROOT / "configs" / "shapes_flow_grpo_fast.yaml"), "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        main([*base, "--scorer.path", str(tiny_reward), *arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,227 @@
+"""DeepSpeed in real Ray actors against plain torch AdamW, on a tiny SD3 transformer with LoRA."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import ray
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+from actors.gang import Gang, GangMember
+from actors.placement import actor_options
+from dina_rl.alignment.engine import Engine, TorchEngine
+from dina_rl.backbones.lora import adapter_disabled, add_lora
+from dina_rl.backbones.sd3 import SD3
+from dina_rl.config import LearnerConfig, WorkersConfig
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+# Workers cannot import test modules by name.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+STEPS = 5
+INTERRUPTED_AFTER = 3
+MICRO_BATCHES = 4  # per step, over all ranks
+STAGES = (0, 2, 3)
+TOLERANCE = 1e-6
+
+State = dict[str, torch.Tensor]
+
+
+def config(stage: int) -> LearnerConfig:
+    """Decay and clipping are both strong enough to show."""
+    return LearnerConfig(zero_stage=stage, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+
+
+def policy() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            caption_projection_dim=32,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            pos_embed_max_size=8,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        )
+    add_lora(transformer, rank=4, alpha=8, targets=SD3.lora_targets, seed=3)
+    return transformer
+
+
+def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 6, 32, generator=generator),
+        "pooled_projections": torch.randn(2, 16, generator=generator),
+        "timestep": 1000 * torch.rand(2, generator=generator),
+    }
+
+
+def train(engine: Engine, module: nn.Module, steps: range) -> list[float]:
+    """As the learner does it: the adapter-off forward comes between a forward and its backward."""
+    norms = []
+    for step in steps:
+        mine = range(engine.rank, MICRO_BATCHES, engine.world_size)
+        for number in mine:
+            inputs = micro_batch(step, number)
+            output = engine.module(**inputs, return_dict=False)[0]
+            with torch.no_grad(), adapter_disabled(module):
+                reference = engine.module(**inputs, return_dict=False)[0]
+            loss = (output - inputs["hidden_states"]).square().mean() + (output - reference).square().mean()
+            engine.backward(30 * loss * engine.world_size / MICRO_BATCHES, last=number == mine[-1])
+        norms.append(engine.step())
+    return norms
+
+
+def reference_output(engine: Engine, module: nn.Module) -> torch.Tensor:
+    with torch.no_grad(), adapter_disabled(module):
+        return engine.module(**micro_batch(99, 0), return_dict=False)[0]
+
+
+class Rank(GangMember):
+    """Holds a policy under DeepSpeed and trains it on its share of the micro-batches."""
+
+    def build(self, stage: int) -> None:
+        from actors.engine import DeepSpeedEngine
+
+        self.policy = policy()
+        self.engine = DeepSpeedEngine(self.policy, config(stage), persistence_threshold=0)
+
+    def train(self, steps: range) -> list[float]:
+        return train(self.engine, self.policy, steps)
+
+    def state(self) -> tuple[State, State]:
+        return self.engine.adapter(), self.engine.optimizer_state()
+
+    def load(self, adapter: State, optimizer: State) -> None:
+        self.engine.load_adapter(adapter)
+        self.engine.load_optimizer_state(optimizer)
+
+    def reference_output(self) -> torch.Tensor:
+        return reference_output(self.engine, self.policy)
+
+    def reduce(self) -> list[list[float]]:
+        return [self.engine.reduce([self.rank + 1.0, -self.rank], operation) for operation in ("sum", "max")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What `STEPS` steps leave behind."""
+
+    norms: list[float]
+    adapter: State
+    optimizer: State
+    interrupted: tuple[State, State]  # adapter and optimizer after `INTERRUPTED_AFTER` steps
+
+
+@pytest.fixture(scope="module")
+def plain() -> Run:
+    module = policy()
+    engine = TorchEngine(module, config(0))
+    norms = train(engine, module, range(INTERRUPTED_AFTER))
+    interrupted = engine.adapter(), engine.optimizer_state()
+    norms += train(engine, module, range(INTERRUPTED_AFTER, STEPS))
+    return Run(norms=norms, adapter=engine.adapter(), optimizer=engine.optimizer_state(), interrupted=interrupted)
+
+
+Call = Callable[..., object]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def ranks(request, ray_local) -> Iterator[Call]:
+    """`ranks(method, *args)` calls all ranks of a gang and returns rank 0's value."""
+    size = request.param
+
+    def spawn(rank: int) -> ray.actor.ActorHandle:
+        options = actor_options(WorkersConfig(), num_gpus=0)
+        return ray.remote(**options)(Rank).remote(rank, size, timeout_s=120)
+
+    gang = Gang(spawn, size, name="learner", start_timeout_s=180, call_timeout_s=120)
+
+    def call(method: str, *args: object) -> object:
+        return ray.get(gang.call(lambda handle: getattr(handle, method).remote(*args)), timeout=60)
+
+    yield call
+    gang.shutdown()
+
+
+@pytest.fixture(scope="module")
+def trained(ranks) -> Callable[[int], Run]:
+    """Runs of a gang by ZeRO stage, made on first use."""
+    runs: dict[int, Run] = {}
+
+    def run(stage: int) -> Run:
+        if stage not in runs:
+            ranks("build", stage)
+            norms = ranks("train", range(INTERRUPTED_AFTER))
+            interrupted = ranks("state")
+            norms += ranks("train", range(INTERRUPTED_AFTER, STEPS))
+            adapter, optimizer = ranks("state")
+            runs[stage] = Run(norms=norms, adapter=adapter, optimizer=optimizer, interrupted=interrupted)
+        return runs[stage]
+
+    return run
+
+
+def assert_close(state: State, expected: State) -> None:
+    assert set(state) == set(expected)
+    for name, tensor in state.items():
+        torch.testing.assert_close(
+            tensor, expected[name], atol=TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_equals_plain_torch(stage, trained, plain):
+    run = trained(stage)
+    assert_close(run.adapter, plain.adapter)
+    assert_close(run.optimizer, plain.optimizer)
+    assert run.norms == pytest.approx(plain.norms, abs=1e-5)
+    assert min(plain.norms) > config(stage).max_grad_norm  # clipping took part in every step
+    moved = max((run.adapter[name] - run.interrupted[0][name]).abs().max().item() for name in run.adapter)
+    assert moved > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_restored_run_continues_exactly(stage, trained, ranks):
+    run = trained(stage)
+    ranks("build", stage)
+    ranks("load", *run.interrupted)
+    ranks("train", range(INTERRUPTED_AFTER, STEPS))
+    adapter, optimizer = ranks("state")
+    assert all(torch.equal(adapter[name], run.adapter[name]) for name in run.adapter)
+    assert all(torch.equal(optimizer[name], run.optimizer[name]) for name in run.optimizer)
+
+
+def test_a_checkpoint_of_plain_torch_continues_under_zero_3(plain, ranks):
+    ranks("build", 3)
+    ranks("load", *plain.interrupted)
+    ranks("train", range(INTERRUPTED_AFTER, STEPS))
+    adapter, optimizer = ranks("state")
+    assert_close(adapter, plain.adapter)
+    assert_close(optimizer, plain.optimizer)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_reference_is_the_base_model_after_training_too(stage, ranks):
+    module = policy()
+    expected = reference_output(TorchEngine(module, config(0)), module)
+    ranks("build", stage)
+    ranks("train", range(1))
+    torch.testing.assert_close(ranks("reference_output"), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_metrics_are_reduced_over_ranks(ranks, request):
+    ranks("build", 0)
+    size = request.node.callspec.params["ranks"]
+    assert ranks("reduce") == [[sum(range(1, size + 1)), -sum(range(size))], [size, 0]]

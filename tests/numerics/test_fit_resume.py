@@ -1,0 +1,39 @@
+"""A fit that is saved and continued from the file is the uninterrupted fit, bit for bit."""
+
+from pathlib import Path
+
+import torch
+
+from dina_rl.backbones.registry import open_backbone
+from dina_rl.checkpoint import load_tensors, save_tensors
+from dina_rl.config import FitConfig
+from dina_rl.reward.fit import RewardFit, fit
+from dina_rl.reward.model import LatentRewardModel
+from tests.tiny_reward import TINY_REWARD, pair_batch
+
+CONFIG = FitConfig(steps=8, batch_size=4, learning_rate=1e-3, warmup_steps=2, decay_start=0.5, ema_decay=0.9)
+
+
+def test_resumed_fit_equals_uninterrupted(tiny_pipeline: Path, tmp_path: Path) -> None:
+    backbone = open_backbone(tiny_pipeline, max_sequence_length=8)
+    encoder = backbone.load_text_encoder()
+
+    def fresh(seed: int) -> RewardFit:
+        return RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=seed), CONFIG)
+
+    def run(progress: RewardFit, stop: int) -> list[float]:
+        batches = (pair_batch(4, step) for step in range(progress.step, stop))
+        return [report.loss for report in fit(progress, batches, encoder, seed=1)]
+
+    whole = fresh(0)
+    losses = run(whole, 8)
+    first = fresh(0)
+    losses_before = run(first, 5)
+    save_tensors(tmp_path / "state.safetensors", first.state())
+    resumed = fresh(9)  # other initial weights: everything that matters must come from the file
+    resumed.load_state(load_tensors(tmp_path / "state.safetensors"))
+    assert losses_before + run(resumed, 8) == losses
+    expected, actual = whole.state(), resumed.state()
+    assert set(expected) == set(actual)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name

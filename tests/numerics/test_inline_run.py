@@ -1,0 +1,121 @@
+"""The in-process run: what it records, and that a resumed run is the uninterrupted one, bit for bit."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dina_rl.alignment.inline import InlineExperience, InlineLearner
+from dina_rl.alignment.loop import ScoredGroup, align
+from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.record import Recorder
+from dina_rl.checkpoint import load_tensors
+from jobs.align import adapter_exporter
+from tests.tiny_run import tiny_run
+
+
+def perform(run, experience=None):
+    """Run the loop in this process; returns its recorder."""
+    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    align(run, load_prompts(run.prompts), experience or InlineExperience(run), InlineLearner(run), recorder)
+    return recorder
+
+
+def adapter_of(run):
+    return load_tensors(run.run_dir / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_pipeline, tiny_reward):
+    run = tiny_run(tmp_path_factory.mktemp("whole"), tiny_pipeline, tiny_reward)
+    return run, perform(run)
+
+
+def test_everything_a_user_looks_for_is_there(finished, tiny_pipeline):
+    run, recorder = finished
+    for name in ("curves.png", "samples.png", "history.jsonl", "measurements/base.json"):
+        assert (run.run_dir / name).stat().st_size > 0
+    assert [point["step"] for point in recorder.points()] == [0, 2, 3]
+    assert set(recorder.table("base")) == {1.0, 2.0}
+    events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
+    assert {"golden/dev", "proxy/dev", "gain/golden", "gain/proxy", "update/ratio_mean"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert "samples/dev" in events.Tags()["images"]
+    assert [event.step for event in events.Scalars("golden/dev")] == [0, 2, 3]
+    assert all(entry["first_ratio_gap"] == 0 for entry in recorder.iterations())
+    StableDiffusion3Pipeline.from_pretrained(tiny_pipeline).load_lora_weights(run.run_dir / "adapter")
+
+
+class Killed(Exception):
+    pass
+
+
+class DiesAt:
+    """A real experience that is killed when asked to roll out iteration `step`."""
+
+    def __init__(self, run, step):
+        self._inner = InlineExperience(run)
+        self._step = step
+        self.publish = self._inner.publish
+        self.measure = self._inner.measure
+
+    def collect(self, items) -> list[ScoredGroup]:
+        if items[0].step == self._step:
+            raise Killed
+        return self._inner.collect(items)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_reward, finished):
+    whole, recorder = finished
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward)
+    with pytest.raises(Killed):
+        perform(run, DiesAt(run, step=2))
+    resumed = perform(run)
+    ours, theirs = adapter_of(run), adapter_of(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert resumed.history == recorder.history
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines == recorder.history
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/reward_mean")] == [1, 2, 3]
+
+
+def test_another_seed_is_another_run(tmp_path, tiny_pipeline, tiny_reward, finished):
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, seed=1)
+    other = perform(run)
+    assert other.points()[0]["golden"] == finished[1].points()[0]["golden"], "evaluation noise is fixed"
+    assert other.iterations()[0]["reward_mean"] != finished[1].iterations()[0]["reward_mean"]
+
+
+class LosesRewards(DiesAt):
+    """A real experience whose rewards of chosen groups come back as NaN."""
+
+    def __init__(self, run, groups):
+        super().__init__(run, step=-1)
+        self._groups = groups
+
+    def collect(self, items):
+        scored = self._inner.collect(items)
+        for number in self._groups:
+            scored[number].rewards[0] = float("nan")
+        return scored
+
+
+def test_failed_rewards_drop_their_group_and_too_many_stop_the_run(tmp_path, tiny_pipeline, tiny_reward):
+    run = tiny_run(tmp_path / "few", tiny_pipeline, tiny_reward, steps=1, rollout={"max_failed": 0.25})
+    recorder = perform(run, LosesRewards(run, [1]))
+    assert recorder.iterations()[0]["groups_failed"] == 1
+    run = tiny_run(tmp_path / "many", tiny_pipeline, tiny_reward, steps=1, rollout={"max_failed": 0.25})
+    with pytest.raises(RuntimeError, match="2 of 4 groups have a reward that is not finite"):
+        perform(run, LosesRewards(run, [1, 2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_ratio_is_one_on_a_gpu(tmp_path, tiny_pipeline, tiny_reward, dtype):
+    """Rollout and learner use the same forward geometry, so not even bf16 kernels may tell them apart."""
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, steps=1, pipeline={"dtype": dtype})
+    assert perform(run).iterations()[0]["first_ratio_gap"] == 0

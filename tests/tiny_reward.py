@@ -1,0 +1,73 @@
+"""A small DiNa-LRM and small preference data for tests: the real classes on the miniature SD3.5 with random weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dina_rl.backbones.base import Backbone
+from dina_rl.config import LoRAConfig, RewardModelConfig
+from dina_rl.data.pairs import PairBatch
+from dina_rl.reward.model import LatentRewardModel
+from dina_rl.seeding import generator, normal
+
+LATENT_SHAPE = (16, 8, 8)
+PROMPTS = ("a small red circle on blue", "a large green cross on white", "a small black ring on cyan")
+TINY_REWARD = RewardModelConfig(taps=(1, 3), num_heads=4, lora=LoRAConfig(rank=4, alpha=8))
+
+
+def stirred_model(backbone: Backbone, config: RewardModelConfig = TINY_REWARD) -> LatentRewardModel:
+    """A reward model whose zero-initialised parts (LoRA's B, FiLM, gates) are random too, so that all of it matters."""
+    model = LatentRewardModel(backbone, config, seed=0)
+    source = generator("stirred")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=source)
+    return model
+
+
+def latents(count: int, *key: int | str) -> torch.Tensor:
+    """Standard normal latents [count, 16, 8, 8]."""
+    return normal((count, *LATENT_SHAPE), "latents", *key)
+
+
+def pair_batch(count: int, step: int) -> PairBatch:
+    """Pairs that can be learned: the chosen latent is the brighter one in its first channel."""
+    chosen, rejected = latents(count, "chosen", step), latents(count, "rejected", step)
+    chosen[:, 0] += 0.5
+    return PairBatch(
+        pair_ids=torch.arange(count) + 100 * step,
+        chosen=chosen,
+        rejected=rejected,
+        prompts=tuple(PROMPTS[index % len(PROMPTS)] for index in range(count)),
+    )
+
+
+def write_preferences(directory: Path, *, train: int, test: int) -> None:
+    """A preference set as HPDv3 writes it, `train` and `test` pairs of 32x32 noise; the preferred image is brighter."""
+    (directory / "images").mkdir(parents=True)
+    golden = {}
+    for split, count in (("train", train), ("test", test)):
+        records = []
+        for index in range(count):
+            paths = [f"images/{split}-{index}-{side}.png" for side in ("bright", "dark")]
+            for path, low in zip(paths, (96, 0), strict=True):
+                draws = generator("image", path)
+                pixels = torch.randint(low, low + 160, (32, 32, 3), generator=draws, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(directory / path)
+                golden[path] = low / 255
+            records.append(
+                {
+                    "prompt": PROMPTS[index % len(PROMPTS)],
+                    "path1": paths[0],
+                    "path2": paths[1],
+                    "choice_dist": [9, 1] if index % 2 else None,
+                    "confidence": 0.9 if index % 2 else None,
+                    "model1": "bright",
+                    "model2": "dark",
+                }
+            )
+        (directory / f"{split}.json").write_text(json.dumps(records))
+    (directory / "golden.json").write_text(json.dumps(golden))

@@ -1,0 +1,121 @@
+"""Configuration: what the files say, what overrides change, and one clear line for every mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dina_rl.checkpoint import open_run_dir
+from dina_rl.cli import load
+from dina_rl.config import AlignRun, FitRun, LocalRun
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS = {"local": LocalRun, "shapes_reward": FitRun, "shapes_flow_grpo_fast": AlignRun}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_config_validates(file):
+    model = next(m for name, m in MODELS.items() if file.stem.startswith(name))
+    load(model, ["--config", str(file)], program="test")
+
+
+def test_overrides_reach_every_depth(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 3\nlearner: {learning_rate: 1e-4}\n")
+    run = load(
+        AlignRun,
+        ["--config", str(file), "--learner.lora.rank", "8", "--golden.guidances", "1", "2.5", "--run-dir=there",
+         "--scorer.levels", "0.3", "--resume", "--learner.no-gradient-checkpointing"],
+        program="test",
+    )  # fmt: skip
+    assert (run.seed, run.learner.learning_rate, run.learner.lora.rank) == (3, 1e-4, 8)
+    assert run.golden.guidances == (1.0, 2.5)
+    assert run.scorer.levels == (0.3,)
+    assert run.run_dir == Path("there")
+    assert run.resume
+    assert not run.learner.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learner.learning_rat", "1"], "--learner.learning_rat: unknown key; did you mean --learner.learning_rate?"),
+        (["--steps", "many"], "steps: Input should be a valid integer"),
+        (["--steps", "0"], "steps: Input should be greater than 0 (got 0)"),
+        (["--rollout.window_steps", "10"], "rollout: SDE window [0, 10) must end before the last of the 10 steps"),
+        (["--learner.micro_batch_size", "7"], "a minibatch of 576 samples does not split into"),
+        (["--learner.updates_per_step", "5"], "must divide rollout.prompts_per_step"),
+        (["--learner.zero_stage", "4"], "learner.zero_stage: Input should be less than or equal to 3"),
+        (["--learner.zero_stage", "3", "--pipeline.dtype", "bfloat16"], "learner.zero_stage 3 rounds a bfloat16"),
+        (["--workers.gpus_per_rank", "0.5"], "may put two of the 2 learner ranks on one GPU"),
+        (["--golden.guidances", "0.5"], "golden.guidances.0: Input should be greater than or equal to 1"),
+        (["--scorer.levels", "1.0"], "scorer.levels.0: Input should be less than 1"),
+        (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["stray"], "unexpected word 'stray'"),
+    ],
+)
+def test_mistakes_end_with_one_clear_line_and_exit_code_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(AlignRun, argv, program="test")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_unknown_keys_in_a_file_are_all_reported(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("stepz: 1\nlearner: {lr: 1}\n")
+    with pytest.raises(SystemExit):
+        load(AlignRun, ["--config", str(file)], program="test")
+    assert capsys.readouterr().err == "error: learner.lr: unknown key\nerror: stepz: unknown key\n"
+
+
+def test_help_lists_every_key_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(LocalRun, ["--help"], program="python -m dina_rl.local")
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for key in ("--learner.lora.rank", "--reward.thurstone.sigma-u", "--world.train-groups", "--run-dir"):
+        assert key in text
+
+
+def test_every_field_is_documented():
+    def undocumented(model, prefix=""):
+        from dina_rl.cli import section_of
+
+        for name, field in model.model_fields.items():
+            section = section_of(field.annotation)
+            if section is None and not field.description:
+                yield prefix + name
+            elif section is not None:
+                yield from undocumented(section, f"{prefix}{name}.")
+
+    assert list(undocumented(LocalRun)) + list(undocumented(FitRun)) == []
+
+
+def test_run_directories_are_never_silently_reused(tmp_path):
+    run = AlignRun(run_dir=tmp_path / "run")
+    directory = open_run_dir(run, run.run_dir, resume=False)
+    assert yaml.safe_load((directory / "config.yaml").read_text())["learner"]["learning_rate"] == 3e-5
+    assert "torch" in (directory / "versions.json").read_text()
+    with pytest.raises(ValueError, match="add --resume"):
+        open_run_dir(run, run.run_dir, resume=False)
+    open_run_dir(run, run.run_dir, resume=True)
+    with pytest.raises(ValueError, match="other values of: seed"):
+        open_run_dir(run.model_copy(update={"seed": 1}), run.run_dir, resume=True)
+    fewer = run.model_copy(update={"workers": run.workers.model_copy(update={"rollout_workers": 5})})
+    open_run_dir(fewer, run.run_dir, resume=True, may_change=("workers",))
+
+
+def test_a_foreign_directory_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        open_run_dir(AlignRun(), tmp_path, resume=False)
+
+
+def test_the_reference_is_generated_from_the_schema():
+    from dina_rl.reference import reference
+
+    assert (CONFIGS / "REFERENCE.md").read_text() == reference(), "python -m dina_rl.reference > configs/REFERENCE.md"
