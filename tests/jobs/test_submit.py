@@ -18,14 +18,16 @@ from dina_rl.runtime import open_pipeline
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
-PORT, DASHBOARD = 26379, 28265  # outside of 10002 to 19999, where Ray puts its workers
+# Outside of 10002 to 19999, where Ray puts its workers. The agent has a port of its own: every Ray on a machine wants
+# the same one, and a cluster whose agent did not get it takes no jobs.
+PORT, DASHBOARD, AGENT = 26379, 28265, 28266
 SUBMIT = "-- python -m jobs.align --config configs/shapes_flow_grpo_fast.yaml"
 SHORT = (
     "--steps 1 --golden.dev-samples 8 --golden.test-samples 8 --golden.guidances 2 --golden.aligned-guidances 2 "
     "--rollout.prompts-per-step 2 --rollout.group-size 4 --rollout.num-steps 4 --learner.micro-batch-size 2"
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
@@ -52,7 +54,8 @@ def cluster(home):
     subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, timeout=60, capture_output=True)
     scratch = tempfile.mkdtemp(prefix="ray-")  # Ray's socket paths must stay short
     start = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={PORT}", "--num-cpus=4"]
-    start += [f"--dashboard-port={DASHBOARD}", f"--temp-dir={scratch}", "--object-store-memory=200000000"]
+    start += [f"--dashboard-port={DASHBOARD}", f"--dashboard-agent-listen-port={AGENT}"]
+    start += [f"--temp-dir={scratch}", "--object-store-memory=200000000"]
     log = home / "head.log"
     with log.open("w") as output:
         head = subprocess.Popen(start, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -66,12 +69,12 @@ def cluster(home):
 
 
 def wait_for_dashboard(environment, head, log):
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240  # a loaded machine takes its time
     # A job, not a look at the list: the server answers before it has an agent that can start one.
     command = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{DASHBOARD}", "--", "true"]
-    while subprocess.run(command, env=environment, timeout=60, capture_output=True).returncode:
+    while (tried := subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)).returncode:
         assert head.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, f"the cluster's job server did not come up: {log.read_text()}"
+        assert time.monotonic() < deadline, f"no job server: {tried.stderr[-2000:]}\n{log.read_text()}"
         time.sleep(1)
 
 
