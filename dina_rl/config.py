@@ -171,6 +171,20 @@ class RewardScorerConfig(Section):
     """directory that fit_reward wrote"""
     levels: NoiseLevels = (0.4,)
     """one level: Eq. 12; several: the noise ensemble of Eq. 13, concatenated inside the head"""
+    noise: Literal["shared", "independent"] = "shared"
+    """the scorer's noise is one draw for a whole group (common random numbers), or one for each sample"""
+    draws: Positive = 1
+    """noise draws whose scores are averaged"""
+    uncertainty_weight: Annotated[float, Field(ge=0)] = 0.0
+    """weight of the standard deviation over the draws, subtracted from their mean"""
+
+    @model_validator(mode="after")
+    def _uncertainty_has_draws(self) -> Self:
+        if self.uncertainty_weight and self.draws < 2:
+            raise ValueError(
+                f"uncertainty_weight {self.uncertainty_weight:g} needs a spread: draws is {self.draws}, use 2 or more"
+            )
+        return self
 
     @property
     def location(self) -> Path:
@@ -194,13 +208,15 @@ class RolloutConfig(Section):
     num_steps: Annotated[int, Field(ge=2)] = 10
     """denoising steps"""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
-    """classifier-free guidance of the rollout; log-probabilities are always those of the unguided velocity"""
+    """classifier-free guidance of the rollout; see grpo.guidance_in_loss for the log-probabilities"""
     dynamics: Literal["flow_sde", "dance", "cps"] = "flow_sde"
     """stochastic step of the window; see dina_rl/flow/sde.py"""
     noise_level: Annotated[float, Field(ge=0)] = 0.7
     """a of the dynamics: usually 0.7 for flow_sde, 0.8 for cps, 0.2 to 0.3 for dance"""
     window_start: NonNegative = 0
     """first SDE step"""
+    window_range: tuple[NonNegative, NonNegative] | None = None
+    """draw each iteration's window within these steps [first, end) instead of starting it at window_start"""
     window_steps: Positive = 3
     """number of SDE steps, the ones that are trained"""
     prompts_per_step: Positive = 32
@@ -219,6 +235,13 @@ class RolloutConfig(Section):
                 f"SDE window [{self.window_start}, {self.window_start + self.window_steps}) must end before the last "
                 f"of the {self.num_steps} steps: at sigma_next = 0 a log-probability is undefined"
             )
+        if self.window_range is not None:
+            first, end = self.window_range
+            if end - first < self.window_steps or end >= self.num_steps:
+                raise ValueError(
+                    f"window_range [{first}, {end}) must hold window_steps ({self.window_steps}) and end before the "
+                    f"last of the {self.num_steps} steps"
+                )
         if self.dynamics == "cps" and self.noise_level >= 1:
             raise ValueError(
                 f"noise_level {self.noise_level} with dynamics cps: it is an angle in (0, 1) of a quarter turn"
@@ -239,6 +262,15 @@ class GRPOConfig(Section):
     """bound on |ratio - 1| of the mean log-probability per latent dimension"""
     kl_weight: Annotated[float, Field(ge=0)] = 0.01
     """weight of the KL to the adapter-off reference"""
+    guard: bool = False
+    """GRPO-Guard's regulated clipping: ratios normalised per step and freed of their bias (flow_sde and dance)"""
+    guidance_in_loss: bool = False
+    """log-probabilities of the guided velocity, at a second forward, instead of the conditional one's"""
+    old_log_probs: Literal["auto", "rollout", "recompute"] = "auto"
+    """whose old log-probabilities: the rollout's, or recomputed by the learner at its own forward geometry before the
+    first update; auto recomputes below float32 and for the guard, which needs the old means too"""
+    ratio_gate: Literal["warn", "strict"] = "warn"
+    """what to do when |ratio - 1| before any update exceeds clip_range: say so once, or stop before the update"""
 
 
 class LearnerConfig(Section):
@@ -252,7 +284,9 @@ class LearnerConfig(Section):
     max_grad_norm: Rate = 1.0
     """gradient norm clip"""
     updates_per_step: Positive = 1
-    """optimizer updates per iteration: the groups are split into so many minibatches"""
+    """minibatches per iteration, of whole groups, one optimizer update each"""
+    epochs: Positive = 1
+    """passes over an iteration's minibatches, in fresh order"""
     micro_batch_size: Positive = 18
     """samples per forward of one rank"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -354,6 +388,12 @@ class AlignRun(_Run):
                 f"learner.updates_per_step ({learner.updates_per_step}) must divide rollout.prompts_per_step "
                 f"({rollout.prompts_per_step}): every minibatch holds whole groups"
             )
+        if self.grpo.guard and rollout.dynamics == "cps":
+            raise ValueError("grpo.guard normalises ratios of an SDE's steps; rollout.dynamics cps is not one")
+        if self.grpo.guard and self.grpo.old_log_probs == "rollout":
+            raise ValueError("grpo.guard needs the old means: set grpo.old_log_probs to auto or recompute")
+        if self.grpo.guidance_in_loss and rollout.guidance_scale == 1:
+            raise ValueError("grpo.guidance_in_loss without guidance: rollout.guidance_scale is 1")
         if learner.engine == "torch" and self.workers.learner_ranks > 1:
             raise ValueError(
                 f"learner.engine torch runs on one rank, workers.learner_ranks is {self.workers.learner_ranks}; "
@@ -377,6 +417,13 @@ class AlignRun(_Run):
                 f"({learner.micro_batch_size}) x workers.learner_ranks ({self.workers.learner_ranks})"
             )
         return self
+
+    @property
+    def recomputes_old_log_probs(self) -> bool:
+        """Whether the learner recomputes old log-probabilities; see `GRPOConfig.old_log_probs`."""
+        if self.grpo.old_log_probs == "auto":
+            return self.grpo.guard or self.pipeline.dtype != "float32"
+        return self.grpo.old_log_probs == "recompute"
 
 
 class WorldConfig(Section):

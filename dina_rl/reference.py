@@ -1,7 +1,8 @@
 """The configuration reference, generated from the schema: `python -m dina_rl.reference > configs/REFERENCE.md`."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -43,6 +44,10 @@ def _kind(annotation: object) -> str:
     """A readable type: choices as `a, b`, tuples as `list of float`."""
     if get_origin(annotation) is Literal:
         return ", ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is Union or isinstance(annotation, UnionType):
+        return " or ".join(_kind(choice) for choice in get_args(annotation))
+    if annotation is NoneType:
+        return "None"
     if get_origin(annotation) is tuple:
         inner = get_args(annotation)[0]
         return f"list of {_kind(get_args(inner)[0] if get_origin(inner) is Annotated else inner)}"

@@ -75,6 +75,8 @@ class Trajectory:
     log_probs: torch.Tensor  # [W, G]
     latents: torch.Tensor  # [G, C, H, W] the finished samples x0
     prompt: PromptEmbeds  # one row
+    guidance_scale: float
+    negative: PromptEmbeds | None  # one row, the empty prompt, where the loss is guided too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

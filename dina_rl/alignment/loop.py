@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from dina_rl.alignment.advantage import group_advantages
+from dina_rl.alignment.flow_grpo import ratio_gate
 from dina_rl.alignment.golden import EvaluationItem, Measurement, evaluation_items
 from dina_rl.alignment.record import Recorder
 from dina_rl.config import AlignRun
@@ -94,6 +95,8 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
             kept = advantages.kept.nonzero().flatten().tolist()
             handles = [groups[i].handle for i in kept]
             metrics = learner.update(step, handles, advantages.values[kept]) if handles else {"updates": 0}
+        if handles:
+            recorder.warn(ratio_gate(run.grpo.clip_range, metrics["first_ratio_gap"], metrics["log_prob_noise_floor"]))
         with recorder.timed("publish"):
             experience.publish(learner.policy())
         recorder.iteration(step, scores, advantages, metrics)

@@ -53,6 +53,7 @@ class Recorder:
         self._bar: tqdm | None = None
         self._writer: SummaryWriter | None = None
         self._marks: dict[str, float] = {}
+        self._warned = False
 
     @property
     def finished(self) -> bool:
@@ -105,6 +106,13 @@ class Recorder:
         """`steps` with a progress bar."""
         self._bar = tqdm(steps, desc="align", unit="it", initial=steps.start, total=steps.stop, dynamic_ncols=True)
         return self._bar
+
+    def warn(self, message: str | None) -> None:
+        """Say `message`, if there is one, the first time: on the terminal and in TensorBoard."""
+        if message is not None and not self._warned:
+            self._warned = True
+            tqdm.write(f"  warning: {message}")
+            self._writer.add_text("warnings", message)
 
     def base(self, measurements: Sequence[Measurement]) -> None:
         """The unaligned model on the test prompts, one measurement per guidance scale."""

@@ -9,7 +9,7 @@ from dina_rl.backbones.lora import add_lora, load_lora_state
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import Denoised, denoise
 from dina_rl.runtime import open_pipeline
-from dina_rl.seeding import normal
+from dina_rl.seeding import generator, normal
 from dina_rl.types import AdapterState, PromptEmbeds, Trajectory, WorkItem
 
 
@@ -53,9 +53,10 @@ class RolloutWorker:
         rows = self._text([item.prompt for item in items])
         sizes = [item.group_size for item in items]
         prompt = PromptEmbeds.cat([rows.select(slice(i, i + 1)).repeat(size) for i, size in enumerate(sizes)])
-        result = self._denoise(
-            noise[0], prompt, run.guidance_scale, window_start=run.window_start, window_noise=noise[1:]
-        )
+        start = window_start(self._run, items[0].step)
+        assert len({item.step for item in items}) == 1, "groups of one call share their window"
+        result = self._denoise(noise[0], prompt, run.guidance_scale, window_start=start, window_noise=noise[1:])
+        negative = self._text([""]).to("cpu") if self._run.grpo.guidance_in_loss else None
         trajectories, first = [], 0
         for i, item in enumerate(items):
             group = slice(first, first + item.group_size)
@@ -65,13 +66,15 @@ class RolloutWorker:
                     item=item,
                     policy_version=self._version,
                     sigmas=self._sigmas,
-                    window_start=run.window_start,
+                    window_start=start,
                     dynamics=run.dynamics,
                     noise_level=run.noise_level,
                     states=result.states[:, group].cpu().clone(),  # a view would be sent with its whole batch
                     log_probs=result.log_probs[:, group].cpu().clone(),
                     latents=result.latents[group].cpu().clone(),
                     prompt=rows.select(slice(i, i + 1)).to("cpu"),
+                    guidance_scale=run.guidance_scale,
+                    negative=negative,
                 )
             )
         return trajectories
@@ -120,4 +123,19 @@ class RolloutWorker:
             dynamics=self._run.rollout.dynamics,
             noise_level=self._run.rollout.noise_level,
             window_noise=None if window_noise is None else window_noise.to(device),
+            guided_density=self._run.grpo.guidance_in_loss,
         )
+
+
+def window_start(run: AlignRun, step: int) -> int:
+    """First SDE step of iteration `step`: fixed, or drawn within `rollout.window_range`.
+
+    One window for all groups of an iteration: different windows inside a group would compare rewards of different
+    amounts of exploration, and one schedule per minibatch keeps its forwards whole.
+    """
+    rollout = run.rollout
+    if rollout.window_range is None:
+        return rollout.window_start
+    first, end = rollout.window_range
+    choices = end - first - rollout.window_steps + 1
+    return first + int(torch.randint(choices, (), generator=generator(run.seed, "window", step)))

@@ -13,7 +13,7 @@ from dina_rl.types import PromptEmbeds, Trajectory
 
 
 class ScoringWorker:
-    """DiNa-LRM as a scorer: Eq. 12 at one noise level or Eq. 13 at several, fixed by seed per sample."""
+    """DiNa-LRM as a scorer: Eq. 12 at one noise level or Eq. 13 at several, at noise that is fixed by seed."""
 
     def __init__(self, run: AlignRun) -> None:
         self._run = run
@@ -21,28 +21,48 @@ class ScoringWorker:
         self._reward = load_reward(run.scorer.location, open_pipeline(run.pipeline))
 
     def score(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-        """Rewards [groups, G] of equally large groups, in one forward. A failed score stays NaN or infinite."""
-        noise = [
-            normal(group.latents.shape[1:], self._run.seed, "reward", group.item.step, group.item.prompt_id, sample)
-            for group in trajectories
-            for sample in range(len(group.latents))
-        ]
+        """Rewards [groups, G] of equally large groups, in one forward per draw. A failed score stays NaN or infinite.
+
+        With `scorer.noise` shared, the samples of a group meet the same noise: what it adds to all of them the centred
+        reward does not see.
+        """
+        noise = [draw for group in trajectories for draw in self._group_noise(group)]
         latents = torch.cat([group.latents for group in trajectories])
         prompt = PromptEmbeds.cat([group.prompt.repeat(len(group.latents)) for group in trajectories])
-        return self._score(latents, prompt, torch.stack(noise)).view(len(trajectories), -1)
+        return self._score(latents, prompt, noise).view(len(trajectories), -1)
 
     def score_evaluation(self, samples: EvaluationSamples) -> torch.Tensor:
         """Proxy scores [B] of evaluation samples, at noise that depends on (split, prompt, sample) alone."""
         item = samples.item
         noise = [
-            normal(samples.latents.shape[1:], "evaluation-reward", item.split, prompt_id, sample_id)
+            self._noise(samples.latents, "evaluation-reward", item.split, prompt_id, sample_id)
             for prompt_id, sample_id in zip(item.prompt_ids, item.sample_ids, strict=True)
         ]
-        return self._score(samples.latents, samples.prompt, torch.stack(noise))
+        return self._score(samples.latents, samples.prompt, noise)
+
+    def _group_noise(self, group: Trajectory) -> list[torch.Tensor]:
+        key = self._run.seed, "reward", group.item.step, group.item.prompt_id
+        count = len(group.latents)
+        if self._run.scorer.noise == "shared":
+            return [self._noise(group.latents, *key)] * count
+        return [self._noise(group.latents, *key, sample) for sample in range(count)]
+
+    def _noise(self, latents: torch.Tensor, *key: int | str) -> torch.Tensor:
+        """One sample's noise [draws, C, H, W]."""
+        return normal((self._run.scorer.draws, *latents.shape[1:]), *key)
 
     @torch.no_grad()
-    def _score(self, latents: torch.Tensor, prompt: PromptEmbeds, noise: torch.Tensor) -> torch.Tensor:
-        scores = self._reward.score_clean(
-            latents.to(self._device), prompt.to(self._device), self._run.scorer.levels, noise.to(self._device)
-        )
-        return scores.float().cpu()
+    def _score(self, latents: torch.Tensor, prompt: PromptEmbeds, noise: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Scores [B] of latents [B, C, H, W] at B x [draws, C, H, W] noise."""
+        latents, prompt = latents.to(self._device), prompt.to(self._device)
+        levels = self._run.scorer.levels
+        draws = [
+            self._reward.score_clean(latents, prompt, levels, draw.to(self._device)).float().cpu()
+            for draw in torch.stack(list(noise), 1)
+        ]
+        return cautious_mean(torch.stack(draws), self._run.scorer.uncertainty_weight)
+
+
+def cautious_mean(draws: torch.Tensor, uncertainty_weight: float) -> torch.Tensor:
+    """Mean minus weighted standard deviation (population) of scores [draws, B] over the draws: [B]."""
+    return draws.mean(0) - uncertainty_weight * draws.std(0, correction=0)

@@ -31,14 +31,16 @@ def denoise(
     dynamics: Dynamics = "flow_sde",
     noise_level: float = 0.0,
     window_noise: torch.Tensor | None = None,
+    guided_density: bool = False,
 ) -> Denoised:
     """Denoise `latents` [B, C, H, W] at sigma 1 along `sigmas` [N + 1].
 
     Steps `window_start` to `window_start + W - 1` are stochastic steps of `dynamics` driven by `window_noise`
     [W, B, C, H, W]; the others are ODE steps. With guidance (scale > 1, `unconditional` given) the sampler follows
-    v_uncond + scale (v_cond - v_uncond), while log-probabilities are those of the *conditional* velocity's step: the
-    trained policy is the unguided one, seen on guided trajectories. That is an approximation (the samples do not come
-    from the trained policy's own law) that keeps the training forward single and the first ratio exactly 1.
+    v_uncond + scale (v_cond - v_uncond). Log-probabilities are those of the velocity that is followed if
+    `guided_density`. Otherwise they are those of the *conditional* velocity's step: the trained policy is the unguided
+    one, seen on guided trajectories, an approximation (the samples do not come from the trained policy's own law) that
+    keeps the training forward single. The first ratio is exactly 1 either way.
 
     Conditional and unconditional velocities are two forwards of the batch rather than one of the doubled batch, so that
     the conditional one has the very geometry of the learner's forward and need not be repeated for the log-probability.
@@ -49,13 +51,13 @@ def denoise(
         sigma = sigmas[step].expand(len(latents))
         velocity = followed = conditional(latents, sigma)
         if unconditional is not None and guidance_scale != 1:
-            base = unconditional(latents, sigma)
-            followed = base + guidance_scale * (velocity - base)
+            followed = guided(velocity, unconditional(latents, sigma), guidance_scale)
         if window_start <= step < window_start + window:
             law = step_law(dynamics, sigmas, step, noise_level)
             states.append(latents)
             latents = law.mean(latents, followed) + law.std * window_noise[step - window_start]
-            log_probs.append(replay_step(law, states[-1], latents, velocity)[0])
+            density = followed if guided_density else velocity
+            log_probs.append(replay_step(law, states[-1], latents, density)[0])
         else:
             if step == window_start + window:
                 states.append(latents)
@@ -65,6 +67,11 @@ def denoise(
         log_probs=torch.stack(log_probs) if window else latents.new_empty(0),
         latents=latents,
     )
+
+
+def guided(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance of two velocities; sampling and replay must compute it alike, to the last bit."""
+    return unconditional + scale * (conditional - unconditional)
 
 
 def replay_step(

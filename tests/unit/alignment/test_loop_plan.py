@@ -50,6 +50,8 @@ def group(prompt_id: int, size: int) -> TrainingGroup:
             log_probs=values.view(1, size),
             latents=values.view(size, 1, 1, 1),
             prompt=PromptEmbeds(embeds=torch.full((1, 2, 3), float(prompt_id)), pooled=torch.zeros(1, 3)),
+            guidance_scale=1.0,
+            negative=None,
         ),
         advantages=values,
     )
