@@ -9,7 +9,7 @@ from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
-from dina_rl.types import AdapterState, TrainingGroup, Trajectory
+from dina_rl.types import AdapterState, StoppedGroup, TrainingGroup, Trajectory
 
 
 class LearnerActor(GangMember):
@@ -32,11 +32,22 @@ class LearnerActor(GangMember):
         self._learner = PolicyLearner(self._run, lambda policy: DeepSpeedEngine(policy, self._run.learner))
 
     def update(
-        self, step: int, picks: Sequence[tuple[int, int]], advantages: torch.Tensor, *calls: list[Trajectory]
+        self,
+        step: int,
+        picks: Sequence[tuple[int, int]],
+        advantages: torch.Tensor,
+        *calls: list[Trajectory] | list[StoppedGroup] | torch.Tensor | None,
     ) -> dict[str, float]:
-        """Train on trajectories `calls[i][j]` for (i, j) in `picks`, with `advantages` [picks, G]."""
+        """Train on rollouts `calls[2 i][j]` for (i, j) in `picks`, with `advantages` [picks, G].
+
+        `calls[2 i + 1]` holds the reward's gradients of call i [groups, G, C, H, W], or is None.
+        """
         groups = [
-            TrainingGroup(trajectory=calls[call][number], advantages=row)
+            TrainingGroup(
+                trajectory=calls[2 * call][number],
+                advantages=row,
+                reward_gradient=None if calls[2 * call + 1] is None else calls[2 * call + 1][number],
+            )
             for (call, number), row in zip(picks, advantages, strict=True)
         ]
         return self._learner.update(step, groups)

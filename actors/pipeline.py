@@ -8,7 +8,7 @@
            +------ trajectory refs -------|-----------+
                                           +--> rewards [G] to the driver, who makes advantages of them
 
-Trajectories stay in the store of the node that made them; the driver passes references on.
+Trajectories, and ReFL's reward gradients, stay in the store of the node that made them; the driver passes references.
 """
 
 import logging
@@ -41,9 +41,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteTrajectory:
-    """Trajectory number `number` of the list that a rollout call returned."""
+    """Rollout number `number` of the list that a call returned, and where the reward's gradients of that call are."""
 
     call: ray.ObjectRef
+    gradients: ray.ObjectRef | None
     number: int
 
 
@@ -53,6 +54,7 @@ class RayExperience:
     def __init__(self, run: AlignRun) -> None:
         workers = run.workers
         self._groups_per_call = run.rollout.groups_per_call
+        self._with_gradient = run.wants_reward_gradients
         self._timeout_s = workers.call_timeout_s
         self.rollouts = _pool("rollout workers", RolloutActor, run, workers.rollout_workers, workers.gpus_per_rollout)
         self.scorers = _pool("scorers", ScorerActor, run, workers.scorers, workers.gpus_per_scorer)
@@ -64,13 +66,21 @@ class RayExperience:
 
     def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[RemoteTrajectory]]:
         calls = in_calls(items, self._groups_per_call)
-        results = self._sample_and_score(
-            calls,
-            lambda actor, call: actor.rollout.remote(call),
-            lambda actor, trajectories: actor.score.remote(trajectories),
-        )
+        gradients: dict[ray.ObjectRef, ray.ObjectRef] = {}  # rollout -> the gradients of its rewards
+
+        def score(actor: ActorHandle, sampled: ray.ObjectRef) -> ray.ObjectRef:
+            if not self._with_gradient:
+                return actor.score.remote(sampled)
+            # Two results, so that the gradients can stay where they are while the driver looks at the rewards.
+            rewards, gradients[sampled] = actor.score_with_gradient.options(num_returns=2).remote(sampled)
+            return rewards
+
+        results = self._sample_and_score(calls, lambda actor, call: actor.rollout.remote(call), score)
         return [
-            ScoredGroup(handle=RemoteTrajectory(call=ref, number=number), rewards=row)
+            ScoredGroup(
+                handle=RemoteTrajectory(call=ref, gradients=gradients.get(ref), number=number),
+                rewards=row,
+            )
             for ref, rewards in results
             for number, row in enumerate(rewards)
         ]
@@ -134,11 +144,13 @@ class RayLearner:
         self._gang: Gang | None = self._build()  # None between a loss and the next call
 
     def update(self, step: int, handles: Sequence[RemoteTrajectory], advantages: torch.Tensor) -> dict[str, float]:
-        calls = list(dict.fromkeys(handle.call for handle in handles))
-        picks = [(calls.index(handle.call), handle.number) for handle in handles]
+        calls = {handle.call: handle.gradients for handle in handles}
+        position = {call: index for index, call in enumerate(calls)}
+        picks = [(position[handle.call], handle.number) for handle in handles]
+        objects = [each for pair in calls.items() for each in pair]
 
         def update_and_keep(gang: Gang) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-            metrics = gang.call(lambda rank: rank.update.remote(step, picks, advantages, *calls))
+            metrics = gang.call(lambda rank: rank.update.remote(step, picks, advantages, *objects))
             return metrics, gang.call(lambda rank: rank.state.remote())
 
         metrics, self._state = self._survive(update_and_keep)

@@ -6,7 +6,7 @@ from dina_rl.alignment.golden import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
-from dina_rl.types import AdapterState, Trajectory, WorkItem
+from dina_rl.types import AdapterState, StoppedGroup, Trajectory, WorkItem
 
 
 class RolloutActor:
@@ -17,7 +17,7 @@ class RolloutActor:
     def load_adapter(self, adapter: AdapterState) -> int:
         return self._worker.load_adapter(adapter)
 
-    def rollout(self, items: Sequence[WorkItem]) -> list[Trajectory]:
+    def rollout(self, items: Sequence[WorkItem]) -> list[Trajectory] | list[StoppedGroup]:
         return self._worker.rollout(items)
 
     def evaluate(self, item: EvaluationItem) -> EvaluationSamples:

@@ -8,7 +8,7 @@ from dina_rl.alignment.golden import EvaluationSamples
 from dina_rl.alignment.scoring import ScoringWorker
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
-from dina_rl.types import Trajectory
+from dina_rl.types import StoppedGroup, Trajectory
 
 
 class ScorerActor:
@@ -18,6 +18,9 @@ class ScorerActor:
 
     def score(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
         return self._worker.score(trajectories)
+
+    def score_with_gradient(self, groups: Sequence[StoppedGroup]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._worker.score_with_gradient(groups)
 
     def score_evaluation(self, samples: EvaluationSamples) -> torch.Tensor:
         return self._worker.score_evaluation(samples)

@@ -208,7 +208,7 @@ class RolloutConfig(Section):
     num_steps: Annotated[int, Field(ge=2)] = 10
     """denoising steps"""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
-    """classifier-free guidance of the rollout; see grpo.guidance_in_loss for the log-probabilities"""
+    """classifier-free guidance of the rollout; see learner.guidance_in_loss for the log-probabilities"""
     dynamics: Literal["flow_sde", "dance", "cps"] = "flow_sde"
     """stochastic step of the window; see dina_rl/flow/sde.py"""
     noise_level: Annotated[float, Field(ge=0)] = 0.7
@@ -221,8 +221,8 @@ class RolloutConfig(Section):
     """number of SDE steps, the ones that are trained"""
     prompts_per_step: Positive = 32
     """prompts (groups) per iteration"""
-    group_size: Annotated[int, Field(ge=2)] = 18
-    """samples per prompt"""
+    group_size: Positive = 18
+    """samples per prompt; Flow-GRPO compares them and needs at least 2"""
     groups_per_call: Positive = 1
     """groups that one rollout actor samples and one scorer scores in one forward"""
     max_failed: Fraction = 0.1
@@ -264,13 +264,22 @@ class GRPOConfig(Section):
     """weight of the KL to the adapter-off reference"""
     guard: bool = False
     """GRPO-Guard's regulated clipping: ratios normalised per step and freed of their bias (flow_sde and dance)"""
-    guidance_in_loss: bool = False
-    """log-probabilities of the guided velocity, at a second forward, instead of the conditional one's"""
     old_log_probs: Literal["auto", "rollout", "recompute"] = "auto"
     """whose old log-probabilities: the rollout's, or recomputed by the learner at its own forward geometry before the
     first update; auto recomputes below float32 and for the guard, which needs the old means too"""
     ratio_gate: Literal["warn", "strict"] = "warn"
     """what to do when |ratio - 1| before any update exceeds clip_range: say so once, or stop before the update"""
+
+
+class ReFLConfig(Section):
+    """Reward feedback learning: the reward's gradient through one-step predictions (Eq. 18, section B.3)."""
+
+    stop_range: tuple[NonNegative, NonNegative] = (30, 39)
+    """first and last step, counted from 0, at which an iteration may stop denoising and take the gradient"""
+    reward_gradient: Literal["service", "learner"] = "service"
+    """who differentiates the reward: the scorer actors, so that the learner never holds the reward model, or it"""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """weight of the KL to the adapter-off reference, of unit-variance Gaussians around the two velocities"""
 
 
 class LearnerConfig(Section):
@@ -291,6 +300,8 @@ class LearnerConfig(Section):
     """samples per forward of one rank"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """decay of the averaged adapter that is evaluated and exported, with warm-up min((1 + n) / (10 + n), decay)"""
+    guidance_in_loss: bool = False
+    """train the guided velocity, at a second forward with gradient, instead of the conditional one alone"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass"""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
@@ -366,6 +377,8 @@ class FitRun(_Run):
 class AlignRun(_Run):
     """Align the generator by Flow-GRPO(-Fast) against a fitted DiNa-LRM."""
 
+    algorithm: Literal["grpo", "refl"] = "grpo"
+    """Flow-GRPO(-Fast) or ReFL"""
     inline: bool = False
     """run the same loop in this one process, without Ray and DeepSpeed"""
     steps: Positive = 150
@@ -376,6 +389,7 @@ class AlignRun(_Run):
     scorer: RewardScorerConfig = RewardScorerConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOConfig = GRPOConfig()
+    refl: ReFLConfig = ReFLConfig()
     learner: LearnerConfig = LearnerConfig()
     golden: GoldenConfig = GoldenConfig()
     workers: WorkersConfig = WorkersConfig()
@@ -388,12 +402,25 @@ class AlignRun(_Run):
                 f"learner.updates_per_step ({learner.updates_per_step}) must divide rollout.prompts_per_step "
                 f"({rollout.prompts_per_step}): every minibatch holds whole groups"
             )
+        if self.algorithm == "grpo" and rollout.group_size < 2:
+            raise ValueError("rollout.group_size 1 leaves nothing to compare: Flow-GRPO needs 2 or more")
+        if self.algorithm == "refl":
+            first, last = self.refl.stop_range
+            if not first <= last < rollout.num_steps:
+                raise ValueError(
+                    f"refl.stop_range [{first}, {last}] must ascend and lie within the {rollout.num_steps} steps"
+                )
+            if self.refl.reward_gradient == "service" and learner.updates_per_step * learner.epochs > 1:
+                raise ValueError(
+                    "refl.reward_gradient service gives the gradient at the rollout's predictions, which hold for one "
+                    f"update: learner.updates_per_step x learner.epochs is {learner.updates_per_step * learner.epochs}"
+                )
         if self.grpo.guard and rollout.dynamics == "cps":
             raise ValueError("grpo.guard normalises ratios of an SDE's steps; rollout.dynamics cps is not one")
         if self.grpo.guard and self.grpo.old_log_probs == "rollout":
             raise ValueError("grpo.guard needs the old means: set grpo.old_log_probs to auto or recompute")
-        if self.grpo.guidance_in_loss and rollout.guidance_scale == 1:
-            raise ValueError("grpo.guidance_in_loss without guidance: rollout.guidance_scale is 1")
+        if self.learner.guidance_in_loss and rollout.guidance_scale == 1:
+            raise ValueError("learner.guidance_in_loss without guidance: rollout.guidance_scale is 1")
         if learner.engine == "torch" and self.workers.learner_ranks > 1:
             raise ValueError(
                 f"learner.engine torch runs on one rank, workers.learner_ranks is {self.workers.learner_ranks}; "
@@ -417,6 +444,11 @@ class AlignRun(_Run):
                 f"({learner.micro_batch_size}) x workers.learner_ranks ({self.workers.learner_ranks})"
             )
         return self
+
+    @property
+    def wants_reward_gradients(self) -> bool:
+        """Whether the scorers are asked for the reward's gradient too."""
+        return self.algorithm == "refl" and self.refl.reward_gradient == "service"
 
     @property
     def recomputes_old_log_probs(self) -> bool:

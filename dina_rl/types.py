@@ -80,8 +80,31 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingGroup:
-    """A scored trajectory with the advantages of its samples: the learner's input."""
+class StoppedGroup:
+    """What one group's rollout leaves behind for ReFL: where denoising stopped, and what it predicts from there."""
 
-    trajectory: Trajectory
-    advantages: torch.Tensor  # [G]
+    item: WorkItem
+    policy_version: int
+    sigma: float  # where it stopped
+    stopped: torch.Tensor  # [G, C, H, W], fp32
+    latents: torch.Tensor  # [G, C, H, W]: x0 predicted in one step, stopped - sigma * velocity
+    prompt: PromptEmbeds  # one row
+    guidance_scale: float
+    negative: PromptEmbeds | None  # one row, the empty prompt, where the loss is guided too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledGroup:
+    """A rollout with what the scorers say of it beyond its rewards."""
+
+    sampled: Trajectory | StoppedGroup
+    reward_gradient: torch.Tensor | None  # [G, C, H, W]: d reward / d latents, ReFL's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingGroup:
+    """A scored rollout with the weights of its samples: the learner's input."""
+
+    trajectory: Trajectory | StoppedGroup
+    advantages: torch.Tensor  # [G]; ones for ReFL
+    reward_gradient: torch.Tensor | None = None  # [G, C, H, W]

@@ -16,6 +16,12 @@ class Advantages:
     constant: int  # groups whose rewards are all equal: they carry no preference
 
 
+def equal_weights(rewards: torch.Tensor) -> Advantages:
+    """Weight 1 for every sample [P, G] of the groups whose rewards are finite: ReFL's, which compares nothing."""
+    kept = rewards.isfinite().all(1)
+    return Advantages(values=torch.ones_like(rewards), kept=kept, failed=int((~kept).sum()), constant=0)
+
+
 def group_advantages(
     rewards: torch.Tensor, *, std: Literal["group", "global"] = "group", clip: float = 5.0
 ) -> Advantages:

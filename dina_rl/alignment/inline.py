@@ -11,7 +11,7 @@ from dina_rl.alignment.loop import ScoredGroup
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.alignment.scoring import ScoringWorker
 from dina_rl.config import AlignRun
-from dina_rl.types import AdapterState, TrainingGroup, Trajectory, WorkItem
+from dina_rl.types import AdapterState, SampledGroup, TrainingGroup, WorkItem
 
 
 def in_calls(items: Sequence[WorkItem], groups_per_call: int) -> list[list[WorkItem]]:
@@ -22,15 +22,22 @@ def in_calls(items: Sequence[WorkItem], groups_per_call: int) -> list[list[WorkI
 class InlineExperience:
     def __init__(self, run: AlignRun) -> None:
         self._groups_per_call = run.rollout.groups_per_call
+        self._with_gradient = run.wants_reward_gradients
         self._worker = RolloutWorker(run)
         self._scorer = ScoringWorker(run)
 
-    def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[Trajectory]]:
+    def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[SampledGroup]]:
         scored = []
         for call in in_calls(items, self._groups_per_call):
-            trajectories = self._worker.rollout(call)
-            rewards = self._scorer.score(trajectories)
-            scored += [ScoredGroup(handle=t, rewards=r) for t, r in zip(trajectories, rewards, strict=True)]
+            sampled = self._worker.rollout(call)
+            if self._with_gradient:
+                rewards, gradients = self._scorer.score_with_gradient(sampled)
+            else:
+                rewards, gradients = self._scorer.score(sampled), [None] * len(sampled)
+            scored += [
+                ScoredGroup(handle=SampledGroup(sampled=group, reward_gradient=gradient), rewards=row)
+                for group, gradient, row in zip(sampled, gradients, rewards, strict=True)
+            ]
         return scored
 
     def publish(self, adapter: AdapterState) -> None:
@@ -51,6 +58,9 @@ class InlineLearner:
         self.state = self._learner.state
         self.load_state = self._learner.load_state
 
-    def update(self, step: int, handles: Sequence[Trajectory], advantages: torch.Tensor) -> dict[str, float]:
-        groups = [TrainingGroup(trajectory=t, advantages=a) for t, a in zip(handles, advantages, strict=True)]
+    def update(self, step: int, handles: Sequence[SampledGroup], advantages: torch.Tensor) -> dict[str, float]:
+        groups = [
+            TrainingGroup(trajectory=handle.sampled, advantages=row, reward_gradient=handle.reward_gradient)
+            for handle, row in zip(handles, advantages, strict=True)
+        ]
         return self._learner.update(step, groups)

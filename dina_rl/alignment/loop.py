@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from dina_rl.alignment.advantage import group_advantages
+from dina_rl.alignment.advantage import Advantages, equal_weights, group_advantages
 from dina_rl.alignment.flow_grpo import ratio_gate
 from dina_rl.alignment.golden import EvaluationItem, Measurement, evaluation_items
 from dina_rl.alignment.record import Recorder
@@ -85,7 +85,7 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
         with recorder.timed("rollout"):
             groups = experience.collect(plan(run, prompts.train, step))
             scores = torch.stack([group.rewards for group in groups])
-        advantages = group_advantages(scores, std=run.grpo.advantage_std, clip=run.grpo.advantage_clip)
+        advantages = weigh(run, scores)
         if advantages.failed > run.rollout.max_failed * len(groups):
             raise RuntimeError(
                 f"iteration {step}: {advantages.failed} of {len(groups)} groups have a reward that is not finite "
@@ -95,8 +95,8 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
             kept = advantages.kept.nonzero().flatten().tolist()
             handles = [groups[i].handle for i in kept]
             metrics = learner.update(step, handles, advantages.values[kept]) if handles else {"updates": 0}
-        if handles:
-            recorder.warn(ratio_gate(run.grpo.clip_range, metrics["first_ratio_gap"], metrics["log_prob_noise_floor"]))
+        if handles and run.algorithm == "grpo":
+            recorder.warn(ratio_gate(run.grpo.clip_range, metrics["first_ratio_gap"], metrics["first_log_prob_noise"]))
         with recorder.timed("publish"):
             experience.publish(learner.policy())
         recorder.iteration(step, scores, advantages, metrics)
@@ -115,6 +115,13 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
     with recorder.timed("measure"):
         recorder.aligned(measure_aligned(run, prompts.test, experience))
     recorder.export(learner.average())
+
+
+def weigh(run: AlignRun, rewards: torch.Tensor) -> Advantages:
+    """What each sample's reward [P, G] is worth in the update."""
+    if run.algorithm == "refl":
+        return equal_weights(rewards)
+    return group_advantages(rewards, std=run.grpo.advantage_std, clip=run.grpo.advantage_clip)
 
 
 def plan(run: AlignRun, prompts: Sequence[str], step: int) -> list[WorkItem]:

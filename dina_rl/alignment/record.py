@@ -30,7 +30,7 @@ LAYOUT = {
         ],
         "golden (held out)": ["Multiline", ["golden/dev"]],
         "proxy (optimised)": ["Multiline", ["proxy/dev", "train/reward_mean"]],
-        "policy ratio": ["Multiline", ["update/ratio_mean", "update/first_ratio_gap", "update/ratio_gap_max"]],
+        "policy ratio": ["Multiline", ["update/ratio_mean", "update/first_ratio_gap", "update/largest_ratio_gap"]],
     }
 }
 
@@ -171,7 +171,7 @@ class Recorder:
             },
         )
         self._marks.clear()
-        if advantages.kept.any():
+        if advantages.kept.any() and self.run.algorithm == "grpo":
             self._writer.add_histogram("train/advantages", advantages.values[advantages.kept], step + 1)
         self._bar.set_postfix(reward=f"{train['reward_mean']:+.3f}", kl=f"{metrics.get('kl', 0):.1e}")
 

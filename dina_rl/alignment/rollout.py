@@ -7,10 +7,10 @@ import torch
 from dina_rl.alignment.golden import EvaluationItem, EvaluationSamples, open_metric
 from dina_rl.backbones.lora import add_lora, load_lora_state
 from dina_rl.config import AlignRun
-from dina_rl.flow.sampler import Denoised, denoise
+from dina_rl.flow.sampler import Denoised, Velocity, denoise, denoise_until, guided, predict_clean
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import generator, normal
-from dina_rl.types import AdapterState, PromptEmbeds, Trajectory, WorkItem
+from dina_rl.types import AdapterState, PromptEmbeds, StoppedGroup, Trajectory, WorkItem
 
 
 class RolloutWorker:
@@ -38,8 +38,15 @@ class RolloutWorker:
         self._version = adapter.version
         return self._version
 
-    def rollout(self, items: Sequence[WorkItem]) -> list[Trajectory]:
-        """One trajectory per group, all groups in one batch. Depends on the items and the adapter alone."""
+    def rollout(self, items: Sequence[WorkItem]) -> list[Trajectory] | list[StoppedGroup]:
+        """One rollout per group, all groups in one batch. Depends on the items and the adapter alone.
+
+        All groups must belong to one iteration: they share its window or its stop step.
+        """
+        assert len({item.step for item in items}) == 1, "groups of one call belong to one iteration"
+        return self._stop(items) if self._run.algorithm == "refl" else self._trajectories(items)
+
+    def _trajectories(self, items: Sequence[WorkItem]) -> list[Trajectory]:
         run = self._run.rollout
         seed = self._run.seed
         noise = torch.stack(
@@ -50,13 +57,10 @@ class RolloutWorker:
             ],
             1,
         )
-        rows = self._text([item.prompt for item in items])
-        sizes = [item.group_size for item in items]
-        prompt = PromptEmbeds.cat([rows.select(slice(i, i + 1)).repeat(size) for i, size in enumerate(sizes)])
+        rows, prompt = self._prompts(items)
         start = window_start(self._run, items[0].step)
-        assert len({item.step for item in items}) == 1, "groups of one call share their window"
         result = self._denoise(noise[0], prompt, run.guidance_scale, window_start=start, window_noise=noise[1:])
-        negative = self._text([""]).to("cpu") if self._run.grpo.guidance_in_loss else None
+        negative = self._text([""]).to("cpu") if self._run.learner.guidance_in_loss else None
         trajectories, first = [], 0
         for i, item in enumerate(items):
             group = slice(first, first + item.group_size)
@@ -78,6 +82,60 @@ class RolloutWorker:
                 )
             )
         return trajectories
+
+    def _stop(self, items: Sequence[WorkItem]) -> list[StoppedGroup]:
+        run, learner, device = self._run.rollout, self._run.learner, self._backbone.device
+        noise = torch.stack(
+            [
+                normal(self._shape, self._run.seed, "rollout", item.step, item.prompt_id, sample)
+                for item in items
+                for sample in range(item.group_size)
+            ]
+        )
+        rows, prompt = self._prompts(items)
+        stop = stop_step(self._run, items[0].step)
+        conditional, unconditional = self._velocities(prompt, run.guidance_scale)
+        sigmas = self._sigmas.to(device)
+        stopped = denoise_until(
+            noise.to(device), sigmas, conditional, unconditional, guidance_scale=run.guidance_scale, stop=stop
+        )
+        with torch.no_grad():
+            sigma = sigmas[stop].expand(len(stopped))
+            velocity = conditional(stopped, sigma)
+            if learner.guidance_in_loss:
+                velocity = guided(velocity, unconditional(stopped, sigma), run.guidance_scale)
+        clean = predict_clean(stopped, velocity, float(self._sigmas[stop]))
+        negative = self._text([""]).to("cpu") if learner.guidance_in_loss else None
+        sizes = [item.group_size for item in items]
+        return [
+            StoppedGroup(
+                item=item,
+                policy_version=self._version,
+                sigma=float(self._sigmas[stop]),
+                stopped=before.cpu().clone(),
+                latents=after.cpu().clone(),
+                prompt=rows.select(slice(i, i + 1)).to("cpu"),
+                guidance_scale=run.guidance_scale,
+                negative=negative,
+            )
+            for i, (item, before, after) in enumerate(zip(items, stopped.split(sizes), clean.split(sizes), strict=True))
+        ]
+
+    def _prompts(self, items: Sequence[WorkItem]) -> tuple[PromptEmbeds, PromptEmbeds]:
+        """Embeddings of the groups' prompts, one row each, and one row per sample."""
+        rows = self._text([item.prompt for item in items])
+        sizes = [item.group_size for item in items]
+        return rows, PromptEmbeds.cat([rows.select(slice(i, i + 1)).repeat(size) for i, size in enumerate(sizes)])
+
+    def _velocities(self, prompt: PromptEmbeds, guidance_scale: float) -> tuple[Velocity, Velocity | None]:
+        """The current adapter's conditional velocity and, under guidance, the empty prompt's."""
+
+        def velocity_for(text: PromptEmbeds) -> Velocity:
+            return lambda latents, sigma: self._backbone.velocity(self._transformer, latents, sigma, text)
+
+        if guidance_scale == 1:
+            return velocity_for(prompt), None
+        return velocity_for(prompt), velocity_for(self._text([""]).repeat(len(prompt)))
 
     def evaluate(self, item: EvaluationItem) -> EvaluationSamples:
         """ODE samples of the current adapter at fixed noise, decoded and measured by the golden metric."""
@@ -108,23 +166,25 @@ class RolloutWorker:
         window_noise: torch.Tensor | None = None,
     ) -> Denoised:
         device = self._backbone.device
-        negative = self._text([""]).repeat(len(noise))
-
-        def velocity_for(text: PromptEmbeds):
-            return lambda latents, sigma: self._backbone.velocity(self._transformer, latents, sigma, text)
-
+        conditional, unconditional = self._velocities(prompt, guidance_scale)
         return denoise(
             noise.to(device),
             self._sigmas.to(device),
-            velocity_for(prompt),
-            velocity_for(negative) if guidance_scale != 1 else None,
+            conditional,
+            unconditional,
             guidance_scale=guidance_scale,
             window_start=window_start,
             dynamics=self._run.rollout.dynamics,
             noise_level=self._run.rollout.noise_level,
             window_noise=None if window_noise is None else window_noise.to(device),
-            guided_density=self._run.grpo.guidance_in_loss,
+            guided_density=self._run.learner.guidance_in_loss,
         )
+
+
+def stop_step(run: AlignRun, step: int) -> int:
+    """The step at which iteration `step` of ReFL stops denoising, drawn from `refl.stop_range`, ends included."""
+    first, last = run.refl.stop_range
+    return first + int(torch.randint(last - first + 1, (), generator=generator(run.seed, "stop", step)))
 
 
 def window_start(run: AlignRun, step: int) -> int:

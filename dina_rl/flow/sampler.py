@@ -69,6 +69,31 @@ def denoise(
     )
 
 
+@torch.no_grad()
+def denoise_until(
+    latents: torch.Tensor,
+    sigmas: torch.Tensor,
+    conditional: Velocity,
+    unconditional: Velocity | None,
+    *,
+    guidance_scale: float,
+    stop: int,
+) -> torch.Tensor:
+    """The latents [B, C, H, W] before step `stop` of the ODE, from `latents` at sigma 1 along `sigmas` [N + 1]."""
+    for step in range(stop):
+        sigma = sigmas[step].expand(len(latents))
+        velocity = conditional(latents, sigma)
+        if unconditional is not None and guidance_scale != 1:
+            velocity = guided(velocity, unconditional(latents, sigma), guidance_scale)
+        latents = ode_step(latents, velocity, sigmas, step)
+    return latents
+
+
+def predict_clean(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+    """x0 = x_sigma - sigma v: one step from anywhere to the end, since v = eps - x0."""
+    return latents - sigma * velocity
+
+
 def guided(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance of two velocities; sampling and replay must compute it alike, to the last bit."""
     return unconditional + scale * (conditional - unconditional)

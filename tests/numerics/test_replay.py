@@ -69,7 +69,7 @@ def test_first_update_has_ratio_exactly_one_and_changes_the_policy(run):
     before = learner.policy()
     metrics = learner.update(0, [TrainingGroup(trajectory=t, advantages=advantages) for t in trajectories])
     assert metrics["first_ratio_gap"] == 0
-    assert metrics["ratio_gap_max"] > 0, "the second minibatch sees the updated policy"
+    assert metrics["largest_ratio_gap"] > 0, "the second minibatch sees the updated policy"
     assert metrics["kl"] > 0
     after = learner.policy()
     assert after.version == 2

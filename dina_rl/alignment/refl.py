@@ -1,0 +1,121 @@
+"""ReFL: the reward's own gradient, through a one-step prediction of the clean latent (paper section B.3, Eq. 18).
+
+The gradient of -r(x0(theta)) is -(dr/dx0) (dx0/dtheta). Its first factor may come from the scorer actors, then the only
+ones to hold the reward model, or from a reward model beside the learner: the same surrogate uses either.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dina_rl.alignment.batching import deal
+from dina_rl.alignment.learner import PassLoss
+from dina_rl.alignment.policy import Policy
+from dina_rl.alignment.scoring import ScoringWorker
+from dina_rl.config import AlignRun
+from dina_rl.flow.sampler import predict_clean
+from dina_rl.types import PromptEmbeds, StoppedGroup, TrainingGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReFLBatch:
+    """The samples of one forward. Padding has weight 0."""
+
+    group: StoppedGroup  # any of the minibatch: they share sigma and guidance
+    stopped: torch.Tensor  # [M, C, H, W]
+    predicted: torch.Tensor  # [M, C, H, W] x0 as the rollout saw it
+    gradient: torch.Tensor | None  # [M, C, H, W] dr/dx0 there; None: the learner computes it
+    noise: torch.Tensor | None  # [M, draws, C, H, W] the reward's, where the learner computes the gradient
+    weights: torch.Tensor  # [M]
+    prompt: PromptEmbeds  # M rows
+
+
+def reward_surrogate(clean: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """-(dr/dx0) . x0 per sample [B]: its gradient in theta is that of -r(x0(theta)) (Eq. 18), its value means nothing.
+
+    Args:
+        clean: x0(theta) [B, C, H, W], differentiable.
+        gradient: dr/dx0 at x0 [B, C, H, W].
+    """
+    return -(clean * gradient.detach()).flatten(1).sum(1)
+
+
+def velocity_kl(velocity: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """KL of unit-variance Gaussians around two velocities [B, C, H, W], averaged over dimensions: [B].
+
+    ReFL has no stochastic step whose law could be compared; this is flow matching's own likelihood of a velocity.
+    """
+    return ((velocity - reference) ** 2).flatten(1).mean(1) / 2
+
+
+class ReFLObjective:
+    """See `learner.Objective`."""
+
+    def __init__(self, run: AlignRun, policy: Policy) -> None:
+        self._run = run
+        self._policy = policy
+        self._reward = ScoringWorker(run) if run.refl.reward_gradient == "learner" else None
+
+    def passes(self, groups: Sequence[TrainingGroup]) -> list[ReFLBatch]:
+        first = groups[0].trajectory
+        if any(group.trajectory.sigma != first.sigma for group in groups):
+            raise ValueError("samples of one minibatch were stopped at different noise levels")
+        noise = None
+        if self._reward is not None:
+            _, _, noise = self._reward.inputs([group.trajectory for group in groups])
+        engine = self._policy.engine
+        return refl_batches(groups, noise, self._run.learner.micro_batch_size, engine.rank, engine.world_size)
+
+    def terms(self, groups: Sequence[TrainingGroup]) -> int:
+        return sum(len(group.advantages) for group in groups)
+
+    def before_updates(self, minibatches: Sequence[Sequence[ReFLBatch]]) -> dict[str, float]:
+        return {}
+
+    def before_first_step(self, maxima: dict[str, float]) -> None: ...
+
+    def loss(self, each: ReFLBatch) -> PassLoss:
+        device = self._policy.device
+        weights, stopped = each.weights.to(device), each.stopped.to(device)
+        group = each.group
+        inputs = stopped, torch.tensor(group.sigma), each.prompt, group.negative, group.guidance_scale
+        velocity = self._policy.velocity(*inputs)
+        clean = predict_clean(stopped, velocity, group.sigma)
+        gradient = each.gradient
+        if gradient is None:
+            _, gradient = self._reward.gradient(clean, each.prompt, each.noise)
+        gradient = gradient.to(device)
+        loss = (reward_surrogate(clean, gradient) * weights).sum()
+        sums = {
+            "terms": weights.sum().item(),
+            "reward_gradient_norm": (gradient.flatten(1).norm(dim=1) * weights).sum().item(),
+        }
+        if self._run.refl.kl_weight:
+            divergence = (velocity_kl(velocity, self._policy.reference_velocity(*inputs)) * weights).sum()
+            loss = loss + self._run.refl.kl_weight * divergence
+            sums["kl"] = divergence.item()
+        distance = (clean.detach().cpu() - each.predicted).flatten(1).abs().amax(1) * each.weights
+        return PassLoss(loss=loss, sums=sums, maxima={"prediction_gap": distance.max().item()})
+
+
+def refl_batches(
+    groups: Sequence[TrainingGroup], noise: torch.Tensor | None, size: int, rank: int, world_size: int
+) -> list[ReFLBatch]:
+    """This rank's share of the groups' samples; `noise` [B, draws, C, H, W] of all of them or None."""
+    stopped = torch.cat([group.trajectory.stopped for group in groups])
+    predicted = torch.cat([group.trajectory.latents for group in groups])
+    gradient = None if noise is not None else torch.cat([group.reward_gradient for group in groups])
+    prompt = PromptEmbeds.cat([group.trajectory.prompt.repeat(len(group.advantages)) for group in groups])
+    return [
+        ReFLBatch(
+            group=groups[0].trajectory,
+            stopped=stopped[rows],
+            predicted=predicted[rows],
+            gradient=None if gradient is None else gradient[rows],
+            noise=None if noise is None else noise[rows],
+            weights=weights,
+            prompt=prompt.select(rows),
+        )
+        for rows, weights in deal(len(stopped), size, rank, world_size)
+    ]

@@ -1,0 +1,169 @@
+"""ReFL's gradient: from the scorers, from a reward model beside the learner, and by finite differences."""
+
+import pytest
+import torch
+
+from dina_rl.alignment.engine import TorchEngine
+from dina_rl.alignment.inline import InlineExperience, InlineLearner
+from dina_rl.alignment.learner import PolicyLearner
+from dina_rl.alignment.loop import align
+from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.record import Recorder
+from dina_rl.alignment.refl import reward_surrogate, velocity_kl
+from dina_rl.alignment.rollout import RolloutWorker, stop_step
+from dina_rl.alignment.scoring import ScoringWorker
+from dina_rl.flow.sampler import denoise, predict_clean
+from dina_rl.reward.checkpoint import load_reward
+from dina_rl.runtime import open_pipeline
+from dina_rl.types import TrainingGroup, WorkItem
+from jobs.align import adapter_exporter
+from tests.tiny_run import tiny_run
+
+REFL = {"algorithm": "refl", "refl": {"stop_range": [2, 3]}, "learner": {"updates_per_step": 1}}
+
+
+@pytest.fixture
+def make(tmp_path, tiny_pipeline, tiny_reward):
+    def build(**changes):
+        merged = {**REFL, **changes}
+        for name, value in REFL.items():
+            if isinstance(value, dict) and name in changes:
+                merged[name] = {**value, **changes[name]}
+        return tiny_run(tmp_path, tiny_pipeline, tiny_reward, **merged)
+
+    return build
+
+
+class Recording(TorchEngine):
+    """Keeps the gradient of every parameter instead of stepping."""
+
+    def step(self):
+        self.gradients = {name: each.grad.clone() for name, each in self._parameters.items()}
+        self._optimizer.zero_grad()
+        return 1.0
+
+
+def stopped_groups(run):
+    items = [WorkItem(step=0, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
+    return RolloutWorker(run).rollout(items)
+
+
+def gradients(run, groups):
+    """The policy's gradient on these groups, with the reward's gradient from where the run says."""
+    engines = []
+
+    def keep(module):
+        engines.append(Recording(module, run.learner))
+        return engines[0]
+
+    learner = PolicyLearner(run, keep)
+    scorer = ScoringWorker(run)
+    reward_gradients = [None] * len(groups)
+    if run.wants_reward_gradients:
+        reward_gradients = [scorer.score_with_gradient([group])[1][0] for group in groups]
+    metrics = learner.update(
+        0,
+        [
+            TrainingGroup(trajectory=group, advantages=torch.ones(3), reward_gradient=gradient)
+            for group, gradient in zip(groups, reward_gradients, strict=True)
+        ],
+    )
+    return engines[0].gradients, metrics
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_scorers_and_learner_give_the_same_gradient(make, guided):
+    outcomes = []
+    for source in ("service", "learner"):
+        run = make(refl={"reward_gradient": source}, learner={"guidance_in_loss": guided})
+        outcomes.append(gradients(run, stopped_groups(run)))
+    (service, metrics), (own, _) = outcomes
+    largest = max(tensor.abs().max().item() for tensor in own.values())
+    assert largest > 0
+    for name in own:
+        torch.testing.assert_close(service[name], own[name], atol=1e-6 * largest, rtol=1e-5)
+    assert metrics["first_prediction_gap"] < 1e-5, "the learner predicts what the rollout predicted"
+
+
+def test_the_gradient_is_that_of_minus_the_mean_reward_by_finite_differences(make):
+    """Central differences of E[r(x0(theta))] in adapter space, along the gradient found, where fp32 sees the most."""
+    run = make()
+    groups = stopped_groups(run)
+    found, _ = gradients(run, groups)
+    norm = torch.cat([tensor.flatten() for tensor in found.values()]).norm().item()
+
+    modules = []
+    PolicyLearner(run, lambda module: modules.append(module) or TorchEngine(module, run.learner))
+    backbone, scorer = open_pipeline(run.pipeline), ScoringWorker(run)
+    reward = load_reward(run.scorer.location, open_pipeline(run.pipeline))
+    parameters = dict(modules[0].named_parameters())
+    start = {name: parameters[name].detach().clone() for name in found}
+
+    @torch.no_grad()
+    def mean_reward(shift):
+        for name, tensor in found.items():
+            parameters[name].copy_(start[name] + shift / norm * tensor)
+        total = 0.0
+        for group in groups:
+            _, prompt, noise = scorer.inputs([group])
+            velocity = backbone.velocity(modules[0], group.stopped, torch.full((3,), group.sigma), prompt)
+            clean = predict_clean(group.stopped, velocity, group.sigma)
+            total += reward.score_clean(clean, prompt, run.scorer.levels, noise[:, 0]).double().sum().item()
+        return total / 12
+
+    shift = 0.1
+    slope = -(mean_reward(shift) - mean_reward(-shift)) / (2 * shift)
+    assert slope == pytest.approx(norm, rel=0.01)
+
+
+def test_the_surrogate_has_the_chain_rules_gradient():
+    torch.manual_seed(0)
+    theta = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    clean = theta.sin()
+    reward = (clean**3).flatten(1).sum(1)
+    (expected,) = torch.autograd.grad(-reward.sum(), theta, retain_graph=True)
+    (outer,) = torch.autograd.grad(reward.sum(), clean, retain_graph=True)
+    (found,) = torch.autograd.grad(reward_surrogate(clean, outer).sum(), theta)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_velocity_kl_is_that_of_unit_gaussians():
+    torch.manual_seed(0)
+    ours, reference = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
+    unit = torch.ones((), dtype=torch.float64)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(ours, unit), torch.distributions.Normal(reference, unit)
+    )
+    torch.testing.assert_close(velocity_kl(ours, reference), expected.flatten(1).mean(1))
+
+
+def test_a_rollout_stops_on_the_ode_and_predicts_its_end(make):
+    """From the last step one-step prediction is the ODE's own end."""
+    run = make(refl={"stop_range": [3, 3]}, rollout={"guidance_scale": 1.0})
+    worker = RolloutWorker(run)
+    group = worker.rollout([WorkItem(step=0, prompt_id=0, prompt="a small red circle", group_size=3)])[0]
+    from dina_rl.seeding import normal
+
+    noise = torch.stack([normal((1, *group.latents.shape[1:]), run.seed, "rollout", 0, 0, i)[0] for i in range(3)])
+    backbone = open_pipeline(run.pipeline)
+    transformer = backbone.load_transformer()
+    prompt = group.prompt.repeat(3)
+    whole = denoise(noise, backbone.sigmas(4), lambda x, sigma: backbone.velocity(transformer, x, sigma, prompt))
+    torch.testing.assert_close(group.latents, whole.latents, atol=1e-5, rtol=1e-5)
+    assert group.sigma == float(backbone.sigmas(4)[3])
+
+
+def test_stop_steps_are_drawn_from_the_whole_range(make):
+    run = make(refl={"stop_range": [1, 3]})
+    assert {stop_step(run, step) for step in range(40)} == {1, 2, 3}
+
+
+def test_a_refl_run_goes_from_start_to_export(make):
+    run = make(steps=2, rollout={"group_size": 1, "prompts_per_step": 6, "groups_per_call": 3}, refl={"kl_weight": 0.1})
+    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
+    assert recorder.finished
+    first, second = recorder.iterations()
+    assert first["kl"] == 0
+    assert second["kl"] > 0
+    assert first["first_prediction_gap"] == 0
