@@ -10,7 +10,7 @@ from dina_rl.cli import load
 from dina_rl.config import AlignRun, FitRun, LocalRun
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MODELS = {"local": LocalRun, "shapes_reward": FitRun, "shapes_flow_grpo_fast": AlignRun}
+MODELS = {"local": LocalRun, "shapes_reward": FitRun, "shapes_flow_grpo_fast": AlignRun, "shapes_refl": AlignRun}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -44,6 +44,17 @@ def test_overrides_reach_every_depth(tmp_path):
         (["--steps", "0"], "steps: Input should be greater than 0 (got 0)"),
         (["--rollout.window_steps", "10"], "rollout: SDE window [0, 10) must end before the last of the 10 steps"),
         (["--learner.micro_batch_size", "7"], "a minibatch of 576 samples does not split into"),
+        (["--rollout.group_size", "1"], "Flow-GRPO needs 2 or more"),
+        (["--rollout.window_range", "0", "10"], "window_range [0, 10) must hold window_steps (3) and end before"),
+        (["--algorithm", "refl"], "refl.stop_range [30, 39] must ascend and lie within the 10 steps"),
+        (
+            ["--algorithm", "refl", "--refl.stop_range", "5", "9", "--learner.updates_per_step", "2"],
+            "which hold for one update: learner.updates_per_step x learner.epochs is 2",
+        ),
+        (["--grpo.guard", "--rollout.dynamics", "cps"], "grpo.guard normalises ratios of an SDE's steps"),
+        (["--grpo.guard", "--grpo.old_log_probs", "rollout"], "grpo.guard needs the old means"),
+        (["--learner.guidance_in_loss"], "rollout.guidance_scale is 1"),
+        (["--scorer.uncertainty_weight", "1"], "needs a spread: draws is 1"),
         (["--learner.updates_per_step", "5"], "must divide rollout.prompts_per_step"),
         (["--learner.zero_stage", "4"], "learner.zero_stage: Input should be less than or equal to 3"),
         (["--learner.zero_stage", "3", "--pipeline.dtype", "bfloat16"], "learner.zero_stage 3 rounds a bfloat16"),
