@@ -329,6 +329,17 @@ class GoldenConfig(Section):
     """samples per forward when measuring"""
 
 
+class WatchConfig(Section):
+    """The divergence watch: golden falls while proxy rises."""
+
+    action: Literal["none", "stop"] = "none"
+    """what to do beside marking it: nothing, or stop and go back to the adapter that was best in golden"""
+    patience: Positive = 2
+    """measurements in a row that must be worse than the best one"""
+    margin: Annotated[float, Field(ge=0)] = 0.02
+    """how far below its best golden must lie, in its own units"""
+
+
 class WorkersConfig(Section):
     """Processes of the alignment run and how long to wait for them."""
 
@@ -392,6 +403,7 @@ class AlignRun(_Run):
     refl: ReFLConfig = ReFLConfig()
     learner: LearnerConfig = LearnerConfig()
     golden: GoldenConfig = GoldenConfig()
+    watch: WatchConfig = WatchConfig()
     workers: WorkersConfig = WorkersConfig()
 
     @model_validator(mode="after")

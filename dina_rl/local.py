@@ -158,6 +158,7 @@ def summarise(
             "shape_accuracy_before": base[scale]["shape_right"],
             "shape_accuracy_after": aligned[scale]["shape_right"],
             "first_ratio_gap_max": max(entry.get("first_ratio_gap", 0.0) for entry in iterations),
+            "diverged_at": recorder.diverged_at,
             "groups_failed": sum(entry["groups_failed"] for entry in iterations),
             "groups_constant": sum(entry["groups_constant"] for entry in iterations),
             "base_over_guidance": {f"{s:g}": row["golden"] for s, row in base.items()},

@@ -78,10 +78,10 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
     if start == 0:
         with recorder.timed("measure"):
             recorder.base(measure_base(run, prompts.test, experience))
-            recorder.measured(0, measure_dev(run, prompts.dev, experience))
+            recorder.measured(0, measure_dev(run, prompts.dev, experience), learner.average())
     experience.publish(learner.policy())
 
-    for step in recorder.progress(range(start, run.steps)):
+    for step in recorder.progress(range(start, start if recorder.stopped else run.steps)):
         with recorder.timed("rollout"):
             groups = experience.collect(plan(run, prompts.train, step))
             scores = torch.stack([group.rewards for group in groups])
@@ -105,16 +105,20 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
         done = step + 1
         if done % run.golden.every == 0 or done == run.steps:
             with recorder.timed("measure"):
-                experience.publish(learner.average())
-                recorder.measured(done, measure_dev(run, prompts.dev, experience))
+                average = learner.average()
+                experience.publish(average)
+                recorder.measured(done, measure_dev(run, prompts.dev, experience), average)
                 experience.publish(learner.policy())
-        if done % run.checkpoint_every == 0 or done == run.steps:
+        if done % run.checkpoint_every == 0 or done == run.steps or recorder.stopped:
             recorder.checkpoint(done, learner.state())
+        if recorder.stopped:
+            break
 
-    experience.publish(learner.average())
+    final = recorder.best() if recorder.stopped else learner.average()
+    experience.publish(final)
     with recorder.timed("measure"):
         recorder.aligned(measure_aligned(run, prompts.test, experience))
-    recorder.export(learner.average())
+    recorder.export(final)
 
 
 def weigh(run: AlignRun, rewards: torch.Tensor) -> Advantages:

@@ -5,6 +5,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from statistics import pstdev
 from time import perf_counter
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from dina_rl.alignment.advantage import Advantages
 from dina_rl.alignment.golden import Measurement
+from dina_rl.alignment.watch import diverged
 from dina_rl.checkpoint import load_tensors, save_tensors, write_json, write_text
 from dina_rl.config import AlignRun
 from dina_rl.report import image_grid, plot_curves, plot_samples
@@ -22,6 +24,7 @@ from dina_rl.types import AdapterState
 
 SHOWN_IMAGES = 16
 ADAPTER = "adapter"
+BEST = "best/adapter.safetensors"
 LAYOUT = {
     "alignment": {
         "proxy and golden: gain over the base, in its standard deviations": [
@@ -119,8 +122,11 @@ class Recorder:
         self._store("base", measurements)
         self._images("base", measurements, 0)
 
-    def measured(self, done: int, measurement: Measurement) -> None:
-        """A point of the proxy and golden curves after `done` iterations (dev prompts, averaged adapter)."""
+    def measured(self, done: int, measurement: Measurement, average: AdapterState) -> None:
+        """A point of the proxy and golden curves after `done` iterations (dev prompts, averaged adapter).
+
+        The adapter is kept if it is the best in golden so far, and the divergence watch looks at the curves.
+        """
         point = {
             "step": done,
             "golden": measurement.golden_mean,
@@ -131,12 +137,25 @@ class Recorder:
             "samples": len(measurement.golden),
         }
         self.history.append({"kind": "measurement", **point})
-        first = self.points()[0]
+        points = self.points()
+        first = points[0]
+        if point["golden"] > max((each["golden"] for each in points[:-1]), default=-inf):
+            state = {"version": torch.tensor(average.version), **average.tensors}
+            save_tensors(self.dir / BEST, state)
+        watch = self.run.watch
+        golden, proxy = [each["golden"] for each in points], [each["proxy"] for each in points]
+        alarm = diverged(golden, proxy, patience=watch.patience, margin=watch.margin)
+        if alarm and self.diverged_at is None:
+            self.history.append({"kind": "diverged", "step": done})
+            message = f"golden falls while proxy rises: {max(golden):.3f} at its best, {golden[-1]:.3f} now"
+            self._writer.add_text("warnings", message, done)
+            tqdm.write(f"  iteration {done:4d}  diverged, {message} (watch.action {watch.action})")
         self._scalars(
             done,
             {
                 "golden/dev": point["golden"],
                 "proxy/dev": point["proxy"],
+                "watch/diverged": float(alarm),
                 "gain/golden": (point["golden"] - first["golden"]) / max(first["golden_std"], 1e-6),
                 "gain/proxy": (point["proxy"] - first["proxy"]) / max(first["proxy_std"], 1e-6),
                 **{f"golden_parts/{name}": value for name, value in measurement.parts.items()},
@@ -193,6 +212,21 @@ class Recorder:
     def points(self) -> list[dict]:
         """The measured points of the curves, in order."""
         return [entry for entry in self.history if entry["kind"] == "measurement"]
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The iteration at which the watch first called the run diverged."""
+        return next((entry["step"] for entry in self.history if entry["kind"] == "diverged"), None)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the watch has ended the run."""
+        return self.run.watch.action == "stop" and self.diverged_at is not None
+
+    def best(self) -> AdapterState:
+        """The averaged adapter that was best in golden on the dev prompts."""
+        tensors = load_tensors(self.dir / BEST)
+        return AdapterState(version=int(tensors.pop("version")), tensors=tensors)
 
     def iterations(self) -> list[dict]:
         return [entry for entry in self.history if entry["kind"] == "iteration"]

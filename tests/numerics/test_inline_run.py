@@ -1,6 +1,7 @@
 """The in-process run: what it records, and that a resumed run is the uninterrupted one, bit for bit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,43 @@ def test_failed_rewards_drop_their_group_and_too_many_stop_the_run(tmp_path, tin
     run = tiny_run(tmp_path / "many", tiny_pipeline, tiny_reward, steps=1, rollout={"max_failed": 0.25})
     with pytest.raises(RuntimeError, match="2 of 4 groups have a reward that is not finite"):
         perform(run, LosesRewards(run, [1, 2]))
+
+
+class FallsAfter(DiesAt):
+    """A real experience whose golden metric falls from the third measurement on, while its proxy rises."""
+
+    def __init__(self, run):
+        super().__init__(run, step=-1)
+        self._count = 0
+        self.measure = self._falling
+
+    def _falling(self, items):
+        found = self._inner.measure(items)
+        if items[0].split == "test":
+            return found
+        self._count += 1
+        golden = 0.5 - 0.1 * abs(self._count - 2)
+        size = len(found.golden)
+        return replace(found, golden=(golden,) * size, proxy=(float(self._count),) * size)
+
+
+@pytest.mark.parametrize("action", ["none", "stop"])
+def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(tmp_path, tiny_pipeline, tiny_reward, action):
+    changes = {"steps": 5, "golden": {"every": 1}, "watch": {"action": action}}
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
+    recorder = perform(run, FallsAfter(run))
+    assert recorder.diverged_at == 3
+    assert len(recorder.iterations()) == (3 if action == "stop" else 5)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("watch/diverged")][:4] == [0, 0, 0, 1]
+    best = recorder.best()
+    assert best.version == 2, "after the first iteration's two updates"
+    exported = adapter_of(run)
+    same = all(any(torch.equal(tensor, other) for other in exported.values()) for tensor in best.tensors.values())
+    assert same == (action == "stop")
+    again = Recorder(run, run.run_dir, adapter_exporter(run))
+    again.restore()
+    assert again.diverged_at == 3
 
 
 @pytest.mark.gpu
