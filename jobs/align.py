@@ -28,6 +28,12 @@ def main(argv: Sequence[str]) -> None:
         recorder = align_generator(run, prompts, run_dir)
     points = recorder.points()
     print(f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
+    if recorder.diverged_at is not None:
+        best = max(points, key=lambda point: point["golden"])
+        outcome = "stopped; the adapter is that of" if recorder.stopped else "its best was at"
+        print(
+            f"diverged  at iteration {recorder.diverged_at}, {outcome} iteration {best['step']} ({best['golden']:.3f})"
+        )
     print(f"adapter   {run_dir / 'adapter'}\ncurves    {run_dir / 'curves.png'}")
     print(f"look at   tensorboard --logdir {run_dir}")
 
