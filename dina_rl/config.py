@@ -386,7 +386,7 @@ class FitRun(_Run):
 
 
 class AlignRun(_Run):
-    """Align the generator by Flow-GRPO(-Fast) against a fitted DiNa-LRM."""
+    """Align the generator by Flow-GRPO(-Fast) or ReFL against a fitted DiNa-LRM."""
 
     algorithm: Literal["grpo", "refl"] = "grpo"
     """Flow-GRPO(-Fast) or ReFL"""

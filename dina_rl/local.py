@@ -22,6 +22,7 @@ from jobs import align
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "local.yaml"
 SUMMARY = "summary.json"
+ALGORITHMS = {"grpo": "Flow-GRPO", "refl": "ReFL"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -113,11 +114,13 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
 
 
 def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:
-    """Flow-GRPO-Fast against the reward model."""
+    """The alignment against the reward model just fitted."""
     align_run = run.align_run(run_dir / "fit" / "reward", run_dir / "align")
     prompts = align.preflight(align_run)  # the reward model is there only now
     open_run_dir(align_run, align_run.run_dir, resume=run.resume, may_change=align.MAY_CHANGE)
-    stages.start("align", f"Flow-GRPO-Fast, {run.steps} iterations of {run.rollout.prompts_per_step} groups")
+    stages.start(
+        "align", f"{ALGORITHMS[run.algorithm]}, {run.steps} iterations of {run.rollout.prompts_per_step} groups"
+    )
     recorder = align.align_generator(align_run, prompts, align_run.run_dir)
     points = recorder.points()
     stages.finish("align", f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")

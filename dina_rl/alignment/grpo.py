@@ -8,7 +8,7 @@ import torch
 from dina_rl.alignment.batching import deal
 from dina_rl.alignment.flow_grpo import clipped_policy_loss, ratio_gate, regulated_log_ratio
 from dina_rl.alignment.learner import PassLoss
-from dina_rl.alignment.policy import Policy
+from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import replay_step
 from dina_rl.flow.sde import GaussianStep, gaussian_kl, step_law
@@ -93,7 +93,7 @@ class GRPOObjective:
         sums = {**per_step, **{f"step_{step}/{name}": value for name, value in per_step.items()}}
         sums["policy_loss"] = loss.item()
         if grpo.kl_weight:
-            reference = law.mean(batch.states[each.k].to(device), self._policy.reference_velocity(*self._inputs(each)))
+            reference = law.mean(batch.states[each.k].to(device), self._policy.reference_velocity(self._inputs(each)))
             divergence = (gaussian_kl(mean, reference, law.std) * weights).sum()
             loss = loss + grpo.kl_weight * divergence
             sums["kl"] = divergence.item()
@@ -105,12 +105,16 @@ class GRPOObjective:
         if closed and self._run.grpo.ratio_gate == "strict":
             raise RuntimeError(closed)
 
-    def _inputs(self, each: Pass) -> tuple[torch.Tensor, torch.Tensor, PromptEmbeds, PromptEmbeds | None, float]:
-        """What the policy's velocity before the pass's step depends on."""
+    def _inputs(self, each: Pass) -> VelocityInputs:
+        """Of the velocity before the pass's step."""
         schedule = each.schedule
-        sigma = schedule.sigmas[schedule.window_start + each.k]
-        latents = each.batch.states[each.k].to(self._policy.device)
-        return latents, sigma, each.batch.prompt, schedule.negative, schedule.guidance_scale
+        return VelocityInputs(
+            latents=each.batch.states[each.k],
+            sigma=schedule.sigmas[schedule.window_start + each.k],
+            prompt=each.batch.prompt,
+            negative=schedule.negative,
+            guidance_scale=schedule.guidance_scale,
+        )
 
     def _law(self, each: Pass) -> tuple[GaussianStep, float]:
         """The pass's step as a law, and its -dt."""
@@ -122,7 +126,7 @@ class GRPOObjective:
     def _replay(self, each: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probability [M], mean [M, C, H, W]) of the pass's step under the current weights."""
         states = each.batch.states[each.k : each.k + 2].to(self._policy.device)
-        return replay_step(self._law(each)[0], *states, self._policy.velocity(*self._inputs(each)))
+        return replay_step(self._law(each)[0], *states, self._policy.velocity(self._inputs(each)))
 
     def _remember(self, each: Pass, log_prob: torch.Tensor, mean: torch.Tensor) -> float:
         """Keep the old policy's part of a pass; returns the noise of its log-probability."""

@@ -1,6 +1,7 @@
 """The trained transformer as objectives see it: velocities with a gradient, and the reference's without one."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,6 +12,17 @@ from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import guided
 from dina_rl.runtime import open_pipeline
 from dina_rl.types import PromptEmbeds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VelocityInputs:
+    """What a velocity depends on beside the weights."""
+
+    latents: torch.Tensor  # [B, C, H, W]
+    sigma: torch.Tensor  # a scalar, shared
+    prompt: PromptEmbeds  # B rows
+    negative: PromptEmbeds | None  # one row; given where the velocity is the guided one
+    guidance_scale: float
 
 
 class Policy:
@@ -26,37 +38,21 @@ class Policy:
         self.engine = make_engine(self._module)
         self.device = self._backbone.device
 
-    def velocity(
-        self,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
-        prompt: PromptEmbeds,
-        negative: PromptEmbeds | None,
-        guidance_scale: float,
-    ) -> torch.Tensor:
-        """Velocity [B, C, H, W] of latents at sigma (a scalar): conditional, or guided where `negative` is given.
-
-        Latents are on `device` already; the prompts (B rows and one) are brought there.
-        """
+    def velocity(self, inputs: VelocityInputs) -> torch.Tensor:
+        """Velocity [B, C, H, W], conditional or guided, with a gradient; inputs are brought to `device`."""
+        latents = inputs.latents.to(self.device)
+        sigma = inputs.sigma.to(self.device).expand(len(latents))
 
         def forward(text: PromptEmbeds) -> torch.Tensor:
-            sigmas = sigma.to(self.device).expand(len(latents))
-            return self._backbone.velocity(self.engine.module, latents, sigmas, text.to(self.device))
+            return self._backbone.velocity(self.engine.module, latents, sigma, text.to(self.device))
 
-        conditional = forward(prompt)
-        if negative is None:
+        conditional = forward(inputs.prompt)
+        if inputs.negative is None:
             return conditional
-        return guided(conditional, forward(negative.repeat(len(latents))), guidance_scale)
+        return guided(conditional, forward(inputs.negative.repeat(len(latents))), inputs.guidance_scale)
 
     @torch.no_grad()
-    def reference_velocity(
-        self,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
-        prompt: PromptEmbeds,
-        negative: PromptEmbeds | None,
-        guidance_scale: float,
-    ) -> torch.Tensor:
+    def reference_velocity(self, inputs: VelocityInputs) -> torch.Tensor:
         """`velocity` of the base: the same module with its adapter off, so that no second model is held."""
         with adapter_disabled(self._module):
-            return self.velocity(latents, sigma, prompt, negative, guidance_scale)
+            return self.velocity(inputs)

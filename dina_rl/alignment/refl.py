@@ -11,7 +11,7 @@ import torch
 
 from dina_rl.alignment.batching import deal
 from dina_rl.alignment.learner import PassLoss
-from dina_rl.alignment.policy import Policy
+from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.scoring import ScoringWorker
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import predict_clean
@@ -79,8 +79,14 @@ class ReFLObjective:
         device = self._policy.device
         weights, stopped = each.weights.to(device), each.stopped.to(device)
         group = each.group
-        inputs = stopped, torch.tensor(group.sigma), each.prompt, group.negative, group.guidance_scale
-        velocity = self._policy.velocity(*inputs)
+        inputs = VelocityInputs(
+            latents=stopped,
+            sigma=torch.tensor(group.sigma),
+            prompt=each.prompt,
+            negative=group.negative,
+            guidance_scale=group.guidance_scale,
+        )
+        velocity = self._policy.velocity(inputs)
         clean = predict_clean(stopped, velocity, group.sigma)
         gradient = each.gradient
         if gradient is None:
@@ -92,7 +98,7 @@ class ReFLObjective:
             "reward_gradient_norm": (gradient.flatten(1).norm(dim=1) * weights).sum().item(),
         }
         if self._run.refl.kl_weight:
-            divergence = (velocity_kl(velocity, self._policy.reference_velocity(*inputs)) * weights).sum()
+            divergence = (velocity_kl(velocity, self._policy.reference_velocity(inputs)) * weights).sum()
             loss = loss + self._run.refl.kl_weight * divergence
             sums["kl"] = divergence.item()
         distance = (clean.detach().cpu() - each.predicted).flatten(1).abs().amax(1) * each.weights

@@ -48,15 +48,7 @@ class RolloutWorker:
 
     def _trajectories(self, items: Sequence[WorkItem]) -> list[Trajectory]:
         run = self._run.rollout
-        seed = self._run.seed
-        noise = torch.stack(
-            [
-                normal((1 + run.window_steps, *self._shape), seed, "rollout", item.step, item.prompt_id, sample)
-                for item in items
-                for sample in range(item.group_size)
-            ],
-            1,
-        )
+        noise = self._noise(items, 1 + run.window_steps)
         rows, prompt = self._prompts(items)
         start = window_start(self._run, items[0].step)
         result = self._denoise(noise[0], prompt, run.guidance_scale, window_start=start, window_noise=noise[1:])
@@ -85,13 +77,7 @@ class RolloutWorker:
 
     def _stop(self, items: Sequence[WorkItem]) -> list[StoppedGroup]:
         run, learner, device = self._run.rollout, self._run.learner, self._backbone.device
-        noise = torch.stack(
-            [
-                normal(self._shape, self._run.seed, "rollout", item.step, item.prompt_id, sample)
-                for item in items
-                for sample in range(item.group_size)
-            ]
-        )
+        noise = self._noise(items, 1)[0]
         rows, prompt = self._prompts(items)
         stop = stop_step(self._run, items[0].step)
         conditional, unconditional = self._velocities(prompt, run.guidance_scale)
@@ -120,6 +106,18 @@ class RolloutWorker:
             )
             for i, (item, before, after) in enumerate(zip(items, stopped.split(sizes), clean.split(sizes), strict=True))
         ]
+
+    def _noise(self, items: Sequence[WorkItem], count: int) -> torch.Tensor:
+        """`count` draws for every sample of the groups [count, B, C, H, W]: the initial noise, then the window's."""
+        shape = count, *self._shape
+        return torch.stack(
+            [
+                normal(shape, self._run.seed, "rollout", item.step, item.prompt_id, sample)
+                for item in items
+                for sample in range(item.group_size)
+            ],
+            1,
+        )
 
     def _prompts(self, items: Sequence[WorkItem]) -> tuple[PromptEmbeds, PromptEmbeds]:
         """Embeddings of the groups' prompts, one row each, and one row per sample."""

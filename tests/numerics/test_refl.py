@@ -15,6 +15,7 @@ from dina_rl.alignment.scoring import ScoringWorker
 from dina_rl.flow.sampler import denoise, predict_clean
 from dina_rl.reward.checkpoint import load_reward
 from dina_rl.runtime import open_pipeline
+from dina_rl.seeding import normal
 from dina_rl.types import TrainingGroup, WorkItem
 from jobs.align import adapter_exporter
 from tests.tiny_run import tiny_run
@@ -142,8 +143,6 @@ def test_a_rollout_stops_on_the_ode_and_predicts_its_end(make):
     run = make(refl={"stop_range": [3, 3]}, rollout={"guidance_scale": 1.0})
     worker = RolloutWorker(run)
     group = worker.rollout([WorkItem(step=0, prompt_id=0, prompt="a small red circle", group_size=3)])[0]
-    from dina_rl.seeding import normal
-
     noise = torch.stack([normal((1, *group.latents.shape[1:]), run.seed, "rollout", 0, 0, i)[0] for i in range(3)])
     backbone = open_pipeline(run.pipeline)
     transformer = backbone.load_transformer()

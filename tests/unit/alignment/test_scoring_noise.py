@@ -1,5 +1,7 @@
 """The noise of the reward: shared inside a group or not, averaged over draws, with a price on disagreement."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,12 +27,7 @@ def scores(tmp_path, tiny_pipeline, tiny_reward, trajectories, **scorer):
 
 def alike(trajectory):
     """The group with its first sample in every place."""
-    return type(trajectory)(
-        **{
-            **{name: getattr(trajectory, name) for name in trajectory.__slots__},
-            "latents": trajectory.latents[:1].repeat(3, 1, 1, 1),
-        }
-    )
+    return replace(trajectory, latents=trajectory.latents[:1].repeat(3, 1, 1, 1))
 
 
 def test_equal_samples_of_a_group_score_alike_under_shared_noise_only(
