@@ -1,0 +1,42 @@
+"""Every setting of a run: frozen pydantic models, one tree per job. `cli.py` reads them from YAML and overrides.
+
+Defaults are the paper's values where the paper gives one (Tables 7 and 8, sections 5 and C.2); the miniature world's
+values live in `configs/`. Each rule that spans several fields has its own message.
+"""
+
+from dina_rl.config.alignment import (
+    GoldenConfig,
+    GRPOConfig,
+    LearnerConfig,
+    PromptsConfig,
+    ReFLConfig,
+    RewardScorerConfig,
+    RolloutConfig,
+    WatchConfig,
+    WorkersConfig,
+)
+from dina_rl.config.base import LoRAConfig, PipelineConfig
+from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.config.runs import AlignRun, FitRun, LocalRun
+
+__all__ = [
+    "AlignRun",
+    "DatasetConfig",
+    "FitConfig",
+    "FitRun",
+    "GRPOConfig",
+    "GoldenConfig",
+    "LearnerConfig",
+    "LoRAConfig",
+    "LocalRun",
+    "PipelineConfig",
+    "PromptsConfig",
+    "ReFLConfig",
+    "RewardModelConfig",
+    "RewardScorerConfig",
+    "RolloutConfig",
+    "ThurstoneConfig",
+    "TimestepConfig",
+    "WatchConfig",
+    "WorkersConfig",
+]

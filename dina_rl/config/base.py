@@ -1,0 +1,55 @@
+"""What all parts of the configuration share: ranges, the frozen section, the pipeline, LoRA."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+SHIPPED_PIPELINE = Path(__file__).parents[1] / "shapes" / "pipeline"
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NoiseLevel = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+NoiseLevels = Annotated[tuple[NoiseLevel, ...], BeforeValidator(_as_list), Field(min_length=1)]
+Indices = Annotated[tuple[Positive, ...], BeforeValidator(_as_list), Field(min_length=1)]
+Guidances = Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
+
+
+class PipelineConfig(Section):
+    """The generator: a diffusers pipeline, also the backbone of the reward model."""
+
+    path: str = "shapes"
+    """local pipeline directory, hub id, or `shapes` for the miniature SD3.5 that ships with the package"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """parameter dtype of the frozen weights; adapters, schedules and log-probabilities are fp32 always"""
+    # No float16: the policy loss's gradient at the velocity is about 1e-9 and would be flushed to 0.
+    height: Positive = 32
+    """image height in pixels"""
+    width: Positive = 32
+    """image width in pixels"""
+    max_sequence_length: Positive = 8
+    """T5 tokens per prompt, for the generator and the reward model alike"""
+
+    @property
+    def location(self) -> str:
+        """`path`, with `shapes` replaced by the shipped pipeline's directory."""
+        return str(SHIPPED_PIPELINE) if self.path == "shapes" else str(Path(self.path).expanduser())
+
+
+class LoRAConfig(Section):
+    rank: Positive = 32
+    """rank of every adapter matrix"""
+    alpha: Rate = 64.0
+    """scale numerator: the update is (alpha / rank) B A"""
