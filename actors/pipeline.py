@@ -6,7 +6,7 @@
     rollout pool --trajectory refs--> scorer pool   learner gang
            |                              |           ^
            +------ trajectory refs -------|-----------+
-                                          +--> rewards [G] to the driver, who makes advantages of them
+                                          +--> scores [G] to the driver, who makes advantages of them
 
 Trajectories, and ReFL's reward gradients, stay in the store of the node that made them; the driver passes references.
 """
@@ -53,6 +53,7 @@ class RayExperience:
 
     def __init__(self, run: AlignRun) -> None:
         workers = run.workers
+        self._rewards = run.rewards
         self._groups_per_call = run.rollout.groups_per_call
         self._with_gradient = run.wants_reward_gradients
         self._timeout_s = workers.call_timeout_s
@@ -71,18 +72,18 @@ class RayExperience:
         def score(actor: ActorHandle, sampled: ray.ObjectRef) -> ray.ObjectRef:
             if not self._with_gradient:
                 return actor.score.remote(sampled)
-            # Two results, so that the gradients can stay where they are while the driver looks at the rewards.
-            rewards, gradients[sampled] = actor.score_with_gradient.options(num_returns=2).remote(sampled)
-            return rewards
+            # Two results, so that the gradients can stay where they are while the driver looks at the scores.
+            scores, gradients[sampled] = actor.score_with_gradient.options(num_returns=2).remote(sampled)
+            return scores
 
         results = self._sample_and_score(calls, lambda actor, call: actor.rollout.remote(call), score)
         return [
             ScoredGroup(
                 handle=RemoteTrajectory(call=ref, gradients=gradients.get(ref), number=number),
-                rewards=row,
+                scores={name: rows[number] for name, rows in scores.items()},
             )
-            for ref, rewards in results
-            for number, row in enumerate(rewards)
+            for (ref, scores), call in zip(results, calls, strict=True)
+            for number in range(len(call))
         ]
 
     def publish(self, adapter: AdapterState) -> None:
@@ -96,7 +97,7 @@ class RayExperience:
             lambda actor, samples: actor.score_evaluation.remote(samples),
         )
         samples = ray.get([ref for ref, _ in results], timeout=self._timeout_s)
-        return combine(samples, [proxy for _, proxy in results])
+        return combine(samples, [scores for _, scores in results], self._rewards)
 
     def shutdown(self) -> None:
         self.rollouts.shutdown()
@@ -107,7 +108,7 @@ class RayExperience:
         items: Sequence[Item],
         sample: Callable[[ActorHandle, Item], ray.ObjectRef],
         score: Callable[[ActorHandle, ray.ObjectRef], ray.ObjectRef],
-    ) -> list[tuple[ray.ObjectRef, torch.Tensor]]:
+    ) -> list[tuple[ray.ObjectRef, dict[str, torch.Tensor]]]:
         """(reference to the samples, their scores) per item, in order; scoring overlaps with sampling."""
         sampled: list[tuple[int, ray.ObjectRef]] = []
 

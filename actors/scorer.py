@@ -16,11 +16,11 @@ class ScorerActor:
         configure_process(run.workers.threads_per_actor)
         self._worker = ScoringWorker(run)
 
-    def score(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
         return self._worker.score(trajectories)
 
-    def score_with_gradient(self, groups: Sequence[StoppedGroup]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_with_gradient(self, groups: Sequence[StoppedGroup]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         return self._worker.score_with_gradient(groups)
 
-    def score_evaluation(self, samples: EvaluationSamples) -> torch.Tensor:
+    def score_evaluation(self, samples: EvaluationSamples) -> dict[str, torch.Tensor]:
         return self._worker.score_evaluation(samples)

@@ -11,8 +11,9 @@ from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun
-from dina_rl.reward.checkpoint import read_card
+from dina_rl.reward.checkpoint import RewardCard, read_card
 from dina_rl.runtime import configure_process, open_pipeline
+from dina_rl.scorers.clip import check_clip
 
 MAY_CHANGE = ("inline", "workers", "checkpoint_every")
 
@@ -46,13 +47,11 @@ def preflight(run: AlignRun) -> Prompts:
     """
     backbone = open_pipeline(run.pipeline)
     backbone.latent_shape(run.pipeline.height, run.pipeline.width)
-    card = read_card(run.scorer.location)
-    if (card.width, card.max_sequence_length) != (backbone.width, run.pipeline.max_sequence_length):
-        raise ValueError(
-            f"reward model {run.scorer.location} was fitted on {card.pipeline} with width {card.width} and "
-            f"{card.max_sequence_length} text tokens; {run.pipeline.path} has {backbone.width} and "
-            f"{run.pipeline.max_sequence_length}"
-        )
+    if run.rewards.dina is not None:
+        _check_reward(run, read_card(run.rewards.dina.location), backbone.width)
+    for model in (run.golden.clip_model, run.rewards.pickscore, run.rewards.clip_score):
+        if model is not None:
+            check_clip(model)
     prompts = load_prompts(run.prompts)
     if run.rollout.prompts_per_step > len(prompts.train):
         raise ValueError(
@@ -60,6 +59,15 @@ def preflight(run: AlignRun) -> Prompts:
             "training prompts"
         )
     return prompts
+
+
+def _check_reward(run: AlignRun, card: RewardCard, width: int) -> None:
+    if (card.width, card.max_sequence_length) != (width, run.pipeline.max_sequence_length):
+        raise ValueError(
+            f"reward model {run.rewards.dina.path} was fitted on {card.pipeline} with width {card.width} and "
+            f"{card.max_sequence_length} text tokens; {run.pipeline.path} has {width} and "
+            f"{run.pipeline.max_sequence_length}"
+        )
 
 
 def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:

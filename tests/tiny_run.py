@@ -36,7 +36,12 @@ TINY = {
 
 def tiny_run(run_dir: Path, pipeline: Path, reward: Path, **changes: dict | int | bool) -> AlignRun:
     """The run above with `changes` merged into its sections."""
-    values = {**TINY, "run_dir": run_dir, "pipeline": {"path": str(pipeline)}, "scorer": {"path": str(reward)}}
+    values = {
+        **TINY,
+        "run_dir": run_dir,
+        "pipeline": {"path": str(pipeline)},
+        "rewards": {"dina": {"path": str(reward)}},
+    }
     for name, value in changes.items():
         values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
     return AlignRun.model_validate(values)

@@ -3,17 +3,16 @@
 Its scores have a type of their own, `GoldenScores`, which nothing that builds advantages, rewards or losses accepts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Protocol
 
 import torch
 
-from dina_rl.config import GoldenConfig
+from dina_rl import runtime
+from dina_rl.config import GoldenConfig, RewardsConfig
+from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.types import PromptEmbeds
-
-METRICS = {"shapes": "dina_rl.shapes.metric:ShapesMetric"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,8 @@ class Measurement:
     guidance_scale: float
     golden: tuple[float, ...]  # per sample, in a fixed order
     parts: dict[str, float]  # means
-    proxy: tuple[float, ...]  # per sample
+    proxy: tuple[float, ...]  # per sample, the weighted sum
+    proxy_parts: dict[str, float]  # mean score by scorer
     images: torch.Tensor  # [B, 3, H, W] uint8
 
     @property
@@ -72,9 +72,31 @@ class Measurement:
 
 
 def open_metric(config: GoldenConfig) -> GoldenMetric:
-    """The configured metric."""
-    module, name = METRICS[config.scorer].split(":")
-    return vars(import_module(module))[name]()
+    """The configured metric; its model, if it has one, loads onto this process's device.
+
+    Raises:
+        ValueError: the model cannot be read.
+    """
+    if config.scorer == "shapes":
+        from dina_rl.shapes.metric import ShapesMetric
+
+        return ShapesMetric()
+    return CLIPMetric(config)
+
+
+class CLIPMetric:
+    """`GoldenMetric` by PickScore or CLIPScore."""
+
+    def __init__(self, config: GoldenConfig) -> None:
+        from dina_rl.scorers.clip import CLIPScorer
+
+        self._scorer = CLIPScorer(
+            config.clip_model, learned_scale=config.scorer == "pickscore", device=runtime.device()
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> GoldenScores:
+        return GoldenScores(values=tuple(self._scorer.score(images, tuple(prompts)).tolist()), parts={})
 
 
 def evaluation_items(
@@ -95,14 +117,18 @@ def evaluation_items(
     ]
 
 
-def combine(samples: Sequence[EvaluationSamples], proxies: Sequence[torch.Tensor]) -> Measurement:
-    """One measurement from its batches, in order; `proxies[i]` [B] are the reward model's scores of `samples[i]`."""
+def combine(
+    samples: Sequence[EvaluationSamples], scores: Sequence[Mapping[str, torch.Tensor]], rewards: RewardsConfig
+) -> Measurement:
+    """One measurement from its batches, in order; `scores[i]` [B] by scorer are those of `samples[i]`."""
+    whole = {name: torch.cat([batch[name] for batch in scores]) for name in rewards.scorers}
     golden = [value for batch in samples for value in batch.golden.values]
     names = samples[0].golden.parts
     return Measurement(
         guidance_scale=samples[0].item.guidance_scale,
         golden=tuple(golden),
         parts={name: sum(v for b in samples for v in b.golden.parts[name]) / len(golden) for name in names},
-        proxy=tuple(torch.cat(list(proxies)).tolist()),
+        proxy=tuple(weighted_sum(rewards, whole).tolist()),
+        proxy_parts={name: score.mean().item() for name, score in whole.items()},
         images=torch.cat([batch.images for batch in samples]),
     )

@@ -21,6 +21,7 @@ def in_calls(items: Sequence[WorkItem], groups_per_call: int) -> list[list[WorkI
 
 class InlineExperience:
     def __init__(self, run: AlignRun) -> None:
+        self._rewards = run.rewards
         self._groups_per_call = run.rollout.groups_per_call
         self._with_gradient = run.wants_reward_gradients
         self._worker = RolloutWorker(run)
@@ -31,12 +32,15 @@ class InlineExperience:
         for call in in_calls(items, self._groups_per_call):
             sampled = self._worker.rollout(call)
             if self._with_gradient:
-                rewards, gradients = self._scorer.score_with_gradient(sampled)
+                scores, gradients = self._scorer.score_with_gradient(sampled)
             else:
-                rewards, gradients = self._scorer.score(sampled), [None] * len(sampled)
+                scores, gradients = self._scorer.score(sampled), [None] * len(sampled)
             scored += [
-                ScoredGroup(handle=SampledGroup(sampled=group, reward_gradient=gradient), rewards=row)
-                for group, gradient, row in zip(sampled, gradients, rewards, strict=True)
+                ScoredGroup(
+                    handle=SampledGroup(sampled=group, reward_gradient=gradient),
+                    scores={name: rows[number] for name, rows in scores.items()},
+                )
+                for number, (group, gradient) in enumerate(zip(sampled, gradients, strict=True))
             ]
         return scored
 
@@ -45,7 +49,7 @@ class InlineExperience:
 
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
         samples = [self._worker.evaluate(item) for item in items]
-        return combine(samples, [self._scorer.score_evaluation(batch) for batch in samples])
+        return combine(samples, [self._scorer.score_evaluation(batch) for batch in samples], self._rewards)
 
 
 class InlineLearner:

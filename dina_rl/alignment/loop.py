@@ -5,7 +5,7 @@
 Every draw is keyed by what it is for, so who does the work, and how many do, cannot change the numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from dina_rl.alignment.flow_grpo import ratio_gate
 from dina_rl.alignment.golden import EvaluationItem, Measurement, evaluation_items
 from dina_rl.alignment.record import Recorder
 from dina_rl.config import AlignRun
+from dina_rl.scorers.mixture import group_weighted_sum, weighted_sum
 from dina_rl.seeding import generator
 from dina_rl.types import AdapterState, WorkItem
 
@@ -25,7 +26,7 @@ Handle = TypeVar("Handle")  # a trajectory, or a reference to one that stays whe
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup(Generic[Handle]):
     handle: Handle
-    rewards: torch.Tensor  # [G]
+    scores: dict[str, torch.Tensor]  # [G] by scorer
 
 
 class Experience(Protocol[Handle]):
@@ -84,7 +85,7 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
     for step in recorder.progress(range(start, start if recorder.stopped else run.steps)):
         with recorder.timed("rollout"):
             groups = experience.collect(plan(run, prompts.train, step))
-            scores = torch.stack([group.rewards for group in groups])
+            scores = {name: torch.stack([group.scores[name] for group in groups]) for name in run.rewards.scorers}
         advantages = weigh(run, scores)
         if advantages.failed > run.rollout.max_failed * len(groups):
             raise RuntimeError(
@@ -121,11 +122,12 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
     recorder.export(final)
 
 
-def weigh(run: AlignRun, rewards: torch.Tensor) -> Advantages:
-    """What each sample's reward [P, G] is worth in the update."""
+def weigh(run: AlignRun, scores: Mapping[str, torch.Tensor]) -> Advantages:
+    """What each sample is worth in the update, by its scores [P, G]."""
     if run.algorithm == "refl":
-        return equal_weights(rewards)
-    return group_advantages(rewards, std=run.grpo.advantage_std, clip=run.grpo.advantage_clip)
+        return equal_weights(weighted_sum(run.rewards, scores))
+    combine = group_weighted_sum if run.rewards.normalise == "group" else weighted_sum
+    return group_advantages(combine(run.rewards, scores), std=run.grpo.advantage_std, clip=run.grpo.advantage_clip)
 
 
 def plan(run: AlignRun, prompts: Sequence[str], step: int) -> list[WorkItem]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -20,6 +20,7 @@ from dina_rl.alignment.watch import diverged
 from dina_rl.checkpoint import load_tensors, save_tensors, write_json, write_text
 from dina_rl.config import AlignRun
 from dina_rl.report import image_grid, plot_curves, plot_samples
+from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.types import AdapterState
 
 SHOWN_IMAGES = 16
@@ -134,6 +135,7 @@ class Recorder:
             "proxy": measurement.proxy_mean,
             "proxy_std": pstdev(measurement.proxy),
             "parts": measurement.parts,
+            "proxy_parts": measurement.proxy_parts,
             "samples": len(measurement.golden),
         }
         self.history.append({"kind": "measurement", **point})
@@ -159,6 +161,7 @@ class Recorder:
                 "gain/golden": (point["golden"] - first["golden"]) / max(first["golden_std"], 1e-6),
                 "gain/proxy": (point["proxy"] - first["proxy"]) / max(first["proxy_std"], 1e-6),
                 **{f"golden_parts/{name}": value for name, value in measurement.parts.items()},
+                **{f"proxy_parts/{name}": value for name, value in measurement.proxy_parts.items()},
             },
         )
         self._writer.add_image("samples/dev", image_grid(measurement.images[:SHOWN_IMAGES]), done)
@@ -166,9 +169,17 @@ class Recorder:
         plot_curves(self.points(), self.base_lines(), self.dir / "curves.png")
         tqdm.write(f"  iteration {done:4d}  golden {point['golden']:.3f}  proxy {point['proxy']:+.3f}")
 
-    def iteration(self, step: int, rewards: torch.Tensor, advantages: Advantages, metrics: dict[str, float]) -> None:
-        """One finished iteration: rewards [P, G] and the learner's metrics."""
-        finite = rewards[rewards.isfinite().all(1)]
+    def iteration(
+        self, step: int, scores: Mapping[str, torch.Tensor], advantages: Advantages, metrics: dict[str, float]
+    ) -> None:
+        """One finished iteration: scores [P, G] by scorer and the learner's metrics."""
+        rewards = weighted_sum(self.run.rewards, scores)
+        whole = rewards.isfinite().all(1)
+        finite = rewards[whole]
+        by_scorer = {}
+        for name, score in scores.items():
+            by_scorer[f"{name}_mean"] = score[whole].mean().item()
+            by_scorer[f"{name}_std_in_group"] = score[whole].std(1, correction=0).mean().item()
         train = {
             "reward_mean": finite.mean().item(),
             "reward_std_in_group": finite.std(1, correction=0).mean().item(),
@@ -177,13 +188,14 @@ class Recorder:
             "images": rewards.numel(),
         }
         working = sum(self._marks[stage] for stage in ("rollout", "update", "publish"))
-        self.history.append({"kind": "iteration", "step": step + 1, **train, **metrics})
+        self.history.append({"kind": "iteration", "step": step + 1, **train, "scorers": by_scorer, **metrics})
         if advantages.failed:
             tqdm.write(f"  iteration {step + 1}: dropped {advantages.failed} groups whose reward is not finite")
         self._scalars(
             step + 1,
             {
                 **{f"train/{name}": value for name, value in train.items()},
+                **{f"scorers/{name}": value for name, value in by_scorer.items()},
                 **{f"update/{name}": value for name, value in metrics.items()},
                 **{f"seconds/{name}": value for name, value in self._marks.items()},
                 "seconds/images_per_second": rewards.numel() / working,

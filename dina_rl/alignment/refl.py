@@ -15,6 +15,7 @@ from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.scoring import ScoringWorker
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import predict_clean
+from dina_rl.scorers.base import Conditions
 from dina_rl.types import PromptEmbeds, StoppedGroup, TrainingGroup
 
 
@@ -26,7 +27,7 @@ class ReFLBatch:
     stopped: torch.Tensor  # [M, C, H, W]
     predicted: torch.Tensor  # [M, C, H, W] x0 as the rollout saw it
     gradient: torch.Tensor | None  # [M, C, H, W] dr/dx0 there; None: the learner computes it
-    noise: torch.Tensor | None  # [M, draws, C, H, W] the reward's, where the learner computes the gradient
+    conditions: Conditions | None  # of M samples: the reward's, where the learner computes the gradient
     weights: torch.Tensor  # [M]
     prompt: PromptEmbeds  # M rows
 
@@ -61,11 +62,11 @@ class ReFLObjective:
         first = groups[0].trajectory
         if any(group.trajectory.sigma != first.sigma for group in groups):
             raise ValueError("samples of one minibatch were stopped at different noise levels")
-        noise = None
+        conditions = None
         if self._reward is not None:
-            _, _, noise = self._reward.inputs([group.trajectory for group in groups])
+            _, conditions = self._reward.inputs([group.trajectory for group in groups])
         engine = self._policy.engine
-        return refl_batches(groups, noise, self._run.learner.micro_batch_size, engine.rank, engine.world_size)
+        return refl_batches(groups, conditions, self._run.learner.micro_batch_size, engine.rank, engine.world_size)
 
     def terms(self, groups: Sequence[TrainingGroup]) -> int:
         return sum(len(group.advantages) for group in groups)
@@ -90,7 +91,7 @@ class ReFLObjective:
         clean = predict_clean(stopped, velocity, group.sigma)
         gradient = each.gradient
         if gradient is None:
-            _, gradient = self._reward.gradient(clean, each.prompt, each.noise)
+            _, gradient = self._reward.gradient(clean, each.conditions)
         gradient = gradient.to(device)
         loss = (reward_surrogate(clean, gradient) * weights).sum()
         sums = {
@@ -106,12 +107,12 @@ class ReFLObjective:
 
 
 def refl_batches(
-    groups: Sequence[TrainingGroup], noise: torch.Tensor | None, size: int, rank: int, world_size: int
+    groups: Sequence[TrainingGroup], conditions: Conditions | None, size: int, rank: int, world_size: int
 ) -> list[ReFLBatch]:
-    """This rank's share of the groups' samples; `noise` [B, draws, C, H, W] of all of them or None."""
+    """This rank's share of the groups' samples; `conditions` are the reward's for all of them, or None."""
     stopped = torch.cat([group.trajectory.stopped for group in groups])
     predicted = torch.cat([group.trajectory.latents for group in groups])
-    gradient = None if noise is not None else torch.cat([group.reward_gradient for group in groups])
+    gradient = None if conditions is not None else torch.cat([group.reward_gradient for group in groups])
     prompt = PromptEmbeds.cat([group.trajectory.prompt.repeat(len(group.advantages)) for group in groups])
     return [
         ReFLBatch(
@@ -119,7 +120,7 @@ def refl_batches(
             stopped=stopped[rows],
             predicted=predicted[rows],
             gradient=None if gradient is None else gradient[rows],
-            noise=None if noise is None else noise[rows],
+            conditions=None if conditions is None else conditions.select(rows),
             weights=weights,
             prompt=prompt.select(rows),
         )

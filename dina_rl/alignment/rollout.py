@@ -145,7 +145,8 @@ class RolloutWorker:
         )
         prompt = self._text(item.prompts)
         latents = self._denoise(noise, prompt, item.guidance_scale).latents
-        images = self._codec.decode(latents).cpu()
+        with torch.no_grad():
+            images = self._codec.decode(latents).cpu()
         return EvaluationSamples(
             item=item,
             golden=self._metric(images, item.prompts),

@@ -36,7 +36,7 @@ class LatentCodec(Protocol):
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents back to images in [0, 1], fp32."""
+        """Normalised latents back to images in [0, 1], fp32; differentiable, but for what is clamped to that range."""
         ...
 
 

@@ -66,7 +66,6 @@ class SD3Codec:
         latent = self._vae.encode(pixels).latent_dist.mode().float()
         return (latent - self._vae.config.shift_factor) * self._vae.config.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         latent = latents / self._vae.config.scaling_factor + self._vae.config.shift_factor
         pixels = self._vae.decode(latent.to(self._vae.device, self._vae.dtype)).sample.float()

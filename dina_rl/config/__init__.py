@@ -5,23 +5,33 @@ values live in `configs/`. Each rule that spans several fields has its own messa
 """
 
 from dina_rl.config.alignment import (
-    GoldenConfig,
     GRPOConfig,
     LearnerConfig,
     PromptsConfig,
     ReFLConfig,
-    RewardScorerConfig,
     RolloutConfig,
     WatchConfig,
     WorkersConfig,
 )
 from dina_rl.config.base import LoRAConfig, PipelineConfig
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.config.rewards import (
+    CLIPModelConfig,
+    CLIPScoreConfig,
+    DiNaScorerConfig,
+    GoldenConfig,
+    PickScoreConfig,
+    RewardsConfig,
+    ScorerConfig,
+)
 from dina_rl.config.runs import AlignRun, FitRun, LocalRun
 
 __all__ = [
     "AlignRun",
+    "CLIPModelConfig",
+    "CLIPScoreConfig",
     "DatasetConfig",
+    "DiNaScorerConfig",
     "FitConfig",
     "FitRun",
     "GRPOConfig",
@@ -29,12 +39,14 @@ __all__ = [
     "LearnerConfig",
     "LoRAConfig",
     "LocalRun",
+    "PickScoreConfig",
     "PipelineConfig",
     "PromptsConfig",
     "ReFLConfig",
     "RewardModelConfig",
-    "RewardScorerConfig",
+    "RewardsConfig",
     "RolloutConfig",
+    "ScorerConfig",
     "ThurstoneConfig",
     "TimestepConfig",
     "WatchConfig",

@@ -1,47 +1,17 @@
 """Settings of the alignment, section by section."""
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dina_rl.config.base import (
     Fraction,
-    Guidances,
     LoRAConfig,
-    NoiseLevels,
     NonNegative,
     Positive,
     Rate,
     Section,
 )
-
-
-class RewardScorerConfig(Section):
-    """The fitted reward model as it is used in alignment (the proxy)."""
-
-    path: str = "~/dina_rl/shapes_reward/reward"
-    """directory that fit_reward wrote"""
-    levels: NoiseLevels = (0.4,)
-    """one level: Eq. 12; several: the noise ensemble of Eq. 13, concatenated inside the head"""
-    noise: Literal["shared", "independent"] = "shared"
-    """the scorer's noise is one draw for a whole group (common random numbers), or one for each sample"""
-    draws: Positive = 1
-    """noise draws whose scores are averaged"""
-    uncertainty_weight: Annotated[float, Field(ge=0)] = 0.0
-    """weight of the standard deviation over the draws, subtracted from their mean"""
-
-    @model_validator(mode="after")
-    def _uncertainty_has_draws(self) -> Self:
-        if self.uncertainty_weight and self.draws < 2:
-            raise ValueError(
-                f"uncertainty_weight {self.uncertainty_weight:g} needs a spread: draws is {self.draws}, use 2 or more"
-            )
-        return self
-
-    @property
-    def location(self) -> Path:
-        return Path(self.path).expanduser()
 
 
 class PromptsConfig(Section):
@@ -161,25 +131,6 @@ class LearnerConfig(Section):
     """`torch` is plain AdamW on one rank; --inline always uses it"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage"""
-
-
-class GoldenConfig(Section):
-    """The held-out metric. It is measured, never optimised."""
-
-    scorer: Literal["shapes"] = "shapes"
-    """which metric"""
-    every: Positive = 10
-    """iterations between measurements on the dev prompts"""
-    dev_samples: Positive = 128
-    """samples of one measurement on the dev prompts"""
-    test_samples: Positive = 320
-    """samples of one before/after measurement on the test prompts"""
-    guidances: Guidances = (1.0, 2.0, 3.0, 4.5, 6.0)
-    """guidance scales at which the base is measured, so that alignment is compared with the base at its best"""
-    aligned_guidances: Guidances = (2.0, 3.0)
-    """guidance scales at which the aligned model is measured, beside the rollout's own"""
-    batch_size: Positive = 32
-    """samples per forward when measuring"""
 
 
 class WatchConfig(Section):

@@ -6,18 +6,17 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from dina_rl.config.alignment import (
-    GoldenConfig,
     GRPOConfig,
     LearnerConfig,
     PromptsConfig,
     ReFLConfig,
-    RewardScorerConfig,
     RolloutConfig,
     WatchConfig,
     WorkersConfig,
 )
 from dina_rl.config.base import PipelineConfig, Positive, Section
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig
+from dina_rl.config.rewards import DiNaScorerConfig, GoldenConfig, RewardsConfig
 
 
 class _Run(Section):
@@ -50,7 +49,7 @@ class AlignRun(_Run):
     checkpoint_every: Positive = 10
     """iterations between checkpoints"""
     prompts: PromptsConfig = PromptsConfig()
-    scorer: RewardScorerConfig = RewardScorerConfig()
+    rewards: RewardsConfig = RewardsConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOConfig = GRPOConfig()
     refl: ReFLConfig = ReFLConfig()
@@ -80,6 +79,15 @@ class AlignRun(_Run):
                     "refl.reward_gradient service gives the gradient at the rollout's predictions, which hold for one "
                     f"update: learner.updates_per_step x learner.epochs is {learner.updates_per_step * learner.epochs}"
                 )
+        golden = self.golden.scorer
+        model = self.golden.clip_model
+        if golden in self.rewards.scorers or (model is not None and model.path in self.rewards.clip_models):
+            raise ValueError(
+                f"golden.scorer {golden} is a reward too: what is optimised cannot be the held-out metric; "
+                f"choose another golden.scorer or set rewards.{golden} to None"
+            )
+        if self.rewards.normalise == "group" and self.algorithm == "refl":
+            raise ValueError("rewards.normalise group compares samples of a prompt, which refl does not; use constant")
         if self.grpo.guard and rollout.dynamics == "cps":
             raise ValueError("grpo.guard normalises ratios of an SDE's steps; rollout.dynamics cps is not one")
         if self.grpo.guard and self.grpo.old_log_probs == "rollout":
@@ -154,5 +162,6 @@ class LocalRun(AlignRun):
     def align_run(self, reward: Path, run_dir: Path) -> AlignRun:
         """The alignment's part of this run, against the reward model fitted before."""
         shared = {name: getattr(self, name) for name in AlignRun.model_fields}
-        shared["scorer"] = self.scorer.model_copy(update={"path": str(reward)})
+        dina = (self.rewards.dina or DiNaScorerConfig()).model_copy(update={"path": str(reward)})
+        shared["rewards"] = self.rewards.model_copy(update={"dina": dina})
         return AlignRun(**{**shared, "run_dir": run_dir})

@@ -90,7 +90,7 @@ def test_mistakes_end_before_anything_starts(tmp_path, capsys, arguments, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scorer.path", "/nowhere/reward"], "reward model /nowhere/reward does not exist"),
+        (["--rewards.dina.path", "/nowhere/reward"], "reward model /nowhere/reward does not exist"),
         (["--pipeline.max-sequence-length", "4"], "text tokens; shapes has 128 and 4"),
         (["--rollout.prompts-per-step", "480"], "exceeds the 464 training prompts"),
     ],
@@ -100,7 +100,7 @@ def test_an_alignment_that_cannot_work_is_refused(tmp_path, tiny_reward, capsys,
 
     base = ["--config", str(ROOT / "configs" / "shapes_flow_grpo_fast.yaml"), "--run-dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
-        main([*base, "--scorer.path", str(tiny_reward), *arguments])
+        main([*base, "--rewards.dina.path", str(tiny_reward), *arguments])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -101,7 +101,7 @@ class LosesRewards(DiesAt):
     def collect(self, items):
         scored = self._inner.collect(items)
         for number in self._groups:
-            scored[number].rewards[0] = float("nan")
+            scored[number].scores["dina"][0] = float("nan")
         return scored
 
 

@@ -18,6 +18,7 @@ from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import TrainingGroup, WorkItem
 from jobs.align import adapter_exporter
+from tests.tiny_clip import save_tiny_clip
 from tests.tiny_run import tiny_run
 
 REFL = {"algorithm": "refl", "refl": {"stop_range": [2, 3]}, "learner": {"updates_per_step": 1}}
@@ -72,11 +73,23 @@ def gradients(run, groups):
     return engines[0].gradients, metrics
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_scorers_and_learner_give_the_same_gradient(make, guided):
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory, tiny_reward):
+    """Rewards by name: the latent one, and the same with one on decoded images."""
+    clip = str(save_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny"))
+    dina = {"dina": {"path": str(tiny_reward)}}
+    return {"latent": dina, "mixed": {**dina, "pickscore": {"path": clip, "processor": clip, "weight": 3.0}}}
+
+
+@pytest.mark.parametrize(("guided", "rewards"), [(False, "latent"), (True, "latent"), (False, "mixed")])
+def test_scorers_and_learner_give_the_same_gradient(make, mixtures, guided, rewards):
     outcomes = []
     for source in ("service", "learner"):
-        run = make(refl={"reward_gradient": source}, learner={"guidance_in_loss": guided})
+        run = make(
+            refl={"reward_gradient": source},
+            learner={"guidance_in_loss": guided},
+            rewards=mixtures[rewards],
+        )
         outcomes.append(gradients(run, stopped_groups(run)))
     (service, metrics), (own, _) = outcomes
     largest = max(tensor.abs().max().item() for tensor in own.values())
@@ -84,6 +97,18 @@ def test_scorers_and_learner_give_the_same_gradient(make, guided):
     for name in own:
         torch.testing.assert_close(service[name], own[name], atol=1e-6 * largest, rtol=1e-5)
     assert metrics["first_prediction_gap"] < 1e-5, "the learner predicts what the rollout predicted"
+
+
+def test_a_scorer_of_images_adds_its_own_gradient(make, mixtures):
+    """d(a + 3 b) = da + 3 db: the mixture's gradient at the latents, against each scorer alone."""
+    groups = stopped_groups(make())
+    pick = {"dina": None, "pickscore": {**mixtures["mixed"]["pickscore"], "weight": 1.0}}
+    both, latent, image = (
+        ScoringWorker(make(rewards=rewards)).score_with_gradient(groups)[1]
+        for rewards in (mixtures["mixed"], mixtures["latent"], pick)
+    )
+    assert image.abs().max() > 0
+    torch.testing.assert_close(both, latent + 3 * image, atol=1e-6, rtol=1e-4)
 
 
 def test_the_gradient_is_that_of_minus_the_mean_reward_by_finite_differences(make):
@@ -96,7 +121,7 @@ def test_the_gradient_is_that_of_minus_the_mean_reward_by_finite_differences(mak
     modules = []
     PolicyLearner(run, lambda module: modules.append(module) or TorchEngine(module, run.learner))
     backbone, scorer = open_pipeline(run.pipeline), ScoringWorker(run)
-    reward = load_reward(run.scorer.location, open_pipeline(run.pipeline))
+    reward = load_reward(run.rewards.dina.location, open_pipeline(run.pipeline))
     parameters = dict(modules[0].named_parameters())
     start = {name: parameters[name].detach().clone() for name in found}
 
@@ -106,10 +131,13 @@ def test_the_gradient_is_that_of_minus_the_mean_reward_by_finite_differences(mak
             parameters[name].copy_(start[name] + shift / norm * tensor)
         total = 0.0
         for group in groups:
-            _, prompt, noise = scorer.inputs([group])
+            _, conditions = scorer.inputs([group])
+            prompt = conditions.embeds
             velocity = backbone.velocity(modules[0], group.stopped, torch.full((3,), group.sigma), prompt)
             clean = predict_clean(group.stopped, velocity, group.sigma)
-            total += reward.score_clean(clean, prompt, run.scorer.levels, noise[:, 0]).double().sum().item()
+            total += (
+                reward.score_clean(clean, prompt, run.rewards.dina.levels, conditions.noise[:, 0]).double().sum().item()
+            )
         return total / 12
 
     shift = 0.1

@@ -25,12 +25,12 @@ def test_overrides_reach_every_depth(tmp_path):
     run = load(
         AlignRun,
         ["--config", str(file), "--learner.lora.rank", "8", "--golden.guidances", "1", "2.5", "--run-dir=there",
-         "--scorer.levels", "0.3", "--resume", "--learner.no-gradient-checkpointing"],
+         "--rewards.dina.levels", "0.3", "--resume", "--learner.no-gradient-checkpointing"],
         program="test",
     )  # fmt: skip
     assert (run.seed, run.learner.learning_rate, run.learner.lora.rank) == (3, 1e-4, 8)
     assert run.golden.guidances == (1.0, 2.5)
-    assert run.scorer.levels == (0.3,)
+    assert run.rewards.dina.levels == (0.3,)
     assert run.run_dir == Path("there")
     assert run.resume
     assert not run.learner.gradient_checkpointing
@@ -54,13 +54,13 @@ def test_overrides_reach_every_depth(tmp_path):
         (["--grpo.guard", "--rollout.dynamics", "cps"], "grpo.guard normalises ratios of an SDE's steps"),
         (["--grpo.guard", "--grpo.old_log_probs", "rollout"], "grpo.guard needs the old means"),
         (["--learner.guidance_in_loss"], "rollout.guidance_scale is 1"),
-        (["--scorer.uncertainty_weight", "1"], "needs a spread: draws is 1"),
+        (["--rewards.dina.uncertainty_weight", "1"], "needs a spread: draws is 1"),
         (["--learner.updates_per_step", "5"], "must divide rollout.prompts_per_step"),
         (["--learner.zero_stage", "4"], "learner.zero_stage: Input should be less than or equal to 3"),
         (["--learner.zero_stage", "3", "--pipeline.dtype", "bfloat16"], "learner.zero_stage 3 rounds a bfloat16"),
         (["--workers.gpus_per_rank", "0.5"], "may put two of the 2 learner ranks on one GPU"),
         (["--golden.guidances", "0.5"], "golden.guidances.0: Input should be greater than or equal to 1"),
-        (["--scorer.levels", "1.0"], "scorer.levels.0: Input should be less than 1"),
+        (["--rewards.dina.levels", "1.0"], "rewards.dina.levels.0: Input should be less than 1"),
         (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["stray"], "unexpected word 'stray'"),
     ],

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dina_rl.alignment.rollout import RolloutWorker
-from dina_rl.alignment.scoring import ScoringWorker, cautious_mean
+from dina_rl.alignment.scoring import ScoringWorker
+from dina_rl.scorers.dina import cautious_mean
 from dina_rl.types import WorkItem
 from tests.tiny_run import tiny_run
 
@@ -21,8 +22,8 @@ def trajectories(tmp_path_factory, tiny_pipeline, tiny_reward):
 
 
 def scores(tmp_path, tiny_pipeline, tiny_reward, trajectories, **scorer):
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, scorer={"path": str(tiny_reward), **scorer})
-    return ScoringWorker(run).score(trajectories)
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, rewards={"dina": {"path": str(tiny_reward), **scorer}})
+    return ScoringWorker(run).score(trajectories)["dina"]
 
 
 def alike(trajectory):

@@ -1,0 +1,1 @@
+"""Rewards, one file each behind one Protocol: see `base.Scorer` and `registry.open_scorers`."""

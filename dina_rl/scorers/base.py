@@ -1,0 +1,35 @@
+"""What the rest of the system needs to know of a reward."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from dina_rl.types import PromptEmbeds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What B samples are scored against."""
+
+    prompts: tuple[str, ...]  # B of them
+    embeds: PromptEmbeds  # B rows, the generator's own encoding
+    noise: torch.Tensor  # [B, draws, C, H, W] the latent scorers'; draws is 0 where none of them is in use
+
+    def select(self, rows: torch.Tensor) -> "Conditions":
+        """The conditions of the samples `rows` [M], in that order."""
+        return Conditions(
+            prompts=tuple(self.prompts[row] for row in rows.tolist()),
+            embeds=self.embeds.select(rows),
+            noise=self.noise[rows],
+        )
+
+
+class Scorer(Protocol):
+    """A reward, frozen, on this process's device."""
+
+    space: Literal["latents", "images"]
+
+    def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """Scores [B], fp32, differentiable in `samples`: latents [B, C, H, W] or images [B, 3, h, w] in [0, 1]."""
+        ...

@@ -1,0 +1,83 @@
+"""Rewards on CLIP's two towers: PickScore (Kirstain et al., 2023) and CLIPScore (Hessel et al., 2021)."""
+
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+from dina_rl.config import CLIPModelConfig
+from dina_rl.scorers.base import Conditions
+
+
+def check_clip(config: CLIPModelConfig) -> None:
+    """Whether the model is there at all, without loading its weights.
+
+    Raises:
+        ValueError: neither a local directory nor a hub id that can be read here, or another kind of model.
+    """
+    try:
+        kind = AutoConfig.from_pretrained(config.path).model_type
+        AutoTokenizer.from_pretrained(config.processor)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(f"CLIP model {config.path} ({config.processor}) cannot be read: {first_line}") from error
+    if kind != "clip":
+        raise ValueError(f"model {config.path} is a {kind}, not a clip")
+
+
+class CLIPScorer:
+    """`Scorer` in image space: the cosine of image and text embedding, times the model's own scale if `learned_scale`.
+
+    The image goes through CLIP's preprocessing as tensor operations, so that the score has a gradient. Its bicubic
+    resize is torch's antialiased one rather than PIL's on 8-bit images: an approximation of rounding only.
+
+    Raises:
+        ValueError: the model cannot be read from its directory or hub id.
+    """
+
+    space = "images"
+
+    def __init__(self, config: CLIPModelConfig, *, learned_scale: bool, device: str) -> None:
+        self._device = device
+        self._learned_scale = learned_scale
+        check_clip(config)
+        model = CLIPModel.from_pretrained(config.path)
+        self._tokenizer = AutoTokenizer.from_pretrained(config.processor)
+        processor = CLIPImageProcessor.from_pretrained(config.processor)
+        self._model = model.to(device).requires_grad_(False).eval()
+        self._edge = processor.size["shortest_edge"]
+        self._crop = processor.crop_size["height"], processor.crop_size["width"]
+        self._mean = torch.tensor(processor.image_mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(processor.image_std, device=device).view(3, 1, 1)
+
+    def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        return self.score(samples, conditions.prompts)
+
+    def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1] against their prompts; a prompt is encoded once."""
+        seen = self._model.get_image_features(pixel_values=self._preprocess(images)).pooler_output
+        cosine = functional.cosine_similarity(seen, self._texts(prompts), dim=-1)
+        return self._model.logit_scale.exp() * cosine if self._learned_scale else cosine
+
+    @torch.no_grad()
+    def _texts(self, prompts: tuple[str, ...]) -> torch.Tensor:
+        distinct = list(dict.fromkeys(prompts))
+        tokens = self._tokenizer(
+            distinct,
+            padding="max_length",
+            truncation=True,
+            max_length=self._model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self._device)
+        encoded = self._model.get_text_features(**tokens).pooler_output
+        return encoded[[distinct.index(prompt) for prompt in prompts]]
+
+    def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """Shortest edge to the model's size (bicubic), centre crop, normalisation."""
+        images = images.to(self._device)
+        height, width = images.shape[2:]
+        short = min(height, width)
+        size = int(self._edge * height / short), int(self._edge * width / short)
+        resized = functional.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (size[0] - self._crop[0]) // 2, (size[1] - self._crop[1]) // 2
+        cropped = resized[:, :, top : top + self._crop[0], left : left + self._crop[1]]
+        return (cropped - self._mean) / self._std

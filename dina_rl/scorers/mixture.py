@@ -1,0 +1,41 @@
+"""From several scorers' opinions to one reward."""
+
+from collections.abc import Mapping
+
+import torch
+
+from dina_rl.config import RewardsConfig
+
+EPSILON = 1e-4  # as in the advantage: keeps nearly constant groups from exploding
+
+
+def weighted_sum(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """sum_i weight_i (score_i - mean_i) / std_i of equally shaped scores, with the constants of the configuration.
+
+    A score that is not finite makes its sum not finite, never 0.
+
+    Raises:
+        ValueError: anything but a tensor per configured scorer; held-out metrics have a type of their own.
+    """
+    _check(rewards, scores)
+    return sum(
+        each.weight * (scores[name] - each.mean) / each.std for name, each in rewards.scorers.items()
+    )  # fmt: skip
+
+
+def group_weighted_sum(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The same for scores [P, G], each centred and divided by its standard deviation within the group beforehand."""
+    _check(rewards, scores)
+    total = torch.zeros(())
+    for name, each in rewards.scorers.items():
+        score = scores[name]
+        spread = score.std(1, keepdim=True, correction=0)
+        total = total + each.weight * (score - score.mean(1, keepdim=True)) / (spread + EPSILON)
+    return total
+
+
+def _check(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> None:
+    if not isinstance(scores, Mapping) or not all(isinstance(score, torch.Tensor) for score in scores.values()):
+        raise ValueError("a reward is made of tensors, one per scorer")
+    if set(scores) != set(rewards.scorers):
+        raise ValueError(f"scores of {sorted(scores)} where {sorted(rewards.scorers)} are configured")

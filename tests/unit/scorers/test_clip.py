@@ -1,0 +1,78 @@
+"""PickScore and CLIPScore against the stock processor and model, and their gradients."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+from dina_rl.alignment.golden import open_metric
+from dina_rl.config import CLIPModelConfig, GoldenConfig
+from dina_rl.scorers.clip import CLIPScorer, check_clip
+from tests.tiny_clip import save_tiny_clip
+
+PROMPTS = ("a small red circle on blue", "a large green square on black", "a small red circle on blue")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = str(save_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny"))
+    return CLIPModelConfig(path=path, processor=path)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """Smooth pictures [3, 40, 32, 3] uint8, wider than high, so that they are both resized and cropped."""
+    rows, columns = np.meshgrid(np.linspace(0, 3, 40), np.linspace(0, 2, 32), indexing="ij")
+    waves = [np.sin(k + rows[..., None] * (k + 1) + columns[..., None] * np.arange(1, 4)) for k in range(3)]
+    return ((np.stack(waves) + 1) * 127).astype(np.uint8)
+
+
+def as_images(pixels):
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+
+
+@torch.no_grad()
+def stock_scores(clip, pixels, learned_scale):
+    """The published snippet: processor on PIL images, normalised embeddings, their product."""
+    model = CLIPModel.from_pretrained(clip.path).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(clip.processor)
+    images = processor([Image.fromarray(each) for each in pixels], return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(clip.processor)(
+        list(PROMPTS), padding="max_length", truncation=True, max_length=8, return_tensors="pt"
+    )
+    seen = model.get_image_features(**images).pooler_output
+    read = model.get_text_features(**tokens).pooler_output
+    cosine = (seen / seen.norm(dim=-1, keepdim=True) * read / read.norm(dim=-1, keepdim=True)).sum(-1)
+    return model.logit_scale.exp() * cosine if learned_scale else cosine
+
+
+@pytest.mark.parametrize("learned_scale", [True, False], ids=["pickscore", "clip_score"])
+def test_scores_are_those_of_the_stock_processor_and_model(clip, pixels, learned_scale):
+    ours = CLIPScorer(clip, learned_scale=learned_scale, device="cpu").score(as_images(pixels), PROMPTS)
+    expected = stock_scores(clip, pixels, learned_scale)
+    assert expected.std() > 1e-3 * expected.abs().max(), "the pictures must be told apart"
+    torch.testing.assert_close(ours, expected, rtol=0.01, atol=0.01 * expected.abs().max().item())
+
+
+def test_the_score_has_the_gradient_of_its_finite_differences(clip, pixels):
+    scorer = CLIPScorer(clip, learned_scale=True, device="cpu")
+    images = (0.25 + as_images(pixels) / 2).requires_grad_()
+    (gradient,) = torch.autograd.grad(scorer.score(images, PROMPTS).sum(), images)
+    direction = 0.2 * gradient / gradient.norm()
+    with torch.no_grad():
+        slope = scorer.score(images + direction, PROMPTS).sum() - scorer.score(images - direction, PROMPTS).sum()
+    assert slope.item() / 0.4 == pytest.approx(gradient.norm().item(), rel=0.02)
+
+
+def test_as_golden_metric_it_returns_plain_numbers(clip, pixels):
+    metric = open_metric(GoldenConfig(scorer="pickscore", path=clip.path, processor=clip.processor))
+    scores = metric(as_images(pixels), PROMPTS)
+    ours = CLIPScorer(clip, learned_scale=True, device="cpu").score(as_images(pixels), PROMPTS)
+    assert scores.values == pytest.approx(ours.tolist())
+    assert all(type(value) is float for value in scores.values)
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="CLIP model .*nowhere.* cannot be read"):
+        check_clip(CLIPModelConfig(path=str(tmp_path / "nowhere"), processor=str(tmp_path / "nowhere")))
