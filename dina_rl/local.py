@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
+from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import open_run_dir, versions, write_json
@@ -27,6 +28,9 @@ ALGORITHMS = {"grpo": "Flow-GRPO", "refl": "ReFL"}
 
 def main(argv: Sequence[str]) -> None:
     run = load(LocalRun, argv, program="python -m dina_rl.local", default_config=str(DEFAULT_CONFIG))
+    if run.plan:
+        print(describe(run))
+        return
     try:
         check_fit(run.fit_run(run.run_dir, run.run_dir), open_pipeline(run.pipeline))
         load_prompts(run.prompts)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dina_rl.alignment.loop import Prompts, align
+from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import open_run_dir
@@ -20,6 +21,9 @@ MAY_CHANGE = ("inline", "workers", "checkpoint_every")
 
 def main(argv: Sequence[str]) -> None:
     run = load(AlignRun, argv, program="python -m jobs.align")
+    if run.plan:
+        print(describe(run))
+        return
     try:
         prompts = preflight(run)
         run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)

@@ -42,6 +42,8 @@ class AlignRun(_Run):
 
     algorithm: Literal["grpo", "refl"] = "grpo"
     """Flow-GRPO(-Fast) or ReFL"""
+    plan: bool = False
+    """print batch arithmetic, actors, memory and steps, and start nothing"""
     inline: bool = False
     """run the same loop in this one process, without Ray and DeepSpeed"""
     steps: Positive = 150

@@ -2,7 +2,7 @@
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dina_rl.config import CLIPModelConfig
 from dina_rl.scorers.base import Conditions
@@ -42,7 +42,7 @@ class CLIPScorer:
         check_clip(config)
         model = CLIPModel.from_pretrained(config.path)
         self._tokenizer = AutoTokenizer.from_pretrained(config.processor)
-        processor = CLIPImageProcessor.from_pretrained(config.processor)
+        processor = CLIPImageProcessorPil.from_pretrained(config.processor)
         self._model = model.to(device).requires_grad_(False).eval()
         self._edge = processor.size["shortest_edge"]
         self._crop = processor.crop_size["height"], processor.crop_size["width"]

@@ -1,0 +1,113 @@
+"""What a run would do, worked out from its configuration: `python -m jobs.align --config FILE --plan`."""
+
+from pathlib import Path
+
+from dina_rl.config import AlignRun
+from dina_rl.runtime import open_pipeline
+
+FP32 = 4  # bytes
+
+
+def describe(run: AlignRun) -> str:
+    """Batch arithmetic, actors, memory and steps of `run`, as lines of text. Starts nothing and loads no weights."""
+    width = 9
+    rows = [*_work(run), *_updates(run), *_actors(run), *_memory(run), *_measurements(run)]
+    return "\n".join(f"{name:<{width}} {text}" for name, text in rows)
+
+
+def _work(run: AlignRun) -> list[tuple[str, str]]:
+    rollout = run.rollout
+    samples = rollout.prompts_per_step * rollout.group_size
+    calls = -(-rollout.prompts_per_step // rollout.groups_per_call)
+    passes = "two transformer passes" if rollout.guidance_scale != 1 else "one transformer pass"
+    if run.algorithm == "refl":
+        first, last = run.refl.stop_range
+        steps = f"ODE of {rollout.num_steps} steps, stopped before one of the steps {first} to {last}"
+    else:
+        end = rollout.window_start + rollout.window_steps
+        window = f"steps {rollout.window_start} to {end - 1}"
+        if rollout.window_range is not None:
+            window = (
+                f"{rollout.window_steps} steps drawn within {rollout.window_range[0]} to {rollout.window_range[1] - 1}"
+            )
+        steps = f"{rollout.num_steps} steps, {rollout.dynamics} and trained: {window}"
+    algorithm = "Flow-GRPO" if run.algorithm == "grpo" else "ReFL"
+    return [
+        ("run", f"{algorithm}, {run.steps} iterations, {run.steps * samples:,} training images"),
+        (
+            "rollout",
+            f"{rollout.prompts_per_step} prompts x {rollout.group_size} samples = {samples} images, {calls} calls",
+        ),
+        ("", f"{steps}; guidance {rollout.guidance_scale:g}: {passes} a step"),
+        ("reward", " + ".join(f"{each.weight:g} x {name}" for name, each in run.rewards.scorers.items())),
+    ]
+
+
+def _updates(run: AlignRun) -> list[tuple[str, str]]:
+    rollout, learner, ranks = run.rollout, run.learner, run.workers.learner_ranks
+    minibatch = rollout.prompts_per_step // learner.updates_per_step * rollout.group_size
+    forwards = minibatch // (learner.micro_batch_size * ranks)
+    trained = rollout.window_steps if run.algorithm == "grpo" else 1
+    updates = learner.updates_per_step * learner.epochs
+    return [
+        ("learner", f"{updates} update(s) an iteration, {updates * run.steps} in all, rate {learner.learning_rate:g}"),
+        (
+            "",
+            f"minibatch {minibatch} = {forwards} forwards x {learner.micro_batch_size} samples x {ranks} ranks; "
+            f"{forwards * trained} backward passes a rank and update",
+        ),
+    ]
+
+
+def _actors(run: AlignRun) -> list[tuple[str, str]]:
+    workers = run.workers
+    kinds = (
+        ("rollout", workers.rollout_workers, workers.gpus_per_rollout),
+        ("scorer", workers.scorers, workers.gpus_per_scorer),
+        ("learner", workers.learner_ranks, workers.gpus_per_rank),
+    )
+    total = sum(count * gpus for _, count, gpus in kinds)
+    each = ", ".join(f"{count} {kind} x {gpus:g} GPU" for kind, count, gpus in kinds)
+    return [("actors", f"{each}: {total:g} GPUs; learner on {run.learner.engine}, ZeRO {run.learner.zero_stage}")]
+
+
+def _memory(run: AlignRun) -> list[tuple[str, str]]:
+    """Weights and object store; activations are not in it."""
+    try:
+        shape = open_pipeline(run.pipeline).latent_shape(run.pipeline.height, run.pipeline.width)
+    except ValueError as error:
+        return [("memory", f"unknown: {error}")]
+    samples = run.rollout.prompts_per_step * run.rollout.group_size
+    latent = shape[0] * shape[1] * shape[2] * FP32
+    kept = run.rollout.window_steps + 2 if run.algorithm == "grpo" else 3  # ReFL: stopped, predicted, gradient
+    rows = [("memory", f"{_bytes(samples * kept * latent)} of latents an iteration in the object store")]
+    weights = _weights(Path(run.pipeline.location))
+    if weights:
+        rollout, transformer = sum(weights.values()), weights["transformer"]
+        rows.append(
+            (
+                "",
+                f"weights, without activations: rollout {_bytes(rollout)}, learner rank {_bytes(transformer)} and the "
+                f"adapter x 4, scorer at most {_bytes(transformer)} and its pixel models",
+            )
+        )
+    return rows
+
+
+def _measurements(run: AlignRun) -> list[tuple[str, str]]:
+    golden = run.golden
+    base = {run.rollout.guidance_scale, *golden.guidances}
+    return [
+        ("golden", f"{golden.scorer}, {golden.dev_samples} dev samples every {golden.every} iterations"),
+        ("", f"{golden.test_samples} test samples of the base at {len(base)} guidance scales before the first update"),
+    ]
+
+
+def _weights(pipeline: Path) -> dict[str, int]:
+    """Bytes of weight files by component of a local pipeline directory; empty for a hub id."""
+    components = {file.parent.name for file in pipeline.glob("*/*.safetensors")} if pipeline.is_dir() else set()
+    return {name: sum(f.stat().st_size for f in pipeline.glob(f"{name}/*.safetensors")) for name in sorted(components)}
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
