@@ -36,6 +36,7 @@ class LearnerActor(GangMember):
         step: int,
         picks: Sequence[tuple[int, int]],
         advantages: torch.Tensor,
+        kl_scale: float,
         *calls: list[Trajectory] | list[StoppedGroup] | torch.Tensor | None,
     ) -> dict[str, float]:
         """Train on rollouts `calls[2 i][j]` for (i, j) in `picks`, with `advantages` [picks, G].
@@ -50,7 +51,7 @@ class LearnerActor(GangMember):
             )
             for (call, number), row in zip(picks, advantages, strict=True)
         ]
-        return self._learner.update(step, groups)
+        return self._learner.update(step, groups, kl_scale)
 
     def policy(self) -> AdapterState | None:
         policy = self._learner.policy()

@@ -144,14 +144,16 @@ class RayLearner:
         )
         self._gang: Gang | None = self._build()  # None between a loss and the next call
 
-    def update(self, step: int, handles: Sequence[RemoteTrajectory], advantages: torch.Tensor) -> dict[str, float]:
+    def update(
+        self, step: int, handles: Sequence[RemoteTrajectory], advantages: torch.Tensor, kl_scale: float
+    ) -> dict[str, float]:
         calls = {handle.call: handle.gradients for handle in handles}
         position = {call: index for index, call in enumerate(calls)}
         picks = [(position[handle.call], handle.number) for handle in handles]
         objects = [each for pair in calls.items() for each in pair]
 
         def update_and_keep(gang: Gang) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-            metrics = gang.call(lambda rank: rank.update.remote(step, picks, advantages, *objects))
+            metrics = gang.call(lambda rank: rank.update.remote(step, picks, advantages, kl_scale, *objects))
             return metrics, gang.call(lambda rank: rank.state.remote())
 
         metrics, self._state = self._survive(update_and_keep)

@@ -71,7 +71,7 @@ class GRPOObjective:
                     floor = max(floor, self._remember(each, *self._replay(each)))
         return {"log_prob_noise": floor}
 
-    def loss(self, each: Pass) -> PassLoss:
+    def loss(self, each: Pass, kl_scale: float) -> PassLoss:
         grpo, batch, device = self._run.grpo, each.batch, self._policy.device
         weights = batch.weights.to(device)
         log_prob, mean = self._replay(each)
@@ -92,10 +92,10 @@ class GRPOObjective:
         step = each.schedule.window_start + each.k
         sums = {**per_step, **{f"step_{step}/{name}": value for name, value in per_step.items()}}
         sums["policy_loss"] = loss.item()
-        if grpo.kl_weight:
+        if self._run.kl_weight:
             reference = law.mean(batch.states[each.k].to(device), self._policy.reference_velocity(self._inputs(each)))
             divergence = (gaussian_kl(mean, reference, law.std) * weights).sum()
-            loss = loss + grpo.kl_weight * divergence
+            loss = loss + kl_scale * self._run.kl_weight * divergence
             sums["kl"] = divergence.item()
         gap = ((policy.ratio - 1).abs() * weights).max().item()
         return PassLoss(loss=loss, sums=sums, maxima={"ratio_gap": gap, "log_prob_noise": noise})

@@ -62,9 +62,11 @@ class InlineLearner:
         self.state = self._learner.state
         self.load_state = self._learner.load_state
 
-    def update(self, step: int, handles: Sequence[SampledGroup], advantages: torch.Tensor) -> dict[str, float]:
+    def update(
+        self, step: int, handles: Sequence[SampledGroup], advantages: torch.Tensor, kl_scale: float
+    ) -> dict[str, float]:
         groups = [
             TrainingGroup(trajectory=handle.sampled, advantages=row, reward_gradient=handle.reward_gradient)
             for handle, row in zip(handles, advantages, strict=True)
         ]
-        return self._learner.update(step, groups)
+        return self._learner.update(step, groups, kl_scale)

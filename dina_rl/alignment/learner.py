@@ -42,7 +42,9 @@ class Objective(Protocol, Generic[Pass]):
         """Called under the policy that sampled; returns maxima that only that policy has."""
         ...
 
-    def loss(self, each: Pass) -> PassLoss: ...
+    def loss(self, each: Pass, kl_scale: float) -> PassLoss:
+        """Loss of one pass, its KL term times `kl_scale`."""
+        ...
 
     def before_first_step(self, maxima: dict[str, float]) -> None:
         """Look at the first minibatch's maxima, over all ranks, before anything is changed; may raise RuntimeError."""
@@ -64,8 +66,10 @@ class PolicyLearner:
         self._ema = AdapterEMA(self._policy.engine.adapter(), run.learner.ema_decay)
         self.version = 0
 
-    def update(self, step: int, groups: Sequence[TrainingGroup]) -> dict[str, float]:
+    def update(self, step: int, groups: Sequence[TrainingGroup], kl_scale: float = 1.0) -> dict[str, float]:
         """Train on one iteration's groups; returns metrics, the same on every rank.
+
+        The configured KL weight is multiplied by `kl_scale`.
 
         The groups are shuffled and split into `learner.updates_per_step` minibatches of whole groups, one optimizer
         update each, in fresh order in each of `learner.epochs`.
@@ -91,7 +95,8 @@ class PolicyLearner:
         for epoch in range(learner.epochs):
             visits = range(count) if epoch == 0 else torch.randperm(count, generator=draws).tolist()
             for number in visits:
-                maxima = self._accumulate(minibatches[number], objective.terms(parts[number]), sums)
+                terms = objective.terms(parts[number])
+                maxima = self._accumulate(minibatches[number], terms, kl_scale, sums)
                 largest = {name: max(value, largest.get(name, 0.0)) for name, value in maxima.items()}
                 if not norms:
                     first = {name: max(value, before.get(name, 0.0)) for name, value in maxima.items()}
@@ -116,12 +121,14 @@ class PolicyLearner:
                     f"{group.trajectory.policy_version}, the learner is at {self.version}"
                 )
 
-    def _accumulate(self, passes: Sequence[Pass], terms: int, sums: dict[str, float]) -> dict[str, float]:
+    def _accumulate(
+        self, passes: Sequence[Pass], terms: int, kl_scale: float, sums: dict[str, float]
+    ) -> dict[str, float]:
         """Gradients of one minibatch; adds to `sums` and returns this rank's maxima."""
         engine = self._policy.engine
         maxima: dict[str, float] = {}
         for index, each in enumerate(passes):
-            outcome = self._objective.loss(each)
+            outcome = self._objective.loss(each, kl_scale)
             engine.backward(outcome.loss * engine.world_size / terms, last=index == len(passes) - 1)
             for name, value in outcome.sums.items():
                 sums[name] += value

@@ -48,7 +48,9 @@ class Experience(Protocol[Handle]):
 class Learner(Protocol[Handle]):
     """Where updates happen; see `PolicyLearner` for the meaning of each method."""
 
-    def update(self, step: int, handles: Sequence[Handle], advantages: torch.Tensor) -> dict[str, float]: ...
+    def update(
+        self, step: int, handles: Sequence[Handle], advantages: torch.Tensor, kl_scale: float
+    ) -> dict[str, float]: ...
 
     def policy(self) -> AdapterState: ...
 
@@ -80,6 +82,8 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
         with recorder.timed("measure"):
             recorder.base(measure_base(run, prompts.test, experience))
             recorder.measured(0, measure_dev(run, prompts.dev, experience), learner.average())
+            if run.watch.action == "roll_back":
+                roll_back(learner, recorder, 0)
     experience.publish(learner.policy())
 
     for step in recorder.progress(range(start, start if recorder.stopped else run.steps)):
@@ -95,7 +99,9 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
         with recorder.timed("update"):
             kept = advantages.kept.nonzero().flatten().tolist()
             handles = [groups[i].handle for i in kept]
-            metrics = learner.update(step, handles, advantages.values[kept]) if handles else {"updates": 0}
+            metrics = {"updates": 0}
+            if handles:
+                metrics = learner.update(step, handles, advantages.values[kept], recorder.kl_scale)
         if handles and run.algorithm == "grpo":
             recorder.warn(ratio_gate(run.grpo.clip_range, metrics["first_ratio_gap"], metrics["first_log_prob_noise"]))
         with recorder.timed("publish"):
@@ -109,6 +115,8 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
                 average = learner.average()
                 experience.publish(average)
                 recorder.measured(done, measure_dev(run, prompts.dev, experience), average)
+                if run.watch.action == "roll_back":
+                    roll_back(learner, recorder, done)
                 experience.publish(learner.policy())
         if done % run.checkpoint_every == 0 or done == run.steps or recorder.stopped:
             recorder.checkpoint(done, learner.state())
@@ -120,6 +128,14 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
     with recorder.timed("measure"):
         recorder.aligned(measure_aligned(run, prompts.test, experience))
     recorder.export(final)
+
+
+def roll_back(learner: Learner, recorder: Recorder, done: int) -> None:
+    """Keep the learner's state if iteration `done` was the best in golden; take the kept one up again on an alarm."""
+    if recorder.best_at == done:
+        recorder.keep_best(learner.state())
+    elif recorder.alarms[-1:] == [done]:
+        learner.load_state(recorder.kept_best())
 
 
 def weigh(run: AlignRun, scores: Mapping[str, torch.Tensor]) -> Advantages:

@@ -26,6 +26,7 @@ from dina_rl.types import AdapterState
 SHOWN_IMAGES = 16
 ADAPTER = "adapter"
 BEST = "best/adapter.safetensors"
+BEST_STATE = "best/state.safetensors"
 LAYOUT = {
     "alignment": {
         "proxy and golden: gain over the base, in its standard deviations": [
@@ -145,9 +146,10 @@ class Recorder:
             state = {"version": torch.tensor(average.version), **average.tensors}
             save_tensors(self.dir / BEST, state)
         watch = self.run.watch
-        golden, proxy = [each["golden"] for each in points], [each["proxy"] for each in points]
+        watched = self._watched()
+        golden, proxy = [each["golden"] for each in watched], [each["proxy"] for each in watched]
         alarm = diverged(golden, proxy, patience=watch.patience, margin=watch.margin)
-        if alarm and self.diverged_at is None:
+        if alarm and (self.diverged_at is None or watch.action in ("raise_kl", "roll_back")):
             self.history.append({"kind": "diverged", "step": done})
             message = f"golden falls while proxy rises: {max(golden):.3f} at its best, {golden[-1]:.3f} now"
             self._writer.add_text("warnings", message, done)
@@ -158,6 +160,7 @@ class Recorder:
                 "golden/dev": point["golden"],
                 "proxy/dev": point["proxy"],
                 "watch/diverged": float(alarm),
+                "watch/kl_scale": self.kl_scale,
                 "gain/golden": (point["golden"] - first["golden"]) / max(first["golden_std"], 1e-6),
                 "gain/proxy": (point["proxy"] - first["proxy"]) / max(first["proxy_std"], 1e-6),
                 **{f"golden_parts/{name}": value for name, value in measurement.parts.items()},
@@ -226,9 +229,39 @@ class Recorder:
         return [entry for entry in self.history if entry["kind"] == "measurement"]
 
     @property
+    def alarms(self) -> list[int]:
+        """The iterations at which the watch called the run diverged and acted on it."""
+        return [entry["step"] for entry in self.history if entry["kind"] == "diverged"]
+
+    @property
     def diverged_at(self) -> int | None:
         """The iteration at which the watch first called the run diverged."""
-        return next((entry["step"] for entry in self.history if entry["kind"] == "diverged"), None)
+        return self.alarms[0] if self.alarms else None
+
+    @property
+    def kl_scale(self) -> float:
+        """What the watch has multiplied the KL weight by."""
+        return self.run.watch.kl_factor ** len(self.alarms) if self.run.watch.action == "raise_kl" else 1.0
+
+    @property
+    def best_at(self) -> int:
+        """The first iteration whose adapter was best in golden on the dev prompts."""
+        return max(self.points(), key=lambda point: point["golden"])["step"]
+
+    def keep_best(self, state: dict[str, torch.Tensor]) -> None:
+        """Store the learner's whole state as that of the best measurement."""
+        save_tensors(self.dir / BEST_STATE, state)
+
+    def kept_best(self) -> dict[str, torch.Tensor]:
+        return load_tensors(self.dir / BEST_STATE)
+
+    def _watched(self) -> list[dict]:
+        """The measurements that the watch compares: the best one and, where it acts, those since it last did."""
+        points = self.points()
+        if self.run.watch.action not in ("raise_kl", "roll_back") or not self.alarms:
+            return points
+        best = self.best_at
+        return [point for point in points if point["step"] == best or point["step"] > self.alarms[-1]]
 
     @property
     def stopped(self) -> bool:

@@ -76,7 +76,7 @@ class ReFLObjective:
 
     def before_first_step(self, maxima: dict[str, float]) -> None: ...
 
-    def loss(self, each: ReFLBatch) -> PassLoss:
+    def loss(self, each: ReFLBatch, kl_scale: float) -> PassLoss:
         device = self._policy.device
         weights, stopped = each.weights.to(device), each.stopped.to(device)
         group = each.group
@@ -98,9 +98,9 @@ class ReFLObjective:
             "terms": weights.sum().item(),
             "reward_gradient_norm": (gradient.flatten(1).norm(dim=1) * weights).sum().item(),
         }
-        if self._run.refl.kl_weight:
+        if self._run.kl_weight:
             divergence = (velocity_kl(velocity, self._policy.reference_velocity(inputs)) * weights).sum()
-            loss = loss + self._run.refl.kl_weight * divergence
+            loss = loss + kl_scale * self._run.kl_weight * divergence
             sums["kl"] = divergence.item()
         distance = (clean.detach().cpu() - each.predicted).flatten(1).abs().amax(1) * each.weights
         return PassLoss(loss=loss, sums=sums, maxima={"prediction_gap": distance.max().item()})

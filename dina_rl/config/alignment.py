@@ -136,12 +136,15 @@ class LearnerConfig(Section):
 class WatchConfig(Section):
     """The divergence watch: golden falls while proxy rises."""
 
-    action: Literal["none", "stop"] = "none"
-    """what to do beside marking it: nothing, or stop and go back to the adapter that was best in golden"""
+    action: Literal["none", "stop", "raise_kl", "roll_back"] = "none"
+    """what to do beside marking it: nothing; stop and export the adapter that was best in golden; multiply the KL
+    weight by kl_factor; or go on from the learner's state (policy, moments, average) at the best measurement"""
     patience: Positive = 2
     """measurements in a row that must be worse than the best one"""
     margin: Annotated[float, Field(ge=0)] = 0.02
     """how far below its best golden must lie, in its own units"""
+    kl_factor: Annotated[float, Field(gt=1)] = 10.0
+    """what raise_kl multiplies the algorithm's kl_weight by, each time"""
 
 
 class WorkersConfig(Section):

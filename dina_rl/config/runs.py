@@ -90,6 +90,8 @@ class AlignRun(_Run):
             )
         if self.rewards.normalise == "group" and self.algorithm == "refl":
             raise ValueError("rewards.normalise group compares samples of a prompt, which refl does not; use constant")
+        if self.watch.action == "raise_kl" and not self.kl_weight:
+            raise ValueError(f"watch.action raise_kl multiplies {self.algorithm}.kl_weight, which is 0")
         if self.grpo.guard and rollout.dynamics == "cps":
             raise ValueError("grpo.guard normalises ratios of an SDE's steps; rollout.dynamics cps is not one")
         if self.grpo.guard and self.grpo.old_log_probs == "rollout":
@@ -119,6 +121,11 @@ class AlignRun(_Run):
                 f"({learner.micro_batch_size}) x workers.learner_ranks ({self.workers.learner_ranks})"
             )
         return self
+
+    @property
+    def kl_weight(self) -> float:
+        """The algorithm's weight of the KL to the base."""
+        return self.refl.kl_weight if self.algorithm == "refl" else self.grpo.kl_weight
 
     @property
     def wants_reward_gradients(self) -> bool:

@@ -151,6 +151,35 @@ def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(tmp_path, tin
     assert again.diverged_at == 3
 
 
+def test_the_watch_rolls_back_to_the_best_state_and_goes_on(tmp_path, tiny_pipeline, tiny_reward):
+    changes = {"golden": {"every": 1}, "watch": {"action": "roll_back"}}
+    run = tiny_run(tmp_path / "long", tiny_pipeline, tiny_reward, steps=4, **changes)
+    recorder = perform(run, FallsAfter(run))
+    assert (recorder.best_at, recorder.alarms) == (1, [3])
+    best = recorder.kept_best()
+    assert int(best["version"]) == 2
+    # The learner that iteration 3 starts from is the one after iteration 0: the same rollouts' policy, once more.
+    stopped = tiny_run(tmp_path / "short", tiny_pipeline, tiny_reward, steps=3, **changes)
+    perform(stopped, FallsAfter(stopped))
+    state = load_tensors(stopped.run_dir / "checkpoints" / "step_000003" / "state.safetensors")
+    assert set(state) == set(best)
+    assert all(torch.equal(state[name], best[name]) for name in best)
+
+
+def test_the_watch_raises_the_kl_weight(tmp_path, tiny_pipeline, tiny_reward):
+    changes = {"steps": 5, "golden": {"every": 1}, "watch": {"action": "raise_kl", "kl_factor": 1e4}}
+    run = tiny_run(tmp_path / "raised", tiny_pipeline, tiny_reward, **changes)
+    raised = perform(run, FallsAfter(run))
+    assert raised.alarms == [3, 5], "and again two measurements later"
+    events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("watch/kl_scale")][:5] == [1, 1, 1, 1e4, 1e4]
+    run = tiny_run(tmp_path / "left", tiny_pipeline, tiny_reward, **{**changes, "watch": {"action": "none"}})
+    left = perform(run, FallsAfter(run))
+    ours, theirs = raised.iterations(), left.iterations()
+    assert ours[:3] == theirs[:3]
+    assert ours[4]["kl"] < theirs[4]["kl"], "a KL that weighs ten thousand times more is smaller"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_ratio_is_one_on_a_gpu(tmp_path, tiny_pipeline, tiny_reward, dtype):

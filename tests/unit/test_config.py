@@ -53,6 +53,7 @@ def test_overrides_reach_every_depth(tmp_path):
         ),
         (["--grpo.guard", "--rollout.dynamics", "cps"], "grpo.guard normalises ratios of an SDE's steps"),
         (["--grpo.guard", "--grpo.old_log_probs", "rollout"], "grpo.guard needs the old means"),
+        (["--watch.action", "raise_kl", "--grpo.kl_weight", "0"], "raise_kl multiplies grpo.kl_weight, which is 0"),
         (["--learner.guidance_in_loss"], "rollout.guidance_scale is 1"),
         (["--rewards.dina.uncertainty_weight", "1"], "needs a spread: draws is 1"),
         (["--learner.updates_per_step", "5"], "must divide rollout.prompts_per_step"),
