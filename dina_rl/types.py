@@ -80,6 +80,35 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainingSamples:
+    """Real samples beside a group's own, for the flow-matching loss. G of them."""
+
+    latents: torch.Tensor  # [G, C, H, W] clean
+    noise: torch.Tensor  # [G, C, H, W]
+    sigma: torch.Tensor  # [G] in (0, 1)
+    prompt: PromptEmbeds  # G rows
+
+    def select(self, index: torch.Tensor) -> "PretrainingSamples":
+        """The samples at `index`, in that order."""
+        return PretrainingSamples(
+            latents=self.latents[index],
+            noise=self.noise[index],
+            sigma=self.sigma[index],
+            prompt=self.prompt.select(index),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence["PretrainingSamples"]) -> "PretrainingSamples":
+        """One batch from several, in order."""
+        return PretrainingSamples(
+            latents=torch.cat([part.latents for part in parts]),
+            noise=torch.cat([part.noise for part in parts]),
+            sigma=torch.cat([part.sigma for part in parts]),
+            prompt=PromptEmbeds.cat([part.prompt for part in parts]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoppedGroup:
     """What one group's rollout leaves behind for ReFL: where denoising stopped, and what it predicts from there."""
 
@@ -91,6 +120,7 @@ class StoppedGroup:
     prompt: PromptEmbeds  # one row
     guidance_scale: float
     negative: PromptEmbeds | None  # one row, the empty prompt, where the loss is guided too
+    pretraining: PretrainingSamples | None  # where the flow-matching loss has a weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

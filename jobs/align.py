@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dina_rl.alignment.loop import Prompts, align
 from dina_rl.alignment.planning import describe
+from dina_rl.alignment.pretraining import PretrainingDraws
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import open_run_dir
@@ -56,6 +57,8 @@ def preflight(run: AlignRun) -> Prompts:
     for model in (run.golden.clip_model, run.rewards.pickscore, run.rewards.clip_score):
         if model is not None:
             check_clip(model)
+    if run.algorithm == "refl" and run.refl.pretraining_weight:
+        PretrainingDraws(run, backbone.latent_shape(run.pipeline.height, run.pipeline.width))
     prompts = load_prompts(run.prompts)
     if run.rollout.prompts_per_step > len(prompts.train):
         raise ValueError(

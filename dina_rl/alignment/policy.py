@@ -19,7 +19,7 @@ class VelocityInputs:
     """What a velocity depends on beside the weights."""
 
     latents: torch.Tensor  # [B, C, H, W]
-    sigma: torch.Tensor  # a scalar, shared
+    sigma: torch.Tensor  # a scalar, shared, or [B]
     prompt: PromptEmbeds  # B rows
     negative: PromptEmbeds | None  # one row; given where the velocity is the guided one
     guidance_scale: float

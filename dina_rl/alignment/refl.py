@@ -15,8 +15,9 @@ from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.scoring import ScoringWorker
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import predict_clean
+from dina_rl.reward.model import add_noise
 from dina_rl.scorers.base import Conditions
-from dina_rl.types import PromptEmbeds, StoppedGroup, TrainingGroup
+from dina_rl.types import PretrainingSamples, PromptEmbeds, StoppedGroup, TrainingGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class ReFLBatch:
     predicted: torch.Tensor  # [M, C, H, W] x0 as the rollout saw it
     gradient: torch.Tensor | None  # [M, C, H, W] dr/dx0 there; None: the learner computes it
     conditions: Conditions | None  # of M samples: the reward's, where the learner computes the gradient
+    real: PretrainingSamples | None  # M of them
     weights: torch.Tensor  # [M]
     prompt: PromptEmbeds  # M rows
 
@@ -48,6 +50,11 @@ def velocity_kl(velocity: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     ReFL has no stochastic step whose law could be compared; this is flow matching's own likelihood of a velocity.
     """
     return ((velocity - reference) ** 2).flatten(1).mean(1) / 2
+
+
+def flow_matching_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance of the velocity from eps - x0 [B, C, H, W]: [B]. The loss the base was pretrained with."""
+    return ((velocity - (noise - latents)) ** 2).flatten(1).mean(1)
 
 
 class ReFLObjective:
@@ -102,8 +109,20 @@ class ReFLObjective:
             divergence = (velocity_kl(velocity, self._policy.reference_velocity(inputs)) * weights).sum()
             loss = loss + kl_scale * self._run.kl_weight * divergence
             sums["kl"] = divergence.item()
+        if each.real is not None:
+            matching = (self._matching(each.real) * weights).sum()
+            loss = loss + self._run.refl.pretraining_weight * matching
+            sums["pretraining_loss"] = matching.item()
         distance = (clean.detach().cpu() - each.predicted).flatten(1).abs().amax(1) * each.weights
         return PassLoss(loss=loss, sums=sums, maxima={"prediction_gap": distance.max().item()})
+
+    def _matching(self, real: PretrainingSamples) -> torch.Tensor:
+        """Flow-matching loss [M] of the policy on real samples."""
+        device = self._policy.device
+        latents, noise = real.latents.to(device), real.noise.to(device)
+        noisy = add_noise(latents, noise, real.sigma.to(device))
+        inputs = VelocityInputs(latents=noisy, sigma=real.sigma, prompt=real.prompt, negative=None, guidance_scale=1.0)
+        return flow_matching_loss(self._policy.velocity(inputs), latents, noise)
 
 
 def refl_batches(
@@ -114,6 +133,9 @@ def refl_batches(
     predicted = torch.cat([group.trajectory.latents for group in groups])
     gradient = None if conditions is not None else torch.cat([group.reward_gradient for group in groups])
     prompt = PromptEmbeds.cat([group.trajectory.prompt.repeat(len(group.advantages)) for group in groups])
+    real = None
+    if groups[0].trajectory.pretraining is not None:
+        real = PretrainingSamples.cat([group.trajectory.pretraining for group in groups])
     return [
         ReFLBatch(
             group=groups[0].trajectory,
@@ -121,6 +143,7 @@ def refl_batches(
             predicted=predicted[rows],
             gradient=None if gradient is None else gradient[rows],
             conditions=None if conditions is None else conditions.select(rows),
+            real=None if real is None else real.select(rows),
             weights=weights,
             prompt=prompt.select(rows),
         )

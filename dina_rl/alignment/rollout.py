@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from dina_rl.alignment.golden import EvaluationItem, EvaluationSamples, open_metric
+from dina_rl.alignment.pretraining import PretrainingDraws
 from dina_rl.backbones.lora import add_lora, load_lora_state
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import Denoised, Velocity, denoise, denoise_until, guided, predict_clean
@@ -29,6 +30,8 @@ class RolloutWorker:
         self._codec = self._backbone.load_codec()
         self._metric = open_metric(run.golden)
         self._shape = self._backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+        wants_real = run.algorithm == "refl" and run.refl.pretraining_weight
+        self._real = PretrainingDraws(run, self._shape) if wants_real else None
         self._sigmas = self._backbone.sigmas(run.rollout.num_steps)
         self._version = 0
 
@@ -103,6 +106,7 @@ class RolloutWorker:
                 prompt=rows.select(slice(i, i + 1)).to("cpu"),
                 guidance_scale=run.guidance_scale,
                 negative=negative,
+                pretraining=None if self._real is None else self._real.draw(item, self._text),
             )
             for i, (item, before, after) in enumerate(zip(items, stopped.split(sizes), clean.split(sizes), strict=True))
         ]

@@ -1,5 +1,6 @@
 """Settings of the alignment, section by section."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -103,6 +104,14 @@ class ReFLConfig(Section):
     """who differentiates the reward: the scorer actors, so that the learner never holds the reward model, or it"""
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
     """weight of the KL to the adapter-off reference, of unit-variance Gaussians around the two velocities"""
+    pretraining_weight: Annotated[float, Field(ge=0)] = 0.0
+    """weight of the flow-matching loss on preferred images, ReFL's pretraining loss"""
+    pretraining_latents: str = "~/dina_rl/shapes_reward/latents"
+    """latent store of those images, as jobs.encode writes it"""
+
+    @property
+    def pretraining_location(self) -> Path:
+        return Path(self.pretraining_latents).expanduser()
 
 
 class LearnerConfig(Section):

@@ -1,0 +1,42 @@
+"""Preferred images for ReFL's pretraining loss, drawn by the rollout workers, which hold the text encoder."""
+
+import torch
+
+from dina_rl.backbones.base import TextEncoder
+from dina_rl.config import AlignRun
+from dina_rl.data.latents import LatentStore
+from dina_rl.seeding import generator, normal
+from dina_rl.types import PretrainingSamples, WorkItem
+
+
+class PretrainingDraws:
+    """Chosen images of the training pairs of a latent store; a draw depends on (seed, step, prompt id) alone.
+
+    Raises:
+        ValueError: no complete latent store, or one of other latents than the policy's.
+    """
+
+    def __init__(self, run: AlignRun, latent_shape: tuple[int, int, int]) -> None:
+        self._seed = run.seed
+        self._store = LatentStore(run.refl.pretraining_location)
+        if not self._store.complete():
+            raise ValueError(f"latent store {self._store.directory} is not complete; finish it with jobs.encode")
+        if self._store.info.latent_shape != latent_shape:
+            raise ValueError(
+                f"latent store {self._store.directory} holds latents of shape {self._store.info.latent_shape}, "
+                f"the policy's are {latent_shape}"
+            )
+        self._pairs = self._store.pairs("train")
+
+    def draw(self, item: WorkItem, encode: TextEncoder) -> PretrainingSamples:
+        """One sample per sample of the group, at sigma ~ U(0, 1)."""
+        count = item.group_size
+        draws = generator(self._seed, "pretraining", item.step, item.prompt_id)
+        positions = torch.randint(len(self._pairs), (count,), generator=draws)
+        latents = self._store.latents(self._pairs.chosen[positions])
+        return PretrainingSamples(
+            latents=latents,
+            noise=normal(tuple(latents.shape), self._seed, "pretraining-noise", item.step, item.prompt_id),
+            sigma=torch.rand(count, generator=draws),
+            prompt=encode([self._pairs.prompts[i] for i in self._pairs.prompt[positions].tolist()]).to("cpu"),
+        )
