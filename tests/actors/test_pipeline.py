@@ -114,18 +114,27 @@ def assert_close(ours: Outcome, theirs: Outcome) -> None:
         assert {name: mine[name] for name in numbers} == pytest.approx(numbers, abs=1e-5)
 
 
-def test_refl_on_deepspeed_ranks_with_gradients_of_the_scorers_equals_the_in_process_run(make_run, tmp_path):
-    changes = {
-        "steps": 2,
-        "algorithm": "refl",
-        "refl": {"stop_range": [1, 3], "kl_weight": 0.1},
-        "rollout": {"groups_per_call": 2},
-    }
-    local = make_run(tmp_path / "inline", inline=True, learner={"updates_per_step": 1}, **changes)
-    theirs = outcome(local, align_generator(local, load_prompts(local.prompts), local.run_dir))
-    learner = {"updates_per_step": 1, "zero_stage": 2}
-    run = make_run(tmp_path / "ray", learner=learner, workers={"learner_ranks": 2, "scorers": 2}, **changes)
-    assert_close(outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir)), theirs)
+REFL = {
+    "steps": 2,
+    "algorithm": "refl",
+    "refl": {"stop_range": [1, 3], "kl_weight": 0.1},
+    "rollout": {"groups_per_call": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def inline_refl(make_run, tmp_path_factory) -> Outcome:
+    run = make_run(tmp_path_factory.mktemp("refl"), inline=True, learner={"updates_per_step": 1}, **REFL)
+    return outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_refl_on_deepspeed_ranks_with_gradients_of_the_scorers_equals_the_in_process_run(
+    make_run, inline_refl, tmp_path, stage
+):
+    learner = {"updates_per_step": 1, "zero_stage": stage}
+    run = make_run(tmp_path, learner=learner, workers={"learner_ranks": 2, "scorers": 2}, **REFL)
+    assert_close(outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir)), inline_refl)
 
 
 def test_ray_equals_the_in_process_run(make_run, inline, tmp_path):
