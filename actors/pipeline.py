@@ -20,6 +20,7 @@ from typing import TypeVar
 import ray
 import torch
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 
 from actors.gang import Gang, GangLost
 from actors.learner import LearnerActor
@@ -31,6 +32,7 @@ from dina_rl.alignment.golden import EvaluationItem, Measurement, combine
 from dina_rl.alignment.inline import in_calls
 from dina_rl.alignment.loop import ScoredGroup
 from dina_rl.config import AlignRun
+from dina_rl.errors import RunStopped
 from dina_rl.types import AdapterState, WorkItem
 
 log = logging.getLogger(__name__)
@@ -196,18 +198,23 @@ class RayLearner:
         """`work` on the gang, or on its successors.
 
         Raises:
-            RuntimeError: more gangs were lost than `workers.max_restarts`.
+            RunStopped: a rank says so, or more gangs were lost than `workers.max_restarts`.
         """
         while True:
             try:
                 if self._gang is None:
                     self._gang = self._build()
                 return work(self._gang)
+            except RayTaskError as error:
+                if isinstance(error.cause, RunStopped):
+                    self._gang = None  # it is gone: all its ranks were killed
+                    raise error.cause from None
+                raise
             except GangLost as lost:
                 self._gang = None
                 self.restarts += 1
                 if self.restarts > self._run.workers.max_restarts:
-                    raise RuntimeError(f"{lost}; replaced {self.restarts - 1} times (workers.max_restarts)") from lost
+                    raise RunStopped(f"{lost}; replaced {self.restarts - 1} times (workers.max_restarts)") from lost
                 log.warning("%s; building the learner anew from its last state", lost)
 
     def _fetch(self, ref: ray.ObjectRef) -> Result:

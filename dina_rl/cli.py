@@ -15,9 +15,12 @@ import tyro
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dina_rl.errors import RunStopped
+
 Run = TypeVar("Run", bound=BaseModel)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what shells use for Ctrl-C
+EXIT_STOPPED = 1
 
 
 def fail(message: str) -> NoReturn:
@@ -28,12 +31,15 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def interruptible(run_dir: Path) -> Iterator[None]:
-    """End the program with one line on Ctrl-C: what is there stays, and can be continued."""
+    """End the program with one line on Ctrl-C, or when the run stops itself; what is there stays, to be continued."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"\ninterrupted; add --resume to continue {run_dir}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
+    except RunStopped as stopped:
+        print(f"\nerror: {stopped}", file=sys.stderr)
+        raise SystemExit(EXIT_STOPPED) from None
 
 
 def load(model: type[Run], argv: Sequence[str], *, program: str, default_config: str | None = None) -> Run:

@@ -10,6 +10,7 @@ from dina_rl.alignment.flow_grpo import clipped_policy_loss, ratio_gate, regulat
 from dina_rl.alignment.learner import PassLoss
 from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.config import AlignRun
+from dina_rl.errors import RunStopped
 from dina_rl.flow.sampler import replay_step
 from dina_rl.flow.sde import GaussianStep, gaussian_kl, step_law
 from dina_rl.types import PromptEmbeds, TrainingGroup, Trajectory
@@ -103,7 +104,7 @@ class GRPOObjective:
     def before_first_step(self, maxima: dict[str, float]) -> None:
         closed = ratio_gate(self._run.grpo.clip_range, maxima["ratio_gap"], maxima["log_prob_noise"])
         if closed and self._run.grpo.ratio_gate == "strict":
-            raise RuntimeError(closed)
+            raise RunStopped(closed)
 
     def _inputs(self, each: Pass) -> VelocityInputs:
         """Of the velocity before the pass's step."""

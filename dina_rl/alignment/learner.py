@@ -12,6 +12,7 @@ from dina_rl.alignment.ema import AdapterEMA
 from dina_rl.alignment.engine import Engine
 from dina_rl.alignment.policy import Policy
 from dina_rl.config import AlignRun
+from dina_rl.errors import RunStopped
 from dina_rl.seeding import generator
 from dina_rl.types import AdapterState, TrainingGroup
 
@@ -47,7 +48,7 @@ class Objective(Protocol, Generic[Pass]):
         ...
 
     def before_first_step(self, maxima: dict[str, float]) -> None:
-        """Look at the first minibatch's maxima, over all ranks, before anything is changed; may raise RuntimeError."""
+        """Look at the first minibatch's maxima, over all ranks, before anything is changed; may raise RunStopped."""
         ...
 
 
@@ -76,7 +77,7 @@ class PolicyLearner:
 
         Raises:
             ValueError: rollouts of another policy version (staleness is 0 here) or of unequal schedules.
-            RuntimeError: the gradient is not finite, or the ratio gate is strict and closed.
+            RunStopped: the gradient is not finite, or the ratio gate is strict and closed.
         """
         self._check_version(groups)
         learner, engine, objective = self.run.learner, self._policy.engine, self._objective
@@ -139,7 +140,7 @@ class PolicyLearner:
         """One optimizer update; returns the gradient norm."""
         norm = self._policy.engine.step()
         if not torch.isfinite(torch.tensor(norm)):
-            raise RuntimeError(f"the gradient norm is {norm} at policy version {self.version}; the update is void")
+            raise RunStopped(f"the gradient norm is {norm} at policy version {self.version}; the update is void")
         self.version += 1
         self._ema.update(self._policy.engine.adapter())
         return norm

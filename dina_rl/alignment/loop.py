@@ -16,6 +16,7 @@ from dina_rl.alignment.flow_grpo import ratio_gate
 from dina_rl.alignment.golden import EvaluationItem, Measurement, evaluation_items
 from dina_rl.alignment.record import Recorder
 from dina_rl.config import AlignRun
+from dina_rl.errors import RunStopped
 from dina_rl.scorers.mixture import group_weighted_sum, weighted_sum
 from dina_rl.seeding import generator
 from dina_rl.types import AdapterState, WorkItem
@@ -72,7 +73,7 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
     """Train for `run.steps` iterations, continuing from `recorder`'s last checkpoint if it has one.
 
     Raises:
-        RuntimeError: too many groups of an iteration had a reward that is not finite.
+        RunStopped: too many groups of an iteration had a reward that is not finite.
     """
     start, state = recorder.restore()
     if state is not None:
@@ -92,7 +93,7 @@ def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Lear
             scores = {name: torch.stack([group.scores[name] for group in groups]) for name in run.rewards.scorers}
         advantages = weigh(run, scores)
         if advantages.failed > run.rollout.max_failed * len(groups):
-            raise RuntimeError(
+            raise RunStopped(
                 f"iteration {step}: {advantages.failed} of {len(groups)} groups have a reward that is not finite "
                 f"(rollout.max_failed allows {run.rollout.max_failed:.0%})"
             )

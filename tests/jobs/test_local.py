@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.tiny_run import tiny_run
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", str(ROOT / "configs" / "local_smoke.yaml")]
@@ -85,6 +88,22 @@ def test_mistakes_end_before_anything_starts(tmp_path, capsys, arguments, messag
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["inline", "ray"])
+def test_a_run_that_cannot_go_on_ends_with_one_line(tmp_path, tiny_pipeline, tiny_reward, capsys, inline, ray_local):
+    """A learning rate that makes the second gradient overflow."""
+    from jobs.align import main
+
+    run = tiny_run(tmp_path / "run", tiny_pipeline, tiny_reward, inline=inline, learner={"learning_rate": 1e30})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", str(file)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert stopped.value.code == 1
+    assert len(lines) == 1
+    assert "the gradient norm is nan at policy version 1; the update is void" in lines[0]
 
 
 @pytest.mark.parametrize(
