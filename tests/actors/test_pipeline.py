@@ -128,7 +128,7 @@ def inline_refl(make_run, tmp_path_factory) -> Outcome:
     return outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir))
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])  # 2 is Flow-GRPO's below; the engine's own test has all three
 def test_refl_on_deepspeed_ranks_with_gradients_of_the_scorers_equals_the_in_process_run(
     make_run, inline_refl, tmp_path, stage
 ):
