@@ -90,6 +90,7 @@ class TorchEngine:
         return tensors
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._optimizer.state.clear()  # of an optimizer that has stepped: no state is that of the start
         if not state:
             return
         for name, parameter in self._parameters.items():

@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
-from dina_rl.alignment.loop import ScoredGroup, align
+from dina_rl.alignment.loop import ScoredGroup, align, plan
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import load_tensors
@@ -164,6 +164,32 @@ def test_the_watch_rolls_back_to_the_best_state_and_goes_on(tmp_path, tiny_pipel
     state = load_tensors(stopped.run_dir / "checkpoints" / "step_000003" / "state.safetensors")
     assert set(state) == set(best)
     assert all(torch.equal(state[name], best[name]) for name in best)
+
+
+class OnlyFalls(FallsAfter):
+    """Golden falls from the base on."""
+
+    def _falling(self, items):
+        found = super()._falling(items)
+        return found if items[0].split == "test" else replace(found, golden=tuple(-v for v in found.proxy))
+
+
+def test_rolled_back_to_the_base_the_run_begins_anew(tmp_path, tiny_pipeline, tiny_reward):
+    """No moment of the optimizer survives: the next update is that of a fresh learner on the same groups."""
+    changes = {"golden": {"every": 1}, "watch": {"action": "roll_back"}, "steps": 2}
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
+    experience, learner = OnlyFalls(run), InlineLearner(run)
+    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    align(run, load_prompts(run.prompts), experience, learner, recorder)
+    assert (recorder.best_at, recorder.alarms) == (0, [2])
+    fresh = InlineLearner(run)
+    groups = InlineExperience(run).collect(plan(run, load_prompts(run.prompts).train, 0))
+    advantages = torch.stack([group.scores["dina"] for group in groups])
+    for each in (learner, fresh):
+        each.update(0, [group.handle for group in groups], advantages, 1.0)
+    ours, theirs = learner.state(), fresh.state()
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_watch_raises_the_kl_weight(tmp_path, tiny_pipeline, tiny_reward):
