@@ -226,7 +226,7 @@ def open_actors(run: AlignRun) -> Iterator[tuple[RayExperience, RayLearner]]:
     """All actors of an alignment run, with their models loaded; killed at the end.
 
     Raises:
-        RuntimeError: they did not come up within `workers.start_timeout_s`.
+        RunStopped: they did not come up within `workers.start_timeout_s`.
     """
     with ExitStack() as stack:
         experience = RayExperience(run)

@@ -9,6 +9,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dina_rl.config import WorkersConfig
+from dina_rl.errors import RunStopped
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def place_gang(
     """Reserve one bundle per rank, packed on as few nodes as possible; None where the ranks reserve nothing.
 
     Raises:
-        RuntimeError: the cluster did not offer the bundles within `timeout_s` seconds.
+        RunStopped: the cluster did not offer the bundles within `timeout_s` seconds.
     """
     bundle = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount}
     if not bundle:
@@ -54,7 +55,7 @@ def place_gang(
     while not ray.wait([group.ready()], timeout=min(REPORT_EVERY_S, max(0.0, deadline - time.monotonic())))[0]:
         if time.monotonic() >= deadline:
             remove_placement_group(group)
-            raise RuntimeError(f"no room for {waiting_for} within {timeout_s:g} s; {resources()}")
+            raise RunStopped(f"no room for {waiting_for} within {timeout_s:g} s; {resources()}")
         log.warning("waiting for room for %s; %s", waiting_for, resources())
     return PlacementGroupSchedulingStrategy(placement_group=group)
 

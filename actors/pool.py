@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.placement import REPORT_EVERY_S, check, resources
+from dina_rl.errors import RunStopped
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Pool:
         Streams chain: `scorers.stream(rollouts.stream(...), ...)` scores a rollout while others are still sampled.
 
         Raises:
-            RuntimeError: more actors were lost than `max_restarts`, or one did not start in time.
+            RunStopped: more actors were lost than `max_restarts`, or one did not start in time.
             ray.exceptions.RayTaskError: the call itself raised; that is not retried.
         """
         left = len(self._pending) + sum(len(member.work()) for member in self._members)
@@ -199,7 +200,7 @@ class Pool:
             purpose = member.calls[0].purpose
             if time.monotonic() >= self._deadline(member):
                 if purpose == "start":
-                    raise RuntimeError(
+                    raise RunStopped(
                         f"pool {self.name!r}: actor {number} did not start within {self._limits['start']:g} s; "
                         f"{resources()}"
                     )
@@ -217,7 +218,7 @@ class Pool:
         self.restarts += 1
         which = f"item {lost[0].index} ({lost[0].item!r})" if lost else "no item"
         if self.restarts > self._max_restarts:
-            raise RuntimeError(
+            raise RunStopped(
                 f"pool {self.name!r}: actor {number} was lost with {which}, after {self._max_restarts} replaced actors "
                 f"(workers.max_restarts); it {reason}"
             )

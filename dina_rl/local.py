@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from dina_rl.alignment.planning import describe
+from dina_rl.alignment.planning import ALGORITHMS, describe
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import open_run_dir, versions, write_json
@@ -23,7 +23,6 @@ from jobs import align
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "local.yaml"
 SUMMARY = "summary.json"
-ALGORITHMS = {"grpo": "Flow-GRPO", "refl": "ReFL"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         check_fit(run.fit_run(run.run_dir, run.run_dir), open_pipeline(run.pipeline))
         load_prompts(run.prompts)
+        align.check_clip_models(run)
         run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=align.MAY_CHANGE)
     except ValueError as error:
         fail(str(error))

@@ -54,9 +54,7 @@ def preflight(run: AlignRun) -> Prompts:
     backbone.latent_shape(run.pipeline.height, run.pipeline.width)
     if run.rewards.dina is not None:
         _check_reward(run, read_card(run.rewards.dina.location), backbone.width)
-    for model in (run.golden.clip_model, run.rewards.pickscore, run.rewards.clip_score):
-        if model is not None:
-            check_clip(model)
+    check_clip_models(run)
     if run.algorithm == "refl" and run.refl.pretraining_weight:
         PretrainingDraws(run, backbone.latent_shape(run.pipeline.height, run.pipeline.width))
     prompts = load_prompts(run.prompts)
@@ -66,6 +64,13 @@ def preflight(run: AlignRun) -> Prompts:
             "training prompts"
         )
     return prompts
+
+
+def check_clip_models(run: AlignRun) -> None:
+    """Raises ValueError where a CLIP model of the rewards or of the golden metric cannot be read."""
+    for model in (run.golden.clip_model, run.rewards.pickscore, run.rewards.clip_score):
+        if model is not None:
+            check_clip(model)
 
 
 def _check_reward(run: AlignRun, card: RewardCard, width: int) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-EPSILON = 1e-4  # as in flow_grpo: keeps nearly constant groups from exploding
+from dina_rl.scorers.mixture import standardised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,5 @@ def group_advantages(
     kept = finite & varied
     values = torch.zeros_like(rewards)
     if kept.any():
-        scored = rewards[kept]
-        spread = scored.std(1, keepdim=True, correction=0) if std == "group" else scored.std(correction=0)
-        values[kept] = ((scored - scored.mean(1, keepdim=True)) / (spread + EPSILON)).clamp(-clip, clip)
+        values[kept] = standardised(rewards[kept], std).clamp(-clip, clip)
     return Advantages(values=values, kept=kept, failed=int((~finite).sum()), constant=int((finite & ~varied).sum()))

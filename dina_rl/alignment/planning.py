@@ -6,6 +6,7 @@ from dina_rl.config import AlignRun
 from dina_rl.runtime import open_pipeline
 
 FP32 = 4  # bytes
+ALGORITHMS = {"grpo": "Flow-GRPO", "refl": "ReFL"}
 
 
 def describe(run: AlignRun) -> str:
@@ -27,13 +28,11 @@ def _work(run: AlignRun) -> list[tuple[str, str]]:
         end = rollout.window_start + rollout.window_steps
         window = f"steps {rollout.window_start} to {end - 1}"
         if rollout.window_range is not None:
-            window = (
-                f"{rollout.window_steps} steps drawn within {rollout.window_range[0]} to {rollout.window_range[1] - 1}"
-            )
+            first, end = rollout.window_range
+            window = f"{rollout.window_steps} steps drawn within {first} to {end - 1}"
         steps = f"{rollout.num_steps} steps, {rollout.dynamics} and trained: {window}"
-    algorithm = "Flow-GRPO" if run.algorithm == "grpo" else "ReFL"
     return [
-        ("run", f"{algorithm}, {run.steps} iterations, {run.steps * samples:,} training images"),
+        ("run", f"{ALGORITHMS[run.algorithm]}, {run.steps} iterations, {run.steps * samples:,} training images"),
         (
             "rollout",
             f"{rollout.prompts_per_step} prompts x {rollout.group_size} samples = {samples} images, {calls} calls",
@@ -82,7 +81,7 @@ def _memory(run: AlignRun) -> list[tuple[str, str]]:
     kept = run.rollout.window_steps + 2 if run.algorithm == "grpo" else 3  # ReFL: stopped, predicted, gradient
     rows = [("memory", f"{_bytes(samples * kept * latent)} of latents an iteration in the object store")]
     weights = _weights(Path(run.pipeline.location))
-    if weights:
+    if "transformer" in weights:
         rollout, transformer = sum(weights.values()), weights["transformer"]
         rows.append(
             (

@@ -130,6 +130,12 @@ class GoldenConfig(Section):
     batch_size: Positive = 32
     """samples per forward when measuring"""
 
+    @model_validator(mode="after")
+    def _model_is_used(self) -> Self:
+        if self.scorer == "shapes" and (self.path or self.processor):
+            raise ValueError("golden.path and golden.processor name a CLIP model; golden.scorer shapes uses none")
+        return self
+
     @property
     def clip_model(self) -> CLIPModelConfig | None:
         """The CLIP model behind the metric, if there is one."""

@@ -16,7 +16,7 @@ from dina_rl.config.alignment import (
 )
 from dina_rl.config.base import PipelineConfig, Positive, Section
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig
-from dina_rl.config.rewards import DiNaScorerConfig, GoldenConfig, RewardsConfig
+from dina_rl.config.rewards import GoldenConfig, RewardsConfig
 
 
 class _Run(Section):
@@ -171,6 +171,9 @@ class LocalRun(AlignRun):
     def align_run(self, reward: Path, run_dir: Path) -> AlignRun:
         """The alignment's part of this run, against the reward model fitted before."""
         shared = {name: getattr(self, name) for name in AlignRun.model_fields}
-        dina = (self.rewards.dina or DiNaScorerConfig()).model_copy(update={"path": str(reward)})
-        shared["rewards"] = self.rewards.model_copy(update={"dina": dina})
+        if self.rewards.dina is not None:
+            dina = self.rewards.dina.model_copy(update={"path": str(reward)})
+            shared["rewards"] = self.rewards.model_copy(update={"dina": dina})
+        latents = str(reward.parent / "latents")  # the fit's own
+        shared["refl"] = self.refl.model_copy(update={"pretraining_latents": latents})
         return AlignRun(**{**shared, "run_dir": run_dir})

@@ -17,6 +17,7 @@ def check_clip(config: CLIPModelConfig) -> None:
     try:
         kind = AutoConfig.from_pretrained(config.path).model_type
         AutoTokenizer.from_pretrained(config.processor)
+        CLIPImageProcessorPil.from_pretrained(config.processor)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"CLIP model {config.path} ({config.processor}) cannot be read: {first_line}") from error

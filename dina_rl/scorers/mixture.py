@@ -1,12 +1,13 @@
 """From several scorers' opinions to one reward."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
 from dina_rl.config import RewardsConfig
 
-EPSILON = 1e-4  # as in the advantage: keeps nearly constant groups from exploding
+EPSILON = 1e-4  # as in flow_grpo: keeps nearly constant groups from exploding
 
 
 def weighted_sum(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -18,20 +19,19 @@ def weighted_sum(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> 
         ValueError: anything but a tensor per configured scorer; held-out metrics have a type of their own.
     """
     _check(rewards, scores)
-    return sum(
-        each.weight * (scores[name] - each.mean) / each.std for name, each in rewards.scorers.items()
-    )  # fmt: skip
+    return sum(each.weight * (scores[name] - each.mean) / each.std for name, each in rewards.scorers.items())
 
 
 def group_weighted_sum(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The same for scores [P, G], each centred and divided by its standard deviation within the group beforehand."""
     _check(rewards, scores)
-    total = torch.zeros(())
-    for name, each in rewards.scorers.items():
-        score = scores[name]
-        spread = score.std(1, keepdim=True, correction=0)
-        total = total + each.weight * (score - score.mean(1, keepdim=True)) / (spread + EPSILON)
-    return total
+    return sum(each.weight * standardised(scores[name], "group") for name, each in rewards.scorers.items())
+
+
+def standardised(scores: torch.Tensor, over: Literal["group", "global"]) -> torch.Tensor:
+    """Scores [P, G] minus their group's mean, over (population) standard deviation of the group, or of all, + 1e-4."""
+    spread = scores.std(1, keepdim=True, correction=0) if over == "group" else scores.std(correction=0)
+    return (scores - scores.mean(1, keepdim=True)) / (spread + EPSILON)
 
 
 def _check(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> None:

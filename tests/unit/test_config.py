@@ -60,6 +60,7 @@ def test_overrides_reach_every_depth(tmp_path):
         (["--learner.zero_stage", "4"], "learner.zero_stage: Input should be less than or equal to 3"),
         (["--learner.zero_stage", "3", "--pipeline.dtype", "bfloat16"], "learner.zero_stage 3 rounds a bfloat16"),
         (["--workers.gpus_per_rank", "0.5"], "may put two of the 2 learner ranks on one GPU"),
+        (["--golden.path", "somewhere"], "golden.scorer shapes uses none"),
         (["--golden.guidances", "0.5"], "golden.guidances.0: Input should be greater than or equal to 1"),
         (["--rewards.dina.levels", "1.0"], "rewards.dina.levels.0: Input should be less than 1"),
         (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
@@ -131,3 +132,12 @@ def test_the_reference_is_generated_from_the_schema():
     from dina_rl.reference import reference
 
     assert (CONFIGS / "REFERENCE.md").read_text() == reference(), "python -m dina_rl.reference > configs/REFERENCE.md"
+
+
+def test_a_local_run_points_its_alignment_at_its_own_reward_and_latents(tmp_path):
+    run = LocalRun.model_validate({"rewards": {"dina": {"draws": 2}}, "rollout": {"group_size": 36}})
+    align = run.align_run(tmp_path / "fit" / "reward", tmp_path / "align")
+    assert (align.rewards.dina.location, align.rewards.dina.draws) == (tmp_path / "fit" / "reward", 2)
+    assert align.refl.pretraining_location == tmp_path / "fit" / "latents"
+    without = LocalRun.model_validate({"rewards": {"dina": None, "clip_score": {}}, "rollout": {"group_size": 36}})
+    assert set(without.align_run(tmp_path / "reward", tmp_path).rewards.scorers) == {"clip_score"}
