@@ -50,7 +50,7 @@ def plot_curves(points: Sequence[dict], base: dict[float, float], path: Path) ->
     left.annotate(f"base at its best guidance ({scale:g}, test prompts)", (0, base[scale]), (2, 3),
                   textcoords="offset points", fontsize=8, color=FAINT)  # fmt: skip
     left.set_title("golden metric (held out)")
-    right.set_title("proxy: DiNa-LRM reward (optimised)")
+    right.set_title("proxy: reward (optimised)")
     _save(figure, path)
 
 
