@@ -1,0 +1,63 @@
+"""What every preference set is read into, whatever its files look like.
+
+A set is a Protocol, one file per published set beside `hpdv3.py`, and one line in `registry.py`. Records stream: no
+reader holds its whole file, so that a million comparisons cost no more memory than a thousand.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceRecord:
+    """One prompt, two or more images of it, and how people rank them."""
+
+    index: int  # position in the split, unusable records included: the key of everything drawn for it
+    prompt: str
+    images: tuple[str, ...]  # keys of the images inside the set
+    ranks: tuple[int, ...]  # one per image: lower is better, equal is a tie
+    votes: tuple[int, int] | None = None  # of a pair: people for images[0], for images[1]
+    confidence: float | None = None  # the annotators', in [0, 1]
+    models: tuple[str, ...] | None = None  # the generator of each image
+    category: str | None = None
+
+    def ordered_pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) positions of every pair of images that is not tied."""
+        pairs = combinations(range(len(self.images)), 2)
+        return [(a, b) if self.ranks[a] < self.ranks[b] else (b, a) for a, b in pairs if self.ranks[a] != self.ranks[b]]
+
+    @property
+    def ties(self) -> int:
+        """Pairs of images that people rank alike."""
+        return len(self.images) * (len(self.images) - 1) // 2 - len(self.ordered_pairs())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedRecord:
+    """A record that cannot be used, and why."""
+
+    file: str
+    index: int
+    reason: str
+
+
+class PreferenceSet(Protocol):
+    """A preference set on disk."""
+
+    def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
+        """The split's records in the order of its files; what is malformed comes as `SkippedRecord`.
+
+        Raises:
+            ValueError: no such split, or a file that is not what it should be.
+        """
+        ...
+
+    def image(self, key: str) -> bytes:
+        """The encoded image behind a record's key.
+
+        Raises:
+            ValueError: it is missing, or its path leaves the set's directory.
+        """
+        ...
