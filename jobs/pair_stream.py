@@ -1,8 +1,9 @@
 """The training pairs as a Ray Dataset in the fit's own order: every rank gets its share of step 0, then of step 1...
 
-A block holds one rank's share of several consecutive steps, and blocks alternate between ranks. With `preserve_order`
-Ray's splitter hands a block to the rank that has had the fewest rows, the lowest rank first: exactly this alternation.
-So the batches are those of `training_order`, whatever the number of workers.
+A block holds consecutive pairs of one rank, all of one bucket, and blocks alternate between ranks: a block of every rank,
+equally long, then the next block of every rank. With `preserve_order` Ray's splitter hands a block to the rank that has
+had the fewest rows, the lowest rank first: exactly this alternation. So the batches are those of `training_order`,
+whatever the number of workers.
 """
 
 from collections.abc import Iterator
@@ -15,41 +16,48 @@ import torch
 from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
-from dina_rl.data.latents import LatentStore, training_order
+from dina_rl.config import FitRun
+from dina_rl.data.latents import LatentStore
+from dina_rl.data.order import fit_order
 from dina_rl.data.pairs import PairBatch
 
 BLOCK_BYTES = 32 * 2**20  # well below the 128 MiB at which Ray splits a block
-BLOCK_STEPS = 16
+BLOCK_PAIRS = 512
 
 
-def pair_dataset(directory: Path, *, first_step: int, steps: int, batch_size: int, ranks: int, seed: int) -> Dataset:
-    """Rows {step, pair_id, prompt, chosen, rejected} of the steps from `first_step` on.
+def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
+    """Rows {step, share, pair_id, prompt, chosen, rejected} of the steps from `first_step` on.
+
+    `share` is how many rows of the step its rank gets.
 
     Args:
         directory: the latent store.
-        steps: of the whole fit.
-        batch_size: pairs per step over all `ranks`.
     """
     store = LatentStore(directory)
     pairs = store.pairs("train")
-    order = training_order(len(pairs), steps=steps, batch_size=batch_size, seed=seed)
-    share = batch_size // ranks
-    pair_bytes = 2 * 4 * int(numpy.prod(store.info.latent_shape))
-    block_steps = max(1, min(BLOCK_STEPS, BLOCK_BYTES // (share * pair_bytes)))
+    order = fit_order(store, run.fit, seed=run.seed)
+    ranks = run.fit.num_workers
     tables = []
-    for start in range(first_step, steps, block_steps):
-        for rank in range(ranks):
-            index = order[start : start + block_steps, rank * share : (rank + 1) * share]
-            step = torch.arange(start, start + len(index)).repeat_interleave(share)
-            index = index.flatten()
-            columns = {
-                "step": step,
-                "pair_id": pairs.pair_ids[index],
-                "prompt": pairs.prompt[index],
-                "chosen": pairs.chosen[index],
-                "rejected": pairs.rejected[index],
-            }
-            tables.append(pyarrow.table({name: column.numpy() for name, column in columns.items()}))
+    for steps in order.runs(first_step):
+        shares = [order.batches[step].view(ranks, -1) for step in steps]
+        index = torch.cat(shares, dim=1)  # [ranks, pairs of a rank]
+        sizes = torch.tensor([share.shape[1] for share in shares])
+        step = torch.tensor(steps).repeat_interleave(sizes)
+        share = sizes.repeat_interleave(sizes)
+        pair_bytes = 2 * 4 * int(numpy.prod(store.latent_shape(order.bucket[steps.start])))
+        block = max(1, min(BLOCK_PAIRS, BLOCK_BYTES // pair_bytes))
+        for start in range(0, index.shape[1], block):
+            part = slice(start, start + block)
+            for rows in index[:, part]:
+                columns = {
+                    "step": step[part],
+                    "share": share[part],
+                    "pair_id": pairs.pair_ids[rows],
+                    "prompt": pairs.prompt[rows],
+                    "chosen": pairs.chosen[rows],
+                    "rejected": pairs.rejected[rows],
+                }
+                tables.append(pyarrow.table({name: column.numpy() for name, column in columns.items()}))
     references = ray.data.from_arrow(tables)
     return references.map_batches(load_latents, batch_size=None, fn_kwargs={"directory": directory})
 
@@ -66,13 +74,23 @@ def load_latents(block: dict[str, numpy.ndarray], *, directory: Path) -> dict[st
     return block | latents
 
 
-def pair_batches(shard: DataIterator, prompts: tuple[str, ...], *, first_step: int, share: int) -> Iterator[PairBatch]:
+def pair_batches(shard: DataIterator, prompts: tuple[str, ...], *, first_step: int) -> Iterator[PairBatch]:
     """One rank's share of every step's batch, from `first_step` on."""
-    for step, rows in enumerate(shard.iter_torch_batches(batch_size=share, prefetch_batches=2), start=first_step):
-        assert bool((rows["step"] == step).all()), f"expected rows of step {step}, got {rows['step'].unique().tolist()}"
-        yield PairBatch(
-            pair_ids=rows["pair_id"],
-            chosen=rows["chosen"],
-            rejected=rows["rejected"],
-            prompts=tuple(prompts[number] for number in rows["prompt"].tolist()),
-        )
+    step, held = first_step, []
+    for block in shard.iter_torch_batches(batch_size=None, prefetch_batches=2):
+        start = 0
+        while start < len(block["step"]):
+            missing = int(block["share"][start]) - sum(len(rows["step"]) for rows in held)
+            held.append({name: column[start : start + missing] for name, column in block.items()})
+            start += len(held[-1]["step"])
+            if len(held[-1]["step"]) < missing:
+                break  # the rest of this step's share is in the next block
+            rows = {name: torch.cat([part[name] for part in held]) for name in block}
+            assert bool((rows["step"] == step).all()), f"step {step} got rows of {rows['step'].unique().tolist()}"
+            yield PairBatch(
+                pair_ids=rows["pair_id"],
+                chosen=rows["chosen"],
+                rejected=rows["rejected"],
+                prompts=tuple(prompts[number] for number in rows["prompt"].tolist()),
+            )
+            step, held = step + 1, []

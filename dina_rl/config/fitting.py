@@ -1,5 +1,6 @@
 """Settings of the reward model, its data and its fit."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -16,6 +17,10 @@ from dina_rl.config.base import (
     Rate,
     Section,
 )
+
+
+OWN_TEST = "test"
+"""Name of the test pairs of the latent store that a fit trains on, among its held-out sets."""
 
 
 class ThurstoneConfig(Section):
@@ -88,7 +93,11 @@ class FitConfig(Section):
     steps: Positive = 12500
     """optimizer steps (HPDv3's 0.8M pairs at batch 64: one epoch)"""
     batch_size: Positive = 64
-    """pairs per step over all workers"""
+    """pairs per step over all workers, after accumulation"""
+    bucket_batch: Literal["constant", "tokens"] = "constant"
+    """constant: batch_size in every step; tokens: floor(largest area / its area) x batch_size in a bucket's steps"""
+    micro_batch_size: Positive | None = None
+    """pairs of the largest bucket in one forward of one worker; gradients accumulate over a step; None: all at once"""
     learning_rate: Rate = 5e-5
     """AdamW's peak rate"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -100,9 +109,19 @@ class FitConfig(Section):
     max_grad_norm: Rate = 1.0
     """gradient norm clip"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    """decay of the averaged weights that are evaluated and saved"""
+    """decay of the averaged weights that are evaluated and saved; 0: no averaging, the last weights themselves"""
+    autocast: bool = False
+    """compute matrix products in bfloat16, LoRA's and the head's too; their weights and optimizer stay fp32"""
+    gradient_checkpointing: bool = False
+    """recompute the backbone's blocks in the backward pass: memory of one block instead of all, a third more work"""
     checkpoint_every: Positive = 500
     """steps between checkpoints"""
+    evaluate_every: NonNegative = 0
+    """steps between evaluations on the held-out sets; the best weights so far are kept too; 0: only at the end"""
+    held_out: dict[str, str] = {}
+    """name -> directory of a further latent store: its test pairs are evaluated beside the fit's own, called `test`"""
+    evaluation_batch_size: Positive = 64
+    """pairs per forward of one worker in evaluations"""
     num_workers: Positive = 2
     """Ray Train workers; must divide batch_size"""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
@@ -120,4 +139,11 @@ class FitConfig(Section):
             raise ValueError(
                 f"num_workers ({self.num_workers}) must divide batch_size ({self.batch_size}) for equal shards"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_file_names(self) -> Self:
+        for name in self.held_out:
+            if name == OWN_TEST or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"held_out: {name!r} must be letters, digits, - and _, and not {OWN_TEST!r}")
         return self

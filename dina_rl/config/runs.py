@@ -32,6 +32,10 @@ class _Run(Section):
 class FitRun(_Run):
     """Fit DiNa-LRM on a preference set by Ray Train."""
 
+    inline: bool = False
+    """run the same fit in this one process, without Ray"""
+    latents: Path | None = None
+    """complete latent store to fit on (`jobs.encode` makes one), so that fits share it; None: encode into run_dir"""
     dataset: DatasetConfig = DatasetConfig()
     reward: RewardModelConfig = RewardModelConfig()
     fit: FitConfig = FitConfig()
