@@ -1,4 +1,4 @@
-"""The latent store: every distinct (image, bucket) of a preference set encoded once, and the pairs as references to rows.
+"""The latent store: every distinct (image, bucket) of a preference set encoded once, and pairs as references to rows.
 
     store.json                      StoreInfo: what is encoded at which sizes, and how rows map to shards
     rows.parquet                    {image}: the image of every row, the index of the store
