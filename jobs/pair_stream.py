@@ -7,6 +7,7 @@ whatever the number of workers.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy
@@ -44,7 +45,7 @@ def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
         sizes = torch.tensor([share.shape[1] for share in shares])
         step = torch.tensor(steps).repeat_interleave(sizes)
         share = sizes.repeat_interleave(sizes)
-        pair_bytes = 2 * 4 * int(numpy.prod(store.latent_shape(order.bucket[steps.start])))
+        pair_bytes = 2 * 4 * int(numpy.prod(store.latent_shapes[order.bucket[steps.start]]))
         block = max(1, min(BLOCK_PAIRS, BLOCK_BYTES // pair_bytes))
         for start in range(0, index.shape[1], block):
             part = slice(start, start + block)
@@ -69,9 +70,15 @@ def ordered() -> DataConfig:
 
 def load_latents(block: dict[str, numpy.ndarray], *, directory: Path) -> dict[str, numpy.ndarray]:
     """Ray Data task: replace row numbers by latents [n, C, h, w]."""
-    store = LatentStore(directory)
+    store = _open_store(directory)
     latents = {side: store.latents(torch.tensor(block[side])).numpy() for side in ("chosen", "rejected")}
     return block | latents
+
+
+@lru_cache(maxsize=1)
+def _open_store(directory: Path) -> LatentStore:
+    """One reader per process: it keeps what it read last, and a small store whole."""
+    return LatentStore(directory)
 
 
 def pair_batches(shard: DataIterator, prompts: tuple[str, ...], *, first_step: int) -> Iterator[PairBatch]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dina_rl.config import FitConfig
-from dina_rl.data.latents import LatentStore
+from dina_rl.data.latents import PairStore
 from dina_rl.seeding import generator
 
 
@@ -30,16 +30,14 @@ class TrainingOrder:
         return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(self)], strict=True)]
 
 
-def fit_order(store: LatentStore, config: FitConfig, *, seed: int) -> TrainingOrder:
+def fit_order(store: PairStore, config: FitConfig, *, seed: int) -> TrainingOrder:
     """The batches of a fit on the training pairs of `store`."""
     buckets = store.pairs("train").bucket
     multiples = None
     if config.bucket_batch == "tokens":
-        shapes = {bucket: store.latent_shape(bucket) for bucket in buckets.unique().tolist()}
+        shapes = {bucket: store.latent_shapes[bucket] for bucket in buckets.unique().tolist()}
         multiples = token_multiples({bucket: height * width for bucket, (_, height, width) in shapes.items()})
-    return training_order(
-        buckets, steps=config.steps, batch_size=config.batch_size, seed=seed, multiples=multiples
-    )
+    return training_order(buckets, steps=config.steps, batch_size=config.batch_size, seed=seed, multiples=multiples)
 
 
 def training_order(

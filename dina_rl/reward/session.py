@@ -130,9 +130,7 @@ def run_fit(
     begin, first_step = perf_counter(), progress.step
     evaluating, pairs = 0.0, 0
     log = FitLog(run_dir, steps=config.steps, first_step=first_step, ranks=ranks)
-    for report in fit(
-        progress, batches, encoder, seed=run.seed, forward=forward, no_sync=no_sync, ranks=ranks.count
-    ):
+    for report in fit(progress, batches, encoder, seed=run.seed, forward=forward, no_sync=no_sync, ranks=ranks.count):
         pairs += report.pairs * ranks.count
         log.add(report)
         on_step(report)
@@ -252,9 +250,7 @@ class FitLog:
         self._file = run_dir / LOG_FILE
         self._reports: list[StepReport] = []
         self._since = perf_counter()
-        self._writer = (
-            SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step + 1) if ranks.rank == 0 else None
-        )
+        self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step + 1) if ranks.rank == 0 else None
 
     def add(self, report: StepReport) -> None:
         """Called by all ranks after every step: it is a collective."""

@@ -88,9 +88,7 @@ def test_a_bucket_smaller_than_a_batch_repeats_its_pairs() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_evaluation_visits_every_pair_once_over_all_ranks(ranks: int) -> None:
     batches = [
-        batch
-        for rank in range(ranks)
-        for batch in evaluation_batches(BUCKETS, batch_size=8, rank=rank, ranks=ranks)
+        batch for rank in range(ranks) for batch in evaluation_batches(BUCKETS, batch_size=8, rank=rank, ranks=ranks)
     ]
     assert sorted(torch.cat(batches).tolist()) == list(range(100))
     assert all(0 < len(batch) <= 8 and len(BUCKETS[batch].unique()) == 1 for batch in batches)

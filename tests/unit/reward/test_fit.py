@@ -159,9 +159,7 @@ def test_checkpointing_computes_every_block_twice_and_its_scores_once(backbone, 
 def test_a_bfloat16_backbone_is_fitted_with_float32_weights_and_moments(tiny_pipeline: Path, autocast: bool) -> None:
     backbone = open_backbone(tiny_pipeline, dtype=torch.bfloat16, max_sequence_length=8)
     config = FitConfig(steps=4, batch_size=8, autocast=autocast)
-    losses, gradients, progress = state_after(
-        backbone, backbone.load_text_encoder(), config, dtype=torch.bfloat16
-    )
+    losses, gradients, progress = state_after(backbone, backbone.load_text_encoder(), config, dtype=torch.bfloat16)
     assert all(torch.tensor(losses).isfinite())
     trained = progress.parameters.values()
     frozen = [p for p in progress.model.parameters() if not p.requires_grad]
