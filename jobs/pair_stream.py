@@ -1,9 +1,9 @@
 """The training pairs as a Ray Dataset in the fit's own order: every rank gets its share of step 0, then of step 1...
 
-A block holds consecutive pairs of one rank, all of one bucket, and blocks alternate between ranks: a block of every rank,
-equally long, then the next block of every rank. With `preserve_order` Ray's splitter hands a block to the rank that has
-had the fewest rows, the lowest rank first: exactly this alternation. So the batches are those of `training_order`,
-whatever the number of workers.
+A block holds consecutive pairs of one rank, all of one bucket, and blocks alternate between ranks: one of every rank,
+equally long, then the next of every rank. With `preserve_order` Ray's splitter hands a block to the rank that has had
+the fewest rows, the lowest rank first: exactly this alternation. So the batches are those of `training_order`, whatever
+the number of workers.
 """
 
 from collections.abc import Iterator

@@ -18,7 +18,6 @@ from dina_rl.config.base import (
     Section,
 )
 
-
 OWN_TEST = "test"
 """Name of the test pairs of the latent store that a fit trains on, among its held-out sets."""
 
@@ -96,7 +95,7 @@ class FitConfig(Section):
     """pairs per step over all workers, after accumulation"""
     bucket_batch: Literal["constant", "tokens"] = "constant"
     """constant: batch_size in every step; tokens: floor(largest area / its area) x batch_size in a bucket's steps"""
-    micro_batch_size: Positive | None = None
+    micro_batch_size: Annotated[int | None, Field(gt=0)] = None
     """pairs of the largest bucket in one forward of one worker; gradients accumulate over a step; None: all at once"""
     learning_rate: Rate = 5e-5
     """AdamW's peak rate"""

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.config import FitRun
-from dina_rl.data.encode import check_inputs, encode_dataset, read_pixels, shard_paths, write_latents
+from dina_rl.data.encode import read_pixels, shard_paths, write_latents
 from dina_rl.data.latents import LatentStore
 from dina_rl.data.order import fit_order
 from dina_rl.data.pairs import PairBatch
 from dina_rl.evaluation import store_ceiling
 from dina_rl.reward.fit import RewardFit, StepReport, fit
+from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, open_training_store
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import METRICS_FILE, FitResult, HeldOutSets, result_of, run_fit
 from dina_rl.runtime import open_pipeline
@@ -33,11 +34,11 @@ def fit_inline(run: FitRun) -> FitResult:
     """
     begin = perf_counter()
     backbone = open_pipeline(run.pipeline)
-    run = check_inputs(run, backbone)
-    run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=("fit.num_workers",))
+    run = check_fit_inputs(run, backbone)
+    run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
     if (run_dir / METRICS_FILE).is_file():
         return FitResult(**json.loads((run_dir / METRICS_FILE).read_text()))
-    store = encode_dataset(run, run_dir, backbone, _encode_here)
+    store = open_training_store(run, run_dir, backbone, _encode_here)
     encoder = backbone.load_text_encoder()
     encoded = perf_counter()
     with tqdm(total=run.fit.steps, desc="fit reward", unit="step") as bar:

@@ -210,16 +210,11 @@ def _evaluate(
 
 
 class HeldOutSets:
-    """The pairs that a fit is measured on: the test pairs of its own latent store, then those of `fit.held_out`.
-
-    Raises:
-        ValueError: no latent store where one is named.
-    """
+    """The pairs that a fit is measured on: the test pairs of its own latent store, then those of `fit.held_out`."""
 
     def __init__(self, own: LatentStore, config: dict[str, str]) -> None:
         self.stores = {OWN_TEST: own}
-        for name, directory in config.items():
-            self.stores[name] = LatentStore(Path(directory).expanduser().resolve())
+        self.stores |= {name: LatentStore(Path(directory)) for name, directory in config.items()}
 
     def measure(self, model: LatentRewardModel, encoder: TextEncoder, run: FitRun, ranks: Ranks) -> Accuracies:
         """Pairwise accuracy on every set at the single level and with the ensemble; each rank scores its share."""
