@@ -176,6 +176,9 @@ class LatentStore:
         largest = max(min(self.info.rows_per_shard * self._width(b), ROW_GROUP_BYTES) for b in range(len(self.buckets)))
         self._group = lru_cache(maxsize=max(1, CACHE_BYTES // largest))(self._read_group)
 
+    def __reduce__(self) -> tuple:
+        return LatentStore, (self.directory,)  # another process opens it anew: what was read here does not travel
+
     @staticmethod
     def create(directory: Path, info: StoreInfo, images: Iterable[str]) -> "LatentStore":
         """Begin a store, or take up an unfinished one of the same images.

@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,12 @@ def test_rows_come_back_in_any_order_and_repeated(filled) -> None:
     assert torch.equal(store.latents(rows), latents[0][rows])
     assert torch.equal(LatentStore(store.directory).latents(rows), latents[0][rows])
     assert torch.equal(store.latents(torch.tensor([7, 5])), latents[1][[2, 0]])
+
+
+def test_a_store_travels_as_its_directory(filled) -> None:
+    store, latents = filled
+    store.latents(torch.tensor([0]))
+    assert torch.equal(pickle.loads(pickle.dumps(store)).latents(torch.tensor([0])), latents[0][:1])
 
 
 def test_rows_of_two_buckets_are_no_batch(filled) -> None:
