@@ -6,7 +6,8 @@ the fewest rows, the lowest rank first: exactly this alternation. So the batches
 the number of workers.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
 from dina_rl.config import FitRun
-from dina_rl.data.latents import LatentStore
-from dina_rl.data.order import fit_order
+from dina_rl.data.latents import LatentStore, PairTable
+from dina_rl.data.order import TrainingOrder, fit_order
 from dina_rl.data.pairs import PairBatch
 
 BLOCK_BYTES = 32 * 2**20  # well below the 128 MiB at which Ray splits a block
@@ -27,28 +28,43 @@ BLOCK_PAIRS = 512
 
 
 def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
-    """Rows {step, share, pair_id, prompt, chosen, rejected} of the steps from `first_step` on.
+    """Rows {step, share, pair_id, prompt, chosen, rejected} of the steps from `first_step` on; latents as tensors.
 
-    `share` is how many rows of the step its rank gets.
+    `share` is how many rows of its step a rank gets.
 
     Args:
         directory: the latent store.
     """
     store = LatentStore(directory)
-    pairs = store.pairs("train")
     order = fit_order(store, run.fit, seed=run.seed)
-    ranks = run.fit.num_workers
-    tables = []
+    tables = blocks(order, store.pairs("train"), store.latent_shapes, ranks=run.fit.num_workers, first_step=first_step)
+    references = ray.data.from_arrow(list(tables))
+    return references.map_batches(load_latents, batch_size=None, fn_kwargs={"directory": directory})
+
+
+def blocks(
+    order: TrainingOrder,
+    pairs: PairTable,
+    latent_shapes: Sequence[tuple[int, int, int]],
+    *,
+    ranks: int,
+    first_step: int,
+) -> Iterator[pyarrow.Table]:
+    """The rows of `pair_dataset`, latents as row numbers, in blocks as the module's docstring says.
+
+    Args:
+        latent_shapes: (C, h, w) of every bucket.
+    """
     for steps in order.runs(first_step):
         shares = [order.batches[step].view(ranks, -1) for step in steps]
         index = torch.cat(shares, dim=1)  # [ranks, pairs of a rank]
         sizes = torch.tensor([share.shape[1] for share in shares])
         step = torch.tensor(steps).repeat_interleave(sizes)
         share = sizes.repeat_interleave(sizes)
-        pair_bytes = 2 * 4 * int(numpy.prod(store.latent_shapes[order.bucket[steps.start]]))
-        block = max(1, min(BLOCK_PAIRS, BLOCK_BYTES // pair_bytes))
-        for start in range(0, index.shape[1], block):
-            part = slice(start, start + block)
+        pair_bytes = 2 * 4 * math.prod(latent_shapes[order.bucket[steps.start]])
+        length = max(1, min(BLOCK_PAIRS, BLOCK_BYTES // pair_bytes))
+        for start in range(0, index.shape[1], length):
+            part = slice(start, start + length)
             for rows in index[:, part]:
                 columns = {
                     "step": step[part],
@@ -58,9 +74,7 @@ def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
                     "chosen": pairs.chosen[rows],
                     "rejected": pairs.rejected[rows],
                 }
-                tables.append(pyarrow.table({name: column.numpy() for name, column in columns.items()}))
-    references = ray.data.from_arrow(tables)
-    return references.map_batches(load_latents, batch_size=None, fn_kwargs={"directory": directory})
+                yield pyarrow.table({name: column.numpy() for name, column in columns.items()})
 
 
 def ordered() -> DataConfig:
@@ -81,17 +95,25 @@ def _open_store(directory: Path) -> LatentStore:
     return LatentStore(directory)
 
 
-def pair_batches(shard: DataIterator, prompts: tuple[str, ...], *, first_step: int) -> Iterator[PairBatch]:
+def pair_batches(shard: DataIterator, prompts: Sequence[str], *, first_step: int) -> Iterator[PairBatch]:
     """One rank's share of every step's batch, from `first_step` on."""
-    step, held = first_step, []
-    for block in shard.iter_torch_batches(batch_size=None, prefetch_batches=2):
+    return steps_of(shard.iter_torch_batches(batch_size=None, prefetch_batches=2), prompts, first_step=first_step)
+
+
+def steps_of(
+    rank_blocks: Iterable[Mapping[str, torch.Tensor]], prompts: Sequence[str], *, first_step: int
+) -> Iterator[PairBatch]:
+    """A rank's blocks cut and joined into its shares of step after step."""
+    step, held, missing = first_step, [], 0
+    for block in rank_blocks:
         start = 0
         while start < len(block["step"]):
-            missing = int(block["share"][start]) - sum(len(rows["step"]) for rows in held)
-            held.append({name: column[start : start + missing] for name, column in block.items()})
-            start += len(held[-1]["step"])
-            if len(held[-1]["step"]) < missing:
-                break  # the rest of this step's share is in the next block
+            missing = missing or int(block["share"][start])
+            part = {name: column[start : start + missing] for name, column in block.items()}
+            held.append(part)
+            start, missing = start + len(part["step"]), missing - len(part["step"])
+            if missing:
+                continue  # the rest of this share is in the next block
             rows = {name: torch.cat([part[name] for part in held]) for name in block}
             assert bool((rows["step"] == step).all()), f"step {step} got rows of {rows['step'].unique().tolist()}"
             yield PairBatch(
