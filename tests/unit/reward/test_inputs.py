@@ -1,0 +1,54 @@
+"""A fit on latent stores made before: what is refused before anything starts, and with which line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dina_rl.config import FitRun
+from dina_rl.reward.inputs import check_fit_inputs
+from dina_rl.runtime import open_pipeline
+from tests.tiny_reward import TINY_REWARD, write_store
+
+
+@pytest.fixture
+def run(tiny_pipeline: Path, tmp_path: Path) -> FitRun:
+    write_store(tmp_path / "store", str(tiny_pipeline), train=(2, 2), test=(1, 1))
+    return FitRun(latents=tmp_path / "store", pipeline={"path": str(tiny_pipeline)}, reward=TINY_REWARD)
+
+
+def checked(run: FitRun, **values: object) -> FitRun:
+    run = FitRun.model_validate(run.model_dump() | values)
+    return check_fit_inputs(run, open_pipeline(run.pipeline))
+
+
+def test_paths_become_absolute(run: FitRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ready = checked(run, latents="store", fit={"held_out": {"again": "store"}})
+    assert ready.latents == tmp_path / "store"
+    assert ready.fit.held_out == {"again": str(tmp_path / "store")}
+
+
+def test_no_store(run: FitRun, tmp_path: Path) -> None:
+    for values in ({"latents": tmp_path / "nowhere"}, {"fit": {"held_out": {"far": str(tmp_path / "nowhere")}}}):
+        with pytest.raises(ValueError, match="nowhere does not exist"):
+            checked(run, **values)
+
+
+def test_unfinished_store(run: FitRun, tmp_path: Path) -> None:
+    next((tmp_path / "store").glob("pairs-test*")).unlink()
+    with pytest.raises(ValueError, match="store is not complete"):
+        checked(run)
+
+
+def test_latents_of_another_pipeline(run: FitRun) -> None:
+    with pytest.raises(ValueError, match="was made with pipeline .*, this run's is shapes"):
+        checked(run, pipeline={"path": "shapes"})
+
+
+def test_latents_of_another_shape(run: FitRun, tmp_path: Path) -> None:
+    file = tmp_path / "store" / "store.json"
+    info = json.loads(file.read_text())
+    file.write_text(json.dumps(info | {"latent_shapes": [[4, 8, 8], [4, 8, 4]]}))
+    with pytest.raises(ValueError, match=r"of shape \(4, 8, 8\) of 32x32 images, .* makes \(16, 8, 8\)"):
+        checked(run)
