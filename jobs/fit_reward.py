@@ -27,8 +27,9 @@ from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.cli import fail, load
 from dina_rl.config import FitRun
 from dina_rl.config.fitting import OWN_TEST
+from dina_rl.reward.fit import METRICS_FILE, FitResult
 from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, open_training_store
-from dina_rl.reward.session import LOG_FILE, METRICS_FILE, REWARD_BEST, FitResult, Outcome, result_of
+from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, result_of
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
 from jobs.encode import DEFAULT_CONFIG, encode_shards

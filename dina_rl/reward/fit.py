@@ -26,6 +26,35 @@ FINAL_RATE = 0.05
 """Share of the peak learning rate at which a decaying schedule ends."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
+METRICS_FILE = "metrics.json"
+"""`FitResult` in the run directory, written last."""
+REWARD = "reward"
+"""The averaged weights in the run directory, what `load_reward` reads."""
+
+Accuracies = dict[str, dict[str, float]]
+"""Held-out set -> {accuracy_single, accuracy_ensemble}."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """What a fit reached. Accuracies are pairwise, on test pairs, of the averaged weights."""
+
+    accuracy_single: float  # at reward.single_level, on the fit's own test pairs
+    accuracy_ensemble: float  # over reward.ensemble_levels
+    held_out: Accuracies  # the same on every held-out set, the own test pairs among them
+    best_step: int | None  # whose weights `reward_best` holds; None without periodic evaluation
+    best_accuracy_single: float | None
+    label_ceiling: float | None  # best possible accuracy, where the dataset comes with golden scores
+    train_pairs: int
+    test_pairs: int
+    skipped: int  # unusable records
+    steps: int
+    pairs_per_second: float  # training alone, evaluations left out
+    encode_seconds: float
+    fit_seconds: float  # the loop alone, on the workers
+    total_seconds: float
+    reward: str  # directory of the saved reward model
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:

@@ -19,10 +19,10 @@ from dina_rl.data.latents import LatentStore
 from dina_rl.data.order import fit_order
 from dina_rl.data.pairs import PairBatch
 from dina_rl.evaluation import store_ceiling
-from dina_rl.reward.fit import RewardFit, StepReport, fit
+from dina_rl.reward.fit import METRICS_FILE, FitResult, RewardFit, StepReport, fit
 from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, open_training_store
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import METRICS_FILE, FitResult, HeldOutSets, result_of, run_fit
+from dina_rl.reward.session import HeldOutSets, result_of, run_fit
 from dina_rl.runtime import open_pipeline
 
 

@@ -1,7 +1,8 @@
 """A fit from its first step to its saved weights, on one of its ranks: steps, curves, held-out accuracy, best and last.
 
 The Ray Train worker and the fit without Ray run this same function. In the run directory it writes
-    fit.jsonl      {step, loss, accuracy, ...} every few steps, {step, held_out: {set: accuracies}} at evaluations
+    fit.jsonl      {step, loss, accuracy, ...} every few steps, {step, held_out: {set: accuracies}} at evaluations;
+                   steps that a crash undid stand there twice
     tensorboard/   the same curves
     reward/        the averaged weights at the end, what `load_reward` reads
     reward_best/   those that ranked most of the fit's own test pairs right (absent without `fit.evaluate_every`)
@@ -28,20 +29,13 @@ from dina_rl.data.order import evaluation_batches
 from dina_rl.data.pairs import PairBatch
 from dina_rl.evaluation import pairwise_accuracy, score_pairs
 from dina_rl.reward.checkpoint import save_reward
-from dina_rl.reward.fit import RewardFit, StepReport, fit
+from dina_rl.reward.fit import REWARD, Accuracies, FitResult, RewardFit, StepReport, fit
 from dina_rl.reward.model import LatentRewardModel
 
 LOG_FILE = "fit.jsonl"
 TENSORBOARD = "tensorboard"
-REWARD = "reward"
-"""The averaged weights in the run directory, what `load_reward` reads."""
 REWARD_BEST = "reward_best"
-METRICS_FILE = "metrics.json"
-"""`FitResult` in the run directory, written last."""
 LOG_EVERY = 10
-
-Accuracies = dict[str, dict[str, float]]
-"""Held-out set -> {accuracy_single, accuracy_ensemble}."""
 
 
 class Ranks(Protocol):
@@ -70,27 +64,6 @@ class OneRank:
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
         return [values]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitResult:
-    """What a fit reached. Accuracies are pairwise, on test pairs, of the averaged weights."""
-
-    accuracy_single: float  # at reward.single_level, on the fit's own test pairs
-    accuracy_ensemble: float  # over reward.ensemble_levels
-    held_out: Accuracies  # the same on every held-out set, the own test pairs among them
-    best_step: int | None  # whose weights `reward_best` holds; None without periodic evaluation
-    best_accuracy_single: float | None
-    label_ceiling: float | None  # best possible accuracy, where the dataset comes with golden scores
-    train_pairs: int
-    test_pairs: int
-    skipped: int  # unusable records
-    steps: int
-    pairs_per_second: float  # training alone, evaluations left out
-    encode_seconds: float
-    fit_seconds: float  # the loop alone, on the workers
-    total_seconds: float
-    reward: str  # directory of the saved reward model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,9 @@ from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, SKIPPED_FILE, encode_dataset
 from dina_rl.data.hpdv3 import load_image
 from dina_rl.data.latents import LatentStore
+from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult
 from dina_rl.reward.inline import fit_inline, training_steps
-from dina_rl.reward.session import LOG_FILE, METRICS_FILE, REWARD, REWARD_BEST, TENSORBOARD, FitResult
+from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD
 from dina_rl.runtime import open_pipeline
 from jobs import encode, fit_reward
 from tests.tiny_reward import TINY_REWARD, write_preferences, write_store
