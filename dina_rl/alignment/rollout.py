@@ -32,7 +32,7 @@ class RolloutWorker:
         self._shape = self._backbone.latent_shape(run.pipeline.height, run.pipeline.width)
         wants_real = run.algorithm == "refl" and run.refl.pretraining_weight
         self._real = PretrainingDraws(run, self._shape) if wants_real else None
-        self._sigmas = self._backbone.sigmas(run.rollout.num_steps)
+        self._sigmas = self._backbone.sigmas(run.rollout.num_steps, run.pipeline.height, run.pipeline.width)
         self._version = 0
 
     def load_adapter(self, adapter: AdapterState) -> int:

@@ -50,14 +50,14 @@ def test_published_checkpoint_fits() -> None:
 
 
 def test_film_starts_without_modulation() -> None:
-    adapter, tokens = FiLMAdapter(8), normal(2, 5, 8)
+    adapter, tokens = FiLMAdapter(8, token_width=8, time_width=8), normal(2, 5, 8)
     expected = adapter.proj(tokens + adapter.layer_embed)
     torch.testing.assert_close(adapter(tokens, normal(2, 8, key=1)), expected)
     torch.testing.assert_close(adapter(tokens, normal(2, 8, key=2)), expected)
 
 
 def test_film_shifts_and_scales_by_the_time_embedding() -> None:
-    adapter, tokens, time = FiLMAdapter(8), normal(2, 5, 8), normal(2, 8, key=1)
+    adapter, tokens, time = FiLMAdapter(8, token_width=8, time_width=8), normal(2, 5, 8), normal(2, 8, key=1)
     torch.nn.init.normal_(adapter.cond_mlp[-1].weight, generator=generator("film"))
     gamma, beta = adapter.cond_mlp(time)[:, None].chunk(2, -1)
     expected = adapter.proj(tokens * (1 + gamma) + beta + adapter.layer_embed)
