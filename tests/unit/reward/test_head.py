@@ -65,6 +65,27 @@ def test_film_shifts_and_scales_by_the_time_embedding() -> None:
     assert not torch.allclose(adapter(tokens, time), adapter(tokens, 2 * time))
 
 
+def test_film_projects_tokens_of_another_width_first() -> None:
+    adapter, tokens, time = FiLMAdapter(8, token_width=12, time_width=5), normal(2, 5, 12), normal(2, 5, key=1)
+    torch.nn.init.normal_(adapter.cond_mlp[-1].weight, generator=generator("film"))
+    plain = FiLMAdapter(8, token_width=8, time_width=5)
+    plain.load_state_dict({name: t for name, t in adapter.state_dict().items() if not name.startswith("proj_in")})
+    torch.testing.assert_close(adapter(tokens, time), plain(adapter.proj_in(tokens), time))
+
+
+def test_masked_text_is_as_good_as_absent() -> None:
+    """Also where a sample's levels lie side by side, each with the same padding."""
+    head, short = RewardHead(16, num_taps=2, num_queries=4, num_heads=2), features()
+    padded = Features(
+        visual=short.visual,
+        text=tuple(torch.cat([t, normal(2, 2, 16, key=20)], 1) for t in short.text),
+        time_embedding=short.time_embedding,
+        text_mask=(torch.arange(5) < 3).expand(2, -1),
+    )
+    torch.testing.assert_close(head(padded), head(short))
+    torch.testing.assert_close(head(padded, num_levels=2), head(short, num_levels=2))
+
+
 def test_gates_start_at_one_half() -> None:
     gated = CrossAttention(8, 2, text=True, gated=True)
     plain = CrossAttention(8, 2, text=True, gated=False)
