@@ -18,6 +18,7 @@ from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_p
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
 from dina_rl.backbones.text import CachedTextEncoder
+from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.types import PromptEmbeds
 
 # An input of FLUX.1-dev, not a second forward: the stock pipeline's default, for generator and reward model alike.
@@ -91,14 +92,17 @@ class Flux:
         self.last_tap = self.num_blocks
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
         self.time_width = self.width
+        self.prompt_shape = max_sequence_length, config["joint_attention_dim"], config["pooled_projection_dim"]
         self._guided = config["guidance_embeds"]
         self._grid = LatentGrid(
             path=self.path, channels=config["in_channels"] // 4, patch=2, pixels=pixels_per_latent(self.path)
         )
 
     def load_transformer(self) -> FluxTransformer2DModel:
-        transformer = FluxTransformer2DModel.from_pretrained(self.path, subfolder="transformer", dtype=self.dtype)
-        return transformer.to(self.device).requires_grad_(False).eval()
+        return load_frozen(FluxTransformer2DModel, self.path, self.dtype, self.device)
+
+    def empty_transformer(self) -> FluxTransformer2DModel:
+        return without_weights(FluxTransformer2DModel, self.path, self.dtype)
 
     def load_text_encoder(self) -> CachedTextEncoder:
         """T5's tokens and CLIP-L's pooled embedding through the stock pipeline's `encode_prompt`."""
@@ -146,9 +150,11 @@ class Flux:
     ) -> Features:
         return truncated(**self._inputs(latents, sigma, prompt), taps=taps)
 
-    def save_adapter(self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float) -> Path:
+    def save_adapter(
+        self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]
+    ) -> Path:
         save = FluxPipeline.save_lora_weights
-        return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=self.lora_targets)
+        return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=targets)
 
     def _inputs(
         self, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import nn
+from transformers import CLIPTextConfig
 
 from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.text import CachedTextEncoder
+from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.types import PromptEmbeds
 
 
@@ -72,6 +74,9 @@ class SD3:
         self.last_tap = self.num_blocks - 1  # the last block has no text output
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
         self.time_width = self.width
+        clip_tokens = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder").max_position_embeddings
+        text_width, pooled_width = config["joint_attention_dim"], config["pooled_projection_dim"]
+        self.prompt_shape = clip_tokens + max_sequence_length, text_width, pooled_width
         self._grid = LatentGrid(
             path=self.path,
             channels=config["in_channels"],
@@ -81,8 +86,10 @@ class SD3:
         )
 
     def load_transformer(self) -> SD3Transformer2DModel:
-        transformer = SD3Transformer2DModel.from_pretrained(self.path, subfolder="transformer", dtype=self.dtype)
-        return transformer.to(self.device).requires_grad_(False).eval()
+        return load_frozen(SD3Transformer2DModel, self.path, self.dtype, self.device)
+
+    def empty_transformer(self) -> SD3Transformer2DModel:
+        return without_weights(SD3Transformer2DModel, self.path, self.dtype)
 
     def load_text_encoder(self) -> CachedTextEncoder:
         """CLIP-L, CLIP-G and T5 through the stock pipeline's `encode_prompt`."""
@@ -144,6 +151,8 @@ class SD3:
     ) -> Features:
         return truncated(latents.to(self.dtype), 1000 * sigma, prompt, taps)
 
-    def save_adapter(self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float) -> Path:
+    def save_adapter(
+        self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]
+    ) -> Path:
         save = StableDiffusion3Pipeline.save_lora_weights
-        return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=self.lora_targets)
+        return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=targets)

@@ -21,6 +21,7 @@ from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_p
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
 from dina_rl.backbones.text import CachedTextEncoder
+from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.types import PromptEmbeds
 
 PATCH = 2  # latents per token and side; the one that the stock pipeline uses
@@ -51,22 +52,23 @@ class TruncatedZImage(nn.Module):
         """
         batch, _, h, w = latents.shape
         time_embedding = self.t_embedder(time * self.t_scale).type_as(latents)
-        lengths = _in_multiples(prompt.lengths)  # [B]
-        longest = int(lengths.max())
+        padded = [_in_multiples(length) for length in _lengths(prompt)]
+        longest = max(padded)
+        words, ends = (torch.tensor(each, device=latents.device) for each in (_lengths(prompt), padded))  # [B], [B]
 
         visual = self.all_x_embedder[EMBEDDER](_patches(latents))
         padding = _in_multiples(visual.shape[1]) - visual.shape[1]
         visual = torch.cat([visual, self.x_pad_token.expand(batch, padding, -1)], 1)
-        visual_rope = self._rope(_image_positions(lengths, h // PATCH, w // PATCH, padding))
+        visual_rope = self._rope(_image_positions(ends, h // PATCH, w // PATCH, padding))
         for block in self.noise_refiner:
             visual = block(visual, None, visual_rope, time_embedding)
 
         place = torch.arange(longest, device=latents.device)
         captions = functional.pad(prompt.embeds, (0, 0, 0, longest - prompt.embeds.shape[1]))  # or cuts
-        is_word = (place < prompt.lengths[:, None])[..., None]
+        is_word = (place < words[:, None])[..., None]
         text = torch.where(is_word, self.cap_embedder(captions), self.cap_pad_token)
         text_rope = self._rope(functional.pad(place[:, None] + 1, (0, 2)).expand(batch, -1, -1))
-        text_mask = None if bool((lengths == longest).all()) else place < lengths[:, None]
+        text_mask = None if min(padded) == longest else place < ends[:, None]
         for block in self.context_refiner:
             text = block(text, text_mask, text_rope)
 
@@ -111,6 +113,7 @@ class ZImage:
         self.last_tap = self.num_blocks
         self.width = config["dim"]
         self.time_width = min(config["dim"], ADALN_EMBED_DIM)
+        self.prompt_shape = max_sequence_length, config["cap_feat_dim"], 0
         positions, rows, columns = config["axes_lens"]
         if _in_multiples(max_sequence_length) + 1 >= positions:  # captions start at 1, the image sits behind them
             raise ValueError(
@@ -125,8 +128,10 @@ class ZImage:
         )
 
     def load_transformer(self) -> ZImageTransformer2DModel:
-        transformer = ZImageTransformer2DModel.from_pretrained(self.path, subfolder="transformer", dtype=self.dtype)
-        return transformer.to(self.device).requires_grad_(False).eval()
+        return load_frozen(ZImageTransformer2DModel, self.path, self.dtype, self.device)
+
+    def empty_transformer(self) -> ZImageTransformer2DModel:
+        return without_weights(ZImageTransformer2DModel, self.path, self.dtype)
 
     def load_text_encoder(self) -> CachedTextEncoder:
         """Qwen3's last hidden states but one of the chat, through the stock pipeline's `encode_prompt`."""
@@ -162,7 +167,7 @@ class ZImage:
         self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds
     ) -> torch.Tensor:
         frames = list(latents.to(self.dtype).unsqueeze(2))  # of [C, 1, h, w]
-        captions = [row[:length] for row, length in zip(prompt.embeds, prompt.lengths.tolist(), strict=True)]
+        captions = [row[:length] for row, length in zip(prompt.embeds, _lengths(prompt), strict=True)]
         return -torch.stack(transformer(frames, _time(sigma), captions, return_dict=False)[0]).squeeze(2).float()
 
     def truncated(self, transformer: nn.Module, num_blocks: int) -> TruncatedZImage:
@@ -180,9 +185,11 @@ class ZImage:
     ) -> Features:
         return truncated(latents.to(self.dtype), _time(sigma), prompt, taps)
 
-    def save_adapter(self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float) -> Path:
+    def save_adapter(
+        self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]
+    ) -> Path:
         save = ZImagePipeline.save_lora_weights
-        return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=self.lora_targets)
+        return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=targets)
 
 
 def _time(sigma: torch.Tensor) -> torch.Tensor:
@@ -190,7 +197,12 @@ def _time(sigma: torch.Tensor) -> torch.Tensor:
     return (1000 - 1000 * sigma) / 1000
 
 
-def _in_multiples(count: int | torch.Tensor) -> int | torch.Tensor:
+def _lengths(prompt: PromptEmbeds) -> list[int]:
+    """Tokens of each caption."""
+    return [prompt.embeds.shape[1]] * len(prompt) if prompt.lengths is None else prompt.lengths.tolist()
+
+
+def _in_multiples(count: int) -> int:
     """`count` tokens padded to the model's multiple of 32."""
     return count + -count % SEQ_MULTI_OF
 

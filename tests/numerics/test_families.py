@@ -15,7 +15,7 @@ from dina_rl.reward.checkpoint import load_reward, save_reward
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
-from jobs.align import adapter_exporter, preflight
+from jobs.align import exporter, preflight
 from tests.tiny_reward import stirred_model
 from tests.tiny_run import tiny_run
 
@@ -90,7 +90,7 @@ def test_an_alignment_run(tmp_path: Path, pipeline: PipelineConfig, model: Laten
     ).model_copy(update={"pipeline": pipeline})
     prompts = preflight(run)
     assert prompts == load_prompts(run.prompts)
-    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, prompts, InlineExperience(run), InlineLearner(run), recorder)
     (iteration,) = recorder.iterations()
     gap = "first_ratio_gap" if algorithm == "grpo" else "first_prediction_gap"

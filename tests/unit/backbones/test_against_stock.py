@@ -145,7 +145,9 @@ def test_the_stock_pipeline_reads_the_adapter(tmp_path, family: Family, backbone
         for parameter in trainable(transformer).values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator("adapter", *parameter.shape))
         ours = backbone.velocity(transformer, noise, sigma, prompt)
-    file = backbone.save_adapter(tmp_path / "adapter", lora_state(transformer), rank=2, alpha=8)
+    file = backbone.save_adapter(
+        tmp_path / "adapter", lora_state(transformer), rank=2, alpha=8, targets=backbone.lora_targets
+    )
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == [file.name]
     pipeline = family.stock()
     pipeline.load_lora_weights(tmp_path / "adapter")

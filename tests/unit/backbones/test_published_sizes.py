@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
 from dina_rl.backbones.base import Backbone
@@ -82,26 +82,27 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def opened(directory: Path, published: Published) -> tuple[Backbone, nn.Module]:
-    """The backbone on a directory that holds the configurations only, and its whole transformer on meta tensors."""
+def configured(directory: Path, published: Published) -> Backbone:
+    """The backbone on a directory that holds configurations and no weights."""
     with torch.device("meta"):
-        transformer = published.transformer(**published.config)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32,) * 4,
-            latent_channels=16,
-        )
-    transformer.save_config(directory / "transformer")
-    vae.save_config(directory / "vae")
-    (directory / "model_index.json").write_text(json.dumps({"_class_name": published.pipeline}))
-    return open_backbone(directory), transformer
+        config = dict(published.transformer(**published.config).config)
+    files = {
+        "model_index.json": {"_class_name": published.pipeline},
+        "transformer/config.json": config,
+        "vae/config.json": {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16},
+        "text_encoder/config.json": {"model_type": "clip_text_model", "max_position_embeddings": 77},
+    }
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(json.dumps(content))
+    return open_backbone(directory)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_reward_model_has_the_published_sizes(tmp_path: Path, name: str) -> None:
     published = PUBLISHED[name]
-    backbone, transformer = opened(tmp_path, published)
+    backbone = configured(tmp_path, published)
+    transformer = backbone.empty_transformer()
     assert count(transformer) == published.parameters
     assert backbone.latent_shape(1024, 1024) == (16, 128, 128)
 
