@@ -10,7 +10,7 @@ from dina_rl.cli import load
 from dina_rl.config import AlignRun, FitRun, LocalRun
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MODELS = {"local": LocalRun, "shapes_reward": FitRun, "shapes": AlignRun, "sd35m": AlignRun}
+MODELS = {"local": LocalRun, "reward": FitRun, "shapes_reward": FitRun, "shapes": AlignRun, "sd35m": AlignRun}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
