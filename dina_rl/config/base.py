@@ -40,7 +40,7 @@ class PipelineConfig(Section):
     width: Positive = 32
     """image width in pixels"""
     max_sequence_length: Positive = 8
-    """T5 tokens per prompt, for the generator and the reward model alike"""
+    """text tokens per prompt (T5's; Z-Image's chat), for the generator and the reward model alike"""
 
     @property
     def location(self) -> str:
