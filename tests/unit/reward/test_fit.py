@@ -137,24 +137,6 @@ def test_checkpointed_blocks_give_the_same_gradients(backbone, encoder) -> None:
     assert set(others) == set(gradients)  # names, and with them saved files, stay as they are
 
 
-def test_checkpointing_computes_every_block_twice_and_its_scores_once(backbone, encoder) -> None:
-    def forwards(checkpointing: bool) -> list[int]:
-        config = FitConfig(steps=4, batch_size=8, gradient_checkpointing=checkpointing)
-        model = LatentRewardModel(backbone, TINY_REWARD, seed=0)
-        calls = [0] * len(model.truncated.transformer_blocks)
-        for number, block in enumerate(model.truncated.transformer_blocks):
-
-            def count(module, arguments, number=number) -> None:
-                calls[number] += 1
-
-            block.attn.to_q.register_forward_pre_hook(count)
-        list(fit(RewardFit(model, config), [pair_batch(8, 0)], encoder, seed=0))
-        return calls
-
-    assert forwards(False) == [1, 1, 1]
-    assert forwards(True) == [2, 2, 2]
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_bfloat16_backbone_is_fitted_with_float32_weights_and_moments(tiny_pipeline: Path, autocast: bool) -> None:
     backbone = open_backbone(tiny_pipeline, dtype=torch.bfloat16, max_sequence_length=8)
