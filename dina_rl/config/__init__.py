@@ -14,7 +14,14 @@ from dina_rl.config.alignment import (
     WorkersConfig,
 )
 from dina_rl.config.base import LoRAConfig, PipelineConfig
-from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.config.fitting import (
+    DatasetConfig,
+    FilterConfig,
+    FitConfig,
+    RewardModelConfig,
+    ThurstoneConfig,
+    TimestepConfig,
+)
 from dina_rl.config.rewards import (
     CLIPModelConfig,
     CLIPScoreConfig,
@@ -32,6 +39,7 @@ __all__ = [
     "CLIPScoreConfig",
     "DatasetConfig",
     "DiNaScorerConfig",
+    "FilterConfig",
     "FitConfig",
     "FitRun",
     "GRPOConfig",
