@@ -32,7 +32,7 @@ from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, open_training_st
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, result_of
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
-from jobs.encode import DEFAULT_CONFIG, encode_shards
+from jobs.encode import DEFAULT_CONFIG, RayEncoding
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
 
@@ -57,7 +57,7 @@ def fit_reward_model(run: FitRun) -> FitResult:
         return FitResult(**json.loads(metrics_file.read_text()))
     start_ray()
     quiet_ray_data()
-    store = open_training_store(run, run_dir, backbone, encode_shards)
+    store = open_training_store(run, run_dir, backbone, RayEncoding())
     encode_seconds = perf_counter() - begin
     with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
         numbers = dict(_trainer(run, run_dir, store.directory).fit().return_value)

@@ -5,7 +5,7 @@ starts over (encoded latents are kept).
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from time import perf_counter
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.config import FitRun
-from dina_rl.data.encode import read_pixels, shard_paths, write_latents
+from dina_rl.data.encode import EncodingHere
 from dina_rl.data.latents import LatentStore
 from dina_rl.data.order import fit_order
 from dina_rl.data.pairs import PairBatch
@@ -38,7 +38,7 @@ def fit_inline(run: FitRun) -> FitResult:
     run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
     if (run_dir / METRICS_FILE).is_file():
         return FitResult(**json.loads((run_dir / METRICS_FILE).read_text()))
-    store = open_training_store(run, run_dir, backbone, _encode_here)
+    store = open_training_store(run, run_dir, backbone, EncodingHere(backbone))
     encoder = backbone.load_text_encoder()
     encoded = perf_counter()
     with tqdm(total=run.fit.steps, desc="fit reward", unit="step") as bar:
@@ -81,10 +81,3 @@ def training_steps(
     """A fresh fit and its steps, to be iterated."""
     progress = RewardFit(LatentRewardModel(backbone, run.reward, seed=run.seed), run.fit)
     return progress, fit(progress, training_batches(run, store), encoder, seed=run.seed)
-
-
-def _encode_here(run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
-    codec = open_pipeline(run.pipeline).load_codec()
-    for shard in tqdm(shards, desc="encode", unit="shard"):
-        pixels, problems = read_pixels(shard_paths(store, shard), height=store.buckets[0][0], width=store.buckets[0][1])
-        write_latents(store, shard, pixels, problems, codec)

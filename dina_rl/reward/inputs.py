@@ -1,11 +1,12 @@
 """What a fit reads, checked before anything starts: a preference set to encode, or latent stores made before."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import FitRun
-from dina_rl.data.encode import EncodeShards, check_fit, check_inputs, encode_dataset
-from dina_rl.data.latents import LatentStore
+from dina_rl.data.encode import EncodeWork, check_fit, check_inputs, encode_dataset
+from dina_rl.data.latents import SPLITS, LatentStore, Split
 
 MAY_CHANGE = (
     "inline",
@@ -30,18 +31,23 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
     held_out = {name: _absolute(directory) for name, directory in run.fit.held_out.items()}
     run = run.model_copy(update={"fit": run.fit.model_copy(update={"held_out": held_out})})
     if run.latents is None:
+        missing = [split for split in SPLITS if split not in run.dataset.splits]
+        if missing:
+            raise ValueError(f"dataset.{missing[0]} is None: a fit needs pairs to train on and pairs to hold out")
         run = check_inputs(run, backbone)
     else:
         check_fit(run, backbone)
         run = run.model_copy(update={"latents": Path(_absolute(run.latents))})
-        check_store(run.latents, run, backbone)
+        check_store(run.latents, SPLITS, run, backbone)
     for directory in held_out.values():
-        check_store(Path(directory), run, backbone)
+        check_store(Path(directory), ("test",), run, backbone)
     return run
 
 
-def check_store(directory: Path, run: FitRun, backbone: Backbone) -> None:
-    """Raises ValueError if there is no complete latent store, or one whose latents the pipeline did not make."""
+def check_store(directory: Path, splits: Sequence[Split], run: FitRun, backbone: Backbone) -> None:
+    """Raises ValueError if there is no complete latent store, or one without pairs in one of `splits` or whose latents
+    the pipeline did not make.
+    """
     store = LatentStore(directory)
     if not store.complete():
         raise ValueError(f"latent store {directory} is not complete; finish it with jobs.encode --resume")
@@ -55,9 +61,12 @@ def check_store(directory: Path, run: FitRun, backbone: Backbone) -> None:
                 f"latent store {directory} holds latents of shape {shape} of {height}x{width} images, "
                 f"{run.pipeline.path} makes {backbone.latent_shape(height, width)}"
             )
+    for split in splits:
+        if not len(store.pairs(split)):
+            raise ValueError(f"latent store {directory} has no {split} pairs")
 
 
-def open_training_store(run: FitRun, run_dir: Path, backbone: Backbone, encode_shards: EncodeShards) -> LatentStore:
+def open_training_store(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeWork) -> LatentStore:
     """The store that `run` names, else the run's own, encoded as far as it is missing.
 
     Raises:
@@ -65,7 +74,7 @@ def open_training_store(run: FitRun, run_dir: Path, backbone: Backbone, encode_s
     """
     if run.latents is not None:
         return LatentStore(run.latents)
-    return encode_dataset(run, run_dir, backbone, encode_shards)
+    return encode_dataset(run, run_dir, backbone, work)
 
 
 def _absolute(path: str | Path) -> str:

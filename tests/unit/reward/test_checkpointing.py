@@ -25,7 +25,7 @@ def test_gradients_are_the_same_and_blocks_run_twice(pipeline: str, request: pyt
         runs = []
         for name, module in model.truncated.named_modules():
             if name.endswith((".0.attn.to_q.base_layer", ".1.attn.to_q.base_layer", ".0.attention.to_q.base_layer")):
-                module.register_forward_hook(lambda *_: runs.append(1))
+                module.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         score = model.score(normal((2, *shape), "x"), torch.tensor([0.2, 0.7]), prompt)
         assert runs
         forward = len(runs)

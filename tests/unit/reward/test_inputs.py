@@ -52,3 +52,17 @@ def test_latents_of_another_shape(run: FitRun, tmp_path: Path) -> None:
     file.write_text(json.dumps(info | {"latent_shapes": [[4, 8, 8], [4, 8, 4]]}))
     with pytest.raises(ValueError, match=r"of shape \(4, 8, 8\) of 32x32 images, .* makes \(16, 8, 8\)"):
         checked(run)
+
+
+def test_stores_without_the_pairs_that_are_needed(run: FitRun, tmp_path: Path) -> None:
+    path = str(run.pipeline.path)
+    write_store(tmp_path / "training", path, train=(2, 1), test=(0, 0))
+    write_store(tmp_path / "test", path, train=(0, 0), test=(1, 1))
+    for name, missing in (("training", "test"), ("test", "train")):
+        with pytest.raises(ValueError, match=f"{name} has no {missing} pairs"):
+            checked(run, latents=tmp_path / name)
+    checked(run, fit={"held_out": {"other": str(tmp_path / "test")}})
+    with pytest.raises(ValueError, match="training has no test pairs"):
+        checked(run, fit={"held_out": {"other": str(tmp_path / "training")}})
+    with pytest.raises(ValueError, match="dataset.test is None"):
+        checked(run, latents=None, dataset={"test": None})
