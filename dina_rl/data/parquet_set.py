@@ -89,7 +89,7 @@ class ParquetSet:
             with parquet.ParquetFile(path) as file:
                 return file.read_row_group(group, columns=[column]).column(0)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"unreadable image: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"unreadable image: {' '.join(str(error).split())}") from error
 
 
 def _rows(file: Path, name: str, columns: list[str]) -> Iterator[dict]:
@@ -102,11 +102,11 @@ def _rows(file: Path, name: str, columns: list[str]) -> Iterator[dict]:
                         yield values | {KEY: f"{name}#{group}/{row}"}
                         row += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is broken: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file} is broken: {' '.join(str(error).split())}") from error
 
 
 def _schema(file: Path) -> pyarrow.Schema:
     try:
         return parquet.read_schema(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a parquet file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file} is not a parquet file: {' '.join(str(error).split())}") from error
