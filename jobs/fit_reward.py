@@ -26,9 +26,9 @@ from ray.train.v2.api.config import LoggingConfig
 from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.cli import fail, load
 from dina_rl.config import FitRun
-from dina_rl.config.fitting import OWN_TEST
+from dina_rl.data.registry import open_store
 from dina_rl.reward.fit import METRICS_FILE, FitResult
-from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, open_training_store
+from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, result_of
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
@@ -57,17 +57,16 @@ def fit_reward_model(run: FitRun) -> FitResult:
         return FitResult(**json.loads(metrics_file.read_text()))
     start_ray()
     quiet_ray_data()
-    store = open_training_store(run, run_dir, backbone, RayEncoding())
+    encode_missing(run, run_dir, backbone, RayEncoding())
+    latents = training_latents(run, run_dir)
     encode_seconds = perf_counter() - begin
     with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
-        numbers = dict(_trainer(run, run_dir, store.directory).fit().return_value)
-    label_ceiling = numbers.pop("label_ceiling")
+        outcome = Outcome(**_trainer(run, run_dir, latents).fit().return_value)
     result = result_of(
-        Outcome(**numbers),
+        outcome,
         run,
         run_dir,
-        store,
-        label_ceiling=label_ceiling,
+        open_store(latents),
         encode_seconds=encode_seconds,
         total_seconds=perf_counter() - begin,
     )
@@ -134,10 +133,11 @@ def main(argv: Sequence[str]) -> None:
     print(f"accuracy at t={run.reward.single_level:g} and with the ensemble {list(run.reward.ensemble_levels)}")
     for name, accuracy in result.held_out.items():
         print(f"  {name:<10}  {accuracy['accuracy_single']:.3f}  {accuracy['accuracy_ensemble']:.3f}")
+    first = next(iter(result.held_out))
     if result.label_ceiling is not None:
-        print(f"  label-noise ceiling of {OWN_TEST}: {result.label_ceiling:.3f}")
+        print(f"  label-noise ceiling of {first}: {result.label_ceiling:.3f}")
     if result.best_step is not None:
-        print(f"  {REWARD_BEST}/ holds step {result.best_step}: {result.best_accuracy_single:.3f} on {OWN_TEST}")
+        print(f"  {REWARD_BEST}/ holds step {result.best_step}: {result.best_accuracy_single:.3f} on {first}")
     print(
         f"{result.steps} steps in {result.fit_seconds:.0f} s ({result.pairs_per_second:.0f} pairs/s), "
         f"encoding {result.encode_seconds:.0f} s, in all {result.total_seconds:.0f} s\n"

@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dina_rl.checkpoint import load_tensors, save_tensors
 from dina_rl.config import FitRun
-from dina_rl.data.latents import LatentStore
-from dina_rl.evaluation import store_ceiling
+from dina_rl.data.registry import open_store
 from dina_rl.reward.fit import RewardFit
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import HeldOutSets, run_fit
@@ -46,8 +45,11 @@ class TrainRanks:
 def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> dict:
     """`run_fit` on this rank; continues from the checkpoint that Ray Train gives, if any.
 
+    Args:
+        latents: the store of the training pairs.
+
     Returns:
-        `Outcome` as a dictionary, and `label_ceiling`.
+        `Outcome` as a dictionary.
     """
     configure_process(run.fit.threads_per_worker)
     ranks = TrainRanks()
@@ -59,7 +61,7 @@ def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> dict:
             progress.load_state(load_tensors(Path(directory) / STATE_FILE))
     # Buffers are frozen position tables: equal everywhere, and large, so they are not broadcast at every forward.
     forward = prepare_model(progress.model, parallel_strategy_kwargs={"broadcast_buffers": False})
-    store = LatentStore(latents)
+    store = open_store(latents)
     outcome = run_fit(
         progress,
         pair_batches(ray.train.get_dataset_shard("train"), store.pairs("train").prompts, first_step=progress.step),
@@ -72,7 +74,7 @@ def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> dict:
         no_sync=forward.no_sync if isinstance(forward, DistributedDataParallel) else nullcontext,
         save_checkpoint=lambda progress: _save_checkpoint(progress, ranks.rank),
     )
-    return asdict(outcome) | {"label_ceiling": store_ceiling(store)}
+    return asdict(outcome)
 
 
 def _save_checkpoint(progress: RewardFit, rank: int) -> None:

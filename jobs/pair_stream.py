@@ -19,9 +19,10 @@ from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
 from dina_rl.config import FitRun
-from dina_rl.data.latents import LatentStore, PairTable
+from dina_rl.data.latents import PairStore, PairTable
 from dina_rl.data.order import TrainingOrder, fit_order
 from dina_rl.data.pairs import PairBatch
+from dina_rl.data.registry import open_store
 
 BLOCK_BYTES = 32 * 2**20  # well below the 128 MiB at which Ray splits a block
 BLOCK_PAIRS = 512
@@ -33,12 +34,13 @@ def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
     `share` is how many rows of its step a rank gets.
 
     Args:
-        directory: the latent store.
+        directory: of the encoded pairs.
     """
-    store = LatentStore(directory)
+    store = open_store(directory)
     order = fit_order(store, run.fit, seed=run.seed)
     tables = blocks(order, store.pairs("train"), store.latent_shapes, ranks=run.fit.num_workers, first_step=first_step)
-    references = ray.data.from_arrow(list(tables))
+    # Not from_arrow, which starts a task for every table to look at it; a real fit has 100,000 of them.
+    references = ray.data.from_blocks(list(tables))
     return references.map_batches(load_latents, batch_size=None, fn_kwargs={"directory": directory})
 
 
@@ -84,15 +86,15 @@ def ordered() -> DataConfig:
 
 def load_latents(block: dict[str, numpy.ndarray], *, directory: Path) -> dict[str, numpy.ndarray]:
     """Ray Data task: replace row numbers by latents [n, C, h, w]."""
-    store = _open_store(directory)
+    store = _reader(directory)
     latents = {side: store.latents(torch.tensor(block[side])).numpy() for side in ("chosen", "rejected")}
     return block | latents
 
 
 @lru_cache(maxsize=1)
-def _open_store(directory: Path) -> LatentStore:
+def _reader(directory: Path) -> PairStore:
     """One reader per process: it keeps what it read last, and a small store whole."""
-    return LatentStore(directory)
+    return open_store(directory)
 
 
 def pair_batches(shard: DataIterator, prompts: Sequence[str], *, first_step: int) -> Iterator[PairBatch]:

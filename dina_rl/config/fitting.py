@@ -19,7 +19,7 @@ from dina_rl.config.base import (
 )
 
 OWN_TEST = "test"
-"""Name of the test pairs of the latent store that a fit trains on, among its held-out sets."""
+"""Among a fit's held-out sets, the test pairs of the store that it trains on."""
 
 SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts"]
 
@@ -167,7 +167,7 @@ class FitConfig(Section):
     evaluate_every: NonNegative = 0
     """steps between evaluations on the held-out sets; the best weights so far are kept too; 0: only at the end"""
     held_out: dict[str, str] = {}
-    """name -> directory of a further latent store: its test pairs are evaluated beside the fit's own, called `test`"""
+    """name -> directory of further encoded pairs: their test split is evaluated beside the fit's own, called `test`"""
     evaluation_batch_size: Positive = 64
     """pairs per forward of one worker in evaluations"""
     num_workers: Positive = 2

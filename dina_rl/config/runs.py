@@ -36,7 +36,8 @@ class FitRun(_Run):
     inline: bool = False
     """run the same fit in this one process, without Ray"""
     latents: Path | None = None
-    """complete latent store to fit on (`jobs.encode` makes one), so that fits share it; None: encode into run_dir"""
+    """encoded pairs to fit on, so that fits share them: a complete `latents` directory of jobs.encode, or the authors'
+    preprocessed files; None: encode into run_dir"""
     dataset: DatasetConfig = DatasetConfig()
     reward: RewardModelConfig = RewardModelConfig()
     fit: FitConfig = FitConfig()

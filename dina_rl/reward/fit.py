@@ -39,14 +39,14 @@ Accuracies = dict[str, dict[str, float]]
 class FitResult:
     """What a fit reached. Accuracies are pairwise, on test pairs, of the averaged weights."""
 
-    accuracy_single: float  # at reward.single_level, on the fit's own test pairs
+    accuracy_single: float  # at reward.single_level, on the first held-out set: the fit's own test pairs, if any
     accuracy_ensemble: float  # over reward.ensemble_levels
-    held_out: Accuracies  # the same on every held-out set, the own test pairs among them
+    held_out: Accuracies  # the same on every held-out set
     best_step: int | None  # whose weights `reward_best` holds; None without periodic evaluation
     best_accuracy_single: float | None
-    label_ceiling: float | None  # best possible accuracy, where the dataset comes with golden scores
+    label_ceiling: float | None  # best possible accuracy on the first set, where it comes with golden scores
     train_pairs: int
-    test_pairs: int
+    test_pairs: int  # of the first set
     skipped: int  # unusable records
     steps: int
     pairs_per_second: float  # training alone, evaluations left out

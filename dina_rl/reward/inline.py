@@ -15,12 +15,12 @@ from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.config import FitRun
 from dina_rl.data.encode import EncodingHere
-from dina_rl.data.latents import LatentStore
+from dina_rl.data.latents import PairStore
 from dina_rl.data.order import fit_order
 from dina_rl.data.pairs import PairBatch
-from dina_rl.evaluation import store_ceiling
+from dina_rl.data.registry import open_store
 from dina_rl.reward.fit import METRICS_FILE, FitResult, RewardFit, StepReport, fit
-from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, open_training_store
+from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import HeldOutSets, result_of, run_fit
 from dina_rl.runtime import open_pipeline
@@ -38,7 +38,8 @@ def fit_inline(run: FitRun) -> FitResult:
     run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
     if (run_dir / METRICS_FILE).is_file():
         return FitResult(**json.loads((run_dir / METRICS_FILE).read_text()))
-    store = open_training_store(run, run_dir, backbone, EncodingHere(backbone))
+    encode_missing(run, run_dir, backbone, EncodingHere(backbone))
+    store = open_store(training_latents(run, run_dir))
     encoder = backbone.load_text_encoder()
     encoded = perf_counter()
     with tqdm(total=run.fit.steps, desc="fit reward", unit="step") as bar:
@@ -61,7 +62,6 @@ def fit_inline(run: FitRun) -> FitResult:
         run,
         run_dir,
         store,
-        label_ceiling=store_ceiling(store),
         encode_seconds=encoded - begin,
         total_seconds=perf_counter() - begin,
     )
@@ -69,14 +69,14 @@ def fit_inline(run: FitRun) -> FitResult:
     return result
 
 
-def training_batches(run: FitRun, store: LatentStore) -> Iterator[PairBatch]:
+def training_batches(run: FitRun, store: PairStore) -> Iterator[PairBatch]:
     """Every step's whole batch."""
     pairs = store.pairs("train")
     return (store.batch(pairs, index) for index in fit_order(store, run.fit, seed=run.seed).batches)
 
 
 def training_steps(
-    run: FitRun, store: LatentStore, backbone: Backbone, encoder: TextEncoder
+    run: FitRun, store: PairStore, backbone: Backbone, encoder: TextEncoder
 ) -> tuple[RewardFit, Iterator[StepReport]]:
     """A fresh fit and its steps, to be iterated."""
     progress = RewardFit(LatentRewardModel(backbone, run.reward, seed=run.seed), run.fit)

@@ -5,11 +5,11 @@ The Ray Train worker and the fit without Ray run this same function. In the run 
                    steps that a crash undid stand there twice
     tensorboard/   the same curves
     reward/        the averaged weights at the end, what `load_reward` reads
-    reward_best/   those that ranked most of the fit's own test pairs right (absent without `fit.evaluate_every`)
+    reward_best/   those that ranked most pairs of the first held-out set right (absent without `fit.evaluate_every`)
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,11 @@ from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import FitRun
 from dina_rl.config.fitting import OWN_TEST
 from dina_rl.data.encode import SKIPPED_FILE
-from dina_rl.data.latents import LatentStore
+from dina_rl.data.latents import LatentStore, PairStore
 from dina_rl.data.order import evaluation_batches
 from dina_rl.data.pairs import PairBatch
-from dina_rl.evaluation import pairwise_accuracy, score_pairs
+from dina_rl.data.registry import open_store
+from dina_rl.evaluation import pairwise_accuracy, score_pairs, store_ceiling
 from dina_rl.reward.checkpoint import save_reward
 from dina_rl.reward.fit import REWARD, Accuracies, FitResult, RewardFit, StepReport, fit
 from dina_rl.reward.model import LatentRewardModel
@@ -135,22 +136,23 @@ def result_of(
     outcome: Outcome,
     run: FitRun,
     run_dir: Path,
-    store: LatentStore,
+    store: PairStore,
     *,
-    label_ceiling: float | None,
     encode_seconds: float,
     total_seconds: float,
 ) -> FitResult:
     """The whole job's result from its training's outcome."""
     skipped = run_dir / SKIPPED_FILE
+    sets = HeldOutSets(store, run.fit.held_out)
+    first = sets.stores[sets.first]
     return FitResult(
-        **outcome.held_out[OWN_TEST],
+        **outcome.held_out[sets.first],
         held_out=outcome.held_out,
         best_step=outcome.best_step,
         best_accuracy_single=outcome.best_accuracy_single,
-        label_ceiling=label_ceiling,
+        label_ceiling=store_ceiling(first) if isinstance(first, LatentStore) else None,
         train_pairs=len(store.pairs("train")),
-        test_pairs=len(store.pairs("test")),
+        test_pairs=len(first.pairs("test")),
         skipped=len(skipped.read_text().splitlines()) if skipped.is_file() else 0,
         steps=run.fit.steps,
         pairs_per_second=outcome.pairs_per_second,
@@ -174,7 +176,7 @@ def _evaluate(
     with progress.averaged_weights() as model:
         held_out = sets.measure(model, encoder, run, ranks)
         log.add_held_out(progress.step, held_out)
-        accuracy = held_out[OWN_TEST]["accuracy_single"]
+        accuracy = held_out[sets.first]["accuracy_single"]
         if run.fit.evaluate_every and accuracy > progress.best_accuracy:
             progress.best_step, progress.best_accuracy = progress.step, accuracy
             if ranks.rank == 0:
@@ -183,11 +185,12 @@ def _evaluate(
 
 
 class HeldOutSets:
-    """The pairs that a fit is measured on: the test pairs of its own latent store, then those of `fit.held_out`."""
+    """The pairs that a fit is measured on: the test pairs of its own store where it has any, then `fit.held_out`'s."""
 
-    def __init__(self, own: LatentStore, config: dict[str, str]) -> None:
-        self.stores = {OWN_TEST: own}
-        self.stores |= {name: LatentStore(Path(directory)) for name, directory in config.items()}
+    def __init__(self, own: PairStore, config: Mapping[str, str]) -> None:
+        further = {name: open_store(Path(directory)) for name, directory in config.items()}
+        self.stores = ({OWN_TEST: own} if len(own.pairs("test")) else {}) | further
+        self.first = next(iter(self.stores))
 
     def measure(self, model: LatentRewardModel, encoder: TextEncoder, run: FitRun, ranks: Ranks) -> Accuracies:
         """Pairwise accuracy on every set at the single level and with the ensemble; each rank scores its share."""

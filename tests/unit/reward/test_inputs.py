@@ -61,7 +61,9 @@ def test_stores_without_the_pairs_that_are_needed(run: FitRun, tmp_path: Path) -
     for name, missing in (("training", "test"), ("test", "train")):
         with pytest.raises(ValueError, match=f"{name} has no {missing} pairs"):
             checked(run, latents=tmp_path / name)
-    checked(run, fit={"held_out": {"other": str(tmp_path / "test")}})
+    held_out = {"fit": {"held_out": {"other": str(tmp_path / "test")}}}
+    checked(run, **held_out)
+    checked(run, latents=tmp_path / "training", **held_out)  # measured on the other store alone
     with pytest.raises(ValueError, match="training has no test pairs"):
         checked(run, fit={"held_out": {"other": str(tmp_path / "training")}})
     with pytest.raises(ValueError, match="dataset.test is None"):
