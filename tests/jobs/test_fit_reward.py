@@ -181,6 +181,20 @@ def test_curves_are_in_tensorboard(bucketed) -> None:
     assert other[-1].value == pytest.approx(result.held_out["other"]["accuracy_ensemble"])
 
 
+def test_the_command_fits_without_ray_on_a_shared_store(
+    small_config, stores, tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = small_config + arguments(tmp_path / "run", tmp_path / "no-dataset", tiny_pipeline)
+    argv += ["--inline", "--latents", str(stores[0]), "--fit.held_out", f"{{other: {stores[1]}}}"]
+    argv += ["--fit.num_workers", "1", "--reward.lora.rank", "4"]
+    fit_reward.main([*argv, "--fit.evaluate_every", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["test", "other"]
+    assert lines[3].startswith("  reward_best/ holds step ")
+    assert lines[-1] == f"reward model  {tmp_path / 'run' / REWARD}"
+    assert "holds a run already; add --resume" in refused(fit_reward.main, argv, capsys)
+
+
 def test_a_finished_run_returns_its_result(finished) -> None:
     run, result = finished
     assert fit_reward.fit_reward_model(run.model_copy(update={"resume": True})) == result
