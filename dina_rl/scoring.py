@@ -36,6 +36,7 @@ NORMALISATIONS = {"raw": (0.0, 1.0), "readme": (10.0, 10.0), "grpo_reward": (12.
 them by `readme`, and the reward function of its released alignment code optimises `grpo_reward`."""
 
 LATENTS_SUFFIX = ".safetensors"
+PROBE = 64  # pixels; every backbone has images of that edge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,9 @@ class PictureScorer:
         Raises:
             ValueError: a file that cannot be read, or another number of prompts.
         """
-        keys = [NoiseKey(group=(prompt,), member=str(path)) for path, prompt in zip(paths, prompts, strict=True)]
+        if len(paths) != len(prompts):
+            raise ValueError(f"{len(paths)} pictures and {len(prompts)} prompts do not match")
+        keys = [file_key(path, prompt) for path, prompt in zip(paths, prompts, strict=True)]
         return self.score_samples([self.read(path) for path in paths], prompts, keys)
 
     def read(self, path: str | Path) -> Sample:
@@ -117,7 +120,7 @@ class PictureScorer:
             raise ValueError(f"{file} does not exist")
         try:
             if file.suffix == LATENTS_SUFFIX:
-                return Sample(space="latents", tensor=_read_latent(file))
+                return Sample(space="latents", tensor=self._parts.checked(_read_latent(file)))
             height, width = self._picture_size(file)
             pixels = torch.tensor(load_image(file, height=height, width=width))
             return Sample(space="images", tensor=pixels.permute(2, 0, 1).float() / 255)
@@ -180,8 +183,11 @@ class PictureScorer:
         """
         if self._size is not None:
             return self._size
-        with Image.open(file) as image:
-            return image.height, image.width
+        try:
+            with Image.open(file) as image:
+                return image.height, image.width
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # all that PIL's headers raise
+            raise ValueError(f"unreadable image: {error}") from error
 
 
 class Parts:
@@ -202,10 +208,25 @@ class Parts:
     def text_encoder(self) -> TextEncoder:
         return self._opened().load_text_encoder()
 
+    def checked(self, latent: torch.Tensor) -> torch.Tensor:
+        """`latent` [C, h, w]; ValueError if the backbone has no latents of that shape."""
+        backbone = self._opened()
+        channels, rows, _ = backbone.latent_shape(PROBE, PROBE)
+        height, width = (edge * PROBE // rows for edge in latent.shape[1:])
+        if len(latent) != channels:
+            raise ValueError(f"a latent of this pipeline is [{channels}, h, w], this is {list(latent.shape)}")
+        backbone.latent_shape(height, width)
+        return latent
+
     def _opened(self) -> Backbone:
         if self._backbone is None:
             raise ValueError("latents are decoded for this scorer, which takes a pipeline: name one")
         return self._backbone
+
+
+def file_key(path: str | Path, prompt: str) -> NoiseKey:
+    """The noise key of a file that is scored by itself: pictures of one prompt are compared with each other."""
+    return NoiseKey(group=(prompt,), member=str(path))
 
 
 def open_scorer(
@@ -226,18 +247,28 @@ def open_scorer(
     return _open_dina(config, seed) if config.kind == "dina" else _open_images(config, seed)
 
 
-def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
-    card = read_card(config.reward.location)
+def dina_pipeline(config: PictureScorerConfig, card: RewardCard) -> PipelineConfig:
+    """The pipeline that a dina scorer runs on: the fit's, but for what the configuration says.
+
+    Raises:
+        ValueError: nobody says at which size images are scored.
+    """
     size = (config.height, config.width) if config.height else card.image_size
     if size is None:
         raise ValueError(f"reward model {config.reward.path} does not say its image size; give height and width")
-    pipeline = PipelineConfig(
+    return PipelineConfig(
         path=config.pipeline or card.pipeline,
         dtype=config.dtype or card.dtype or "float32",
         height=size[0],
         width=size[1],
         max_sequence_length=config.max_sequence_length or card.max_sequence_length,
     )
+
+
+def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
+    card = read_card(config.reward.location)
+    pipeline = dina_pipeline(config, card)
+    size = pipeline.height, pipeline.width
     backbone = runtime.open_pipeline(pipeline)
     backbone.latent_shape(*size)
     revision = pipeline_revision(pipeline.location)

@@ -25,7 +25,7 @@ from dina_rl.config.rewards import (
     ScorerConfig,
 )
 from dina_rl.config.runs import AlignRun, FitRun, LocalRun
-from dina_rl.config.scoring import PictureScorerConfig
+from dina_rl.config.scoring import PictureScorerConfig, ScoreRun
 
 __all__ = [
     "AlignRun",
@@ -48,6 +48,7 @@ __all__ = [
     "RewardModelConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "ScoreRun",
     "ScorerConfig",
     "ThurstoneConfig",
     "TimestepConfig",
