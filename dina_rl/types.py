@@ -6,6 +6,7 @@ window, C H W latent, L text tokens, D text width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -49,12 +50,38 @@ class WorkItem:
     group_size: int  # G
 
 
+class Weights(Protocol):
+    """The policy's trained weights: `PolicyWeights`, or a reference to some that stay where they were made."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterState:
-    """LoRA weights of the policy, CPU fp32, as published by the learner."""
+class PolicyWeights:
+    """Trained weights of the policy (its LoRA adapter, or all of them), CPU fp32, as published by the learner."""
 
     version: int  # number of optimizer updates behind these weights
     tensors: dict[str, torch.Tensor]
+    part: int = 0  # number of this part, of `parts` in all
+    parts: int = 1
+
+    def split(self, part_bytes: int) -> "list[PolicyWeights]":
+        """The same weights in parts of about `part_bytes`, at least one tensor each, in order."""
+        parts, size = [{}], 0
+        for name, tensor in self.tensors.items():
+            if parts[-1] and size + tensor.nbytes > part_bytes:
+                parts.append({})
+                size = 0
+            parts[-1][name] = tensor
+            size += tensor.nbytes
+        return [
+            PolicyWeights(version=self.version, tensors=tensors, part=number, parts=len(parts))
+            for number, tensors in enumerate(parts)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,12 +43,18 @@ class LatentCodec(Protocol):
 class Backbone(Protocol):
     """One diffusion family, opened on a pipeline directory or hub id. Parts load only when asked for."""
 
+    dtype: torch.dtype  # of the frozen weights
     num_blocks: int  # joint blocks of the full transformer
     width: int  # hidden width of a token
+    prompt_shape: tuple[int, int, int]  # text tokens, their width, and that of the pooled embedding
     lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
 
     def load_transformer(self) -> nn.Module:
         """The denoiser, frozen and in eval mode."""
+        ...
+
+    def empty_transformer(self) -> nn.Module:
+        """The denoiser on torch's meta device: shapes and names without weights."""
         ...
 
     def load_text_encoder(self) -> TextEncoder: ...
@@ -84,6 +90,8 @@ class Backbone(Protocol):
         """Outputs of the 1-based blocks `taps` of a `truncated` transformer."""
         ...
 
-    def save_adapter(self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float) -> Path:
+    def save_adapter(
+        self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]
+    ) -> Path:
         """Write policy LoRA weights as the file that stock diffusers' `load_lora_weights` reads."""
         ...

@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from torch import nn
+from transformers import CLIPTextConfig
 
 from dina_rl.backbones.base import Features
 from dina_rl.types import PromptEmbeds
@@ -128,6 +129,9 @@ class SD3:
         vae = AutoencoderKL.load_config(self.path, subfolder="vae")
         self.num_blocks = config["num_layers"]
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
+        clip_tokens = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder").max_position_embeddings
+        text_width, pooled_width = config["joint_attention_dim"], config["pooled_projection_dim"]
+        self.prompt_shape = clip_tokens + max_sequence_length, text_width, pooled_width
         self._channels = config["in_channels"]
         self._patch = config["patch_size"]
         self._largest = config["pos_embed_max_size"] * config["patch_size"]
@@ -136,6 +140,11 @@ class SD3:
     def load_transformer(self) -> SD3Transformer2DModel:
         transformer = SD3Transformer2DModel.from_pretrained(self.path, subfolder="transformer", dtype=self.dtype)
         return transformer.to(self.device).requires_grad_(False).eval()
+
+    def empty_transformer(self) -> SD3Transformer2DModel:
+        config = SD3Transformer2DModel.load_config(self.path, subfolder="transformer")
+        with torch.device("meta"):
+            return SD3Transformer2DModel.from_config(config).to(self.dtype).eval()
 
     def load_text_encoder(self) -> SD3TextEncoder:
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
@@ -194,7 +203,9 @@ class SD3:
     ) -> Features:
         return truncated(latents.to(self.dtype), 1000 * sigma, prompt, taps)
 
-    def save_adapter(self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float) -> Path:
+    def save_adapter(
+        self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]
+    ) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as writing:
             StableDiffusion3Pipeline.save_lora_weights(
@@ -204,7 +215,7 @@ class SD3:
                 transformer_lora_adapter_metadata={
                     "r": rank,
                     "lora_alpha": alpha,
-                    "target_modules": list(self.lora_targets),
+                    "target_modules": list(targets),
                 },
             )
             os.replace(Path(writing) / LORA_FILE, directory / LORA_FILE)

@@ -5,6 +5,7 @@ values live in `configs/`. Each rule that spans several fields has its own messa
 """
 
 from dina_rl.config.alignment import (
+    Dynamics,
     GRPOConfig,
     LearnerConfig,
     PromptsConfig,
@@ -13,7 +14,7 @@ from dina_rl.config.alignment import (
     WatchConfig,
     WorkersConfig,
 )
-from dina_rl.config.base import LoRAConfig, PipelineConfig
+from dina_rl.config.base import LoRAConfig, PipelineConfig, PolicyLoRAConfig
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig, ThurstoneConfig, TimestepConfig
 from dina_rl.config.rewards import (
     CLIPModelConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "CLIPScoreConfig",
     "DatasetConfig",
     "DiNaScorerConfig",
+    "Dynamics",
     "FitConfig",
     "FitRun",
     "GRPOConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "PickScoreConfig",
     "PictureScorerConfig",
     "PipelineConfig",
+    "PolicyLoRAConfig",
     "PromptsConfig",
     "ReFLConfig",
     "RewardModelConfig",

@@ -54,3 +54,8 @@ class LoRAConfig(Section):
     """rank of every adapter matrix"""
     alpha: Rate = 64.0
     """scale numerator: the update is (alpha / rank) B A"""
+
+
+class PolicyLoRAConfig(LoRAConfig):
+    targets: tuple[str, ...] | None = None
+    """linear layers to adapt, by the ends of their diffusers names, e.g. attn.to_q; None: all attention projections"""

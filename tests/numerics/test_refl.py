@@ -17,7 +17,7 @@ from dina_rl.reward.checkpoint import load_reward
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import TrainingGroup, WorkItem
-from jobs.align import adapter_exporter
+from jobs.align import exporter
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_run import tiny_run
 
@@ -187,7 +187,7 @@ def test_stop_steps_are_drawn_from_the_whole_range(make):
 
 def test_a_refl_run_goes_from_start_to_export(make):
     run = make(steps=2, rollout={"group_size": 1, "prompts_per_step": 6, "groups_per_call": 3}, refl={"kl_weight": 0.1})
-    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
     assert recorder.finished
     first, second = recorder.iterations()

@@ -64,6 +64,11 @@ def test_text_is_taken_literally():
         (["--learner.guidance_in_loss"], "rollout.guidance_scale is 1"),
         (["--rewards.dina.uncertainty_weight", "1"], "needs a spread: draws is 1"),
         (["--learner.updates_per_step", "5"], "must divide rollout.prompts_per_step"),
+        (["--rollout.dynamics", "ode"], "rollout.dynamics ode has no log-probability"),
+        (
+            ["--algorithm", "refl", "--rollout.dynamics", "cps", "--rollout.num-steps", "40"],
+            "refl denoises along the ODE",
+        ),
         (["--learner.zero_stage", "4"], "learner.zero_stage: Input should be less than or equal to 3"),
         (["--learner.zero_stage", "3", "--pipeline.dtype", "bfloat16"], "learner.zero_stage 3 rounds a bfloat16"),
         (["--workers.gpus_per_rank", "0.5"], "may put two of the 2 learner ranks on one GPU"),
