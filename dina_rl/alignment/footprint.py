@@ -88,7 +88,8 @@ class _FlashAttention(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is functional.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+            inputs = args[:3] or [kwargs[name] for name in ("query", "key", "value")]
+            return torch.ops.aten._scaled_dot_product_flash_attention(*inputs)[0]
         return function(*args, **(kwargs or {}))
 
 

@@ -29,7 +29,7 @@ class RolloutWorker:
         self._shape = self._backbone.latent_shape(run.pipeline.height, run.pipeline.width)
         wants_real = run.algorithm == "refl" and run.refl.pretraining_weight
         self._real = PretrainingDraws(run, self._shape) if wants_real else None
-        self._sigmas = self._backbone.sigmas(run.rollout.num_steps)
+        self._sigmas = self._backbone.sigmas(run.rollout.num_steps, run.pipeline.height, run.pipeline.width)
         self._version = 0
         self._next_part = 0
         self._loaded: set[str] = set()  # names of the weights that came in parts

@@ -175,9 +175,10 @@ def test_a_rollout_stops_on_the_ode_and_predicts_its_end(make):
     backbone = open_pipeline(run.pipeline)
     transformer = backbone.load_transformer()
     prompt = group.prompt.repeat(3)
-    whole = denoise(noise, backbone.sigmas(4), lambda x, sigma: backbone.velocity(transformer, x, sigma, prompt))
+    sigmas = backbone.sigmas(4, 32, 32)
+    whole = denoise(noise, sigmas, lambda x, sigma: backbone.velocity(transformer, x, sigma, prompt))
     torch.testing.assert_close(group.latents, whole.latents, atol=1e-5, rtol=1e-5)
-    assert group.sigma == float(backbone.sigmas(4)[3])
+    assert group.sigma == float(sigmas[3])
 
 
 def test_stop_steps_are_drawn_from_the_whole_range(make):

@@ -118,7 +118,7 @@ def test_our_ode_equals_diffusers(tiny_pipeline, guidance_scale):
 
     ours = denoise(
         noise,
-        backbone.sigmas(6),
+        backbone.sigmas(6, 32, 32),
         velocity_for(text([PROMPT] * 2)),
         velocity_for(text([""] * 2)),
         guidance_scale=guidance_scale,

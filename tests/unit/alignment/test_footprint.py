@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from torch.autograd.graph import saved_tensors_hooks
@@ -49,8 +50,9 @@ def run_of(pipeline, **learner):
     return AlignRun.model_validate({"pipeline": pipeline, "learner": learner, "workers": {"learner_ranks": 2}})
 
 
-def test_a_counted_step_keeps_what_the_estimate_says(tiny_pipeline):
-    run = run_of({"path": str(tiny_pipeline)})
+@pytest.mark.parametrize("pipeline", ["tiny_pipeline", "tiny_flux", "tiny_z_image"])
+def test_a_counted_step_keeps_what_the_estimate_says(pipeline, request):
+    run = run_of({"path": str(request.getfixturevalue(pipeline))})
     backbone = open_pipeline(run.pipeline)
     module = backbone.load_transformer()
     make_trainable(module, run.learner.lora, targets=backbone.lora_targets, seed=0)
@@ -63,7 +65,8 @@ def test_a_counted_step_keeps_what_the_estimate_says(tiny_pipeline):
             kept[storage.data_ptr()] = storage
         return tensor
 
-    prompt = PromptEmbeds(embeds=torch.randn(9, *backbone.prompt_shape[:2]), pooled=torch.randn(9, 64))
+    tokens, width, pooled = backbone.prompt_shape
+    prompt = PromptEmbeds(embeds=torch.randn(9, tokens, width), pooled=torch.randn(9, pooled))
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         backbone.velocity(module, torch.randn(9, 16, 8, 8), torch.rand(9), prompt)
     counted = sum(storage.nbytes() for storage in kept.values())
