@@ -15,7 +15,14 @@ from dina_rl.config.alignment import (
     WorkersConfig,
 )
 from dina_rl.config.base import LoRAConfig, PipelineConfig, PolicyLoRAConfig
-from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.config.fitting import (
+    DatasetConfig,
+    FilterConfig,
+    FitConfig,
+    RewardModelConfig,
+    ThurstoneConfig,
+    TimestepConfig,
+)
 from dina_rl.config.rewards import (
     CLIPModelConfig,
     CLIPScoreConfig,
@@ -35,6 +42,7 @@ __all__ = [
     "DatasetConfig",
     "DiNaScorerConfig",
     "Dynamics",
+    "FilterConfig",
     "FitConfig",
     "FitRun",
     "GRPOConfig",
