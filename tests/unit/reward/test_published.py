@@ -226,10 +226,17 @@ def test_training_noise_levels(published, scheme, parameter, expected):
     assert {name: dict(timestep)[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, alpha=3)])
-def test_a_model_of_ours_keeps_what_the_released_configuration_has_no_name_for(backbone, tmp_path, lora):
+@pytest.mark.parametrize(
+    ("lora", "head_width"), [(None, 16), (LoRAConfig(rank=2, alpha=3), WIDTH), (LoRAConfig(rank=2, alpha=3), None)]
+)
+def test_a_model_of_ours_keeps_what_the_released_configuration_has_no_name_for(backbone, tmp_path, lora, head_width):
     config = RewardModelConfig(
-        taps=(2, 5), num_heads=4, lora=lora, single_level=0.3, thurstone=ThurstoneConfig(sigma_u=0.4)
+        taps=(2, 5),
+        num_heads=4,
+        lora=lora,
+        head_width=head_width,
+        single_level=0.3,
+        thurstone=ThurstoneConfig(sigma_u=0.4),
     )
     model = LatentRewardModel(backbone, config, seed=3)
     save_published(model, tmp_path / "ours", pipeline=PipelineConfig(path=backbone.path))
@@ -241,8 +248,11 @@ def test_a_model_of_ours_keeps_what_the_released_configuration_has_no_name_for(b
     foreign = json.loads((tmp_path / "ours" / "config.json").read_text())
     del foreign["dina_rl"]  # as a reader without our section sees it
     (tmp_path / "ours" / "config.json").write_text(json.dumps(foreign))
-    assert read_card(tmp_path / "ours").reward.lora == lora
-    assert math.isclose(read_card(tmp_path / "ours").reward.thurstone.sigma_u ** 2, 0.05, rel_tol=1e-4)
+    card = read_card(tmp_path / "ours")
+    assert (card.reward.lora, card.width) == (lora, WIDTH)
+    assert card.reward.head_width == (16 if head_width == 16 else None)
+    assert math.isclose(card.reward.thurstone.sigma_u**2, 0.05, rel_tol=1e-4)
+    load_reward(tmp_path / "ours", backbone)
 
 
 def test_every_place_that_takes_a_reward_directory_takes_it(backbone, published):
@@ -332,7 +342,7 @@ def test_a_broken_head_is_one_line(backbone, published, content):
         ("model", {"use_lora": False}, "fully fine-tuned backbone"),
         ("model", {"text_head_idx": [4, 8]}, r"text taps \[4, 8\] other than the visual"),
         ("model", {"num_transformer_layers": 13}, "13 layers read at"),
-        ("model", {"reward_head": {"width": 64}}, "a head of another width"),
+        ("model", {"reward_head": {"use_proj_in": True}}, "a projection to the same width"),
         ("model", {"visual_head_idx": None}, "model.visual_head_idx Input should be a valid tuple"),
         ("training", {"add_noise": False}, "add_noise false is not supported"),
         ("training", {"t_weighting_scheme": "beta"}, "t_weighting_scheme beta is not supported"),
