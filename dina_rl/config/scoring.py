@@ -34,9 +34,9 @@ class PictureScorerConfig(Section):
     max_sequence_length: Positive | None = None
     """T5 tokens per prompt; None: as many as in the fit (another number is another input)"""
     height: Positive | None = None
-    """height in pixels to which image files are resized for dina; None: the fit's"""
+    """dina: height in pixels to which image files are stretched; None: sized as in the fit"""
     width: Positive | None = None
-    """width in pixels to which image files are resized for dina; None: the fit's"""
+    """dina: width in pixels to which image files are stretched; None: sized as in the fit"""
 
     @model_validator(mode="after")
     def _settings_apply(self) -> Self:

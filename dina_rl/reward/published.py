@@ -22,7 +22,7 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from dina_rl.checkpoint import replaced_directory
 from dina_rl.config import LoRAConfig, PipelineConfig, RewardModelConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.data.buckets import PUBLISHED, Size
 from dina_rl.reward.card import (
     CARD_FILE,
     LORA_CONFIG_FILE,
@@ -169,6 +170,7 @@ def card(config: Mapping[str, Any], directory: Path) -> RewardCard:
         pipeline=model.backbone_model_id,
         dtype="bfloat16",
         image_size=REFERENCE_SIZE,
+        buckets=PUBLISHED,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         width=width,
         reward=RewardModelConfig(
@@ -197,17 +199,20 @@ def load_weights(model: LatentRewardModel, directory: Path) -> None:
         load_adapter(model, directory / CHECKPOINT_DIRECTORY / LORA_DIRECTORY)
 
 
-def save_published(model: LatentRewardModel, directory: Path, *, pipeline: PipelineConfig) -> None:
+def save_published(
+    model: LatentRewardModel, directory: Path, *, pipeline: PipelineConfig, buckets: Sequence[Size] | None = None
+) -> None:
     """Write `model`'s current weights, fp32, in the published layout, replacing what lies in `directory`.
 
     Args:
         pipeline: what `model.backbone` was opened on.
+        buckets: sizes of the images of the fit; None: all were stretched to the pipeline's.
     """
     with replaced_directory(directory) as fresh:
         checkpoint = fresh / CHECKPOINT_DIRECTORY
         checkpoint.mkdir()
         config = _released_config(model, pipeline)
-        config[OUR_SECTION] = make_card(model, pipeline).model_dump(mode="json")
+        config[OUR_SECTION] = make_card(model, pipeline, buckets).model_dump(mode="json")
         (fresh / CARD_FILE).write_text(json.dumps(config, indent=4) + "\n")
         head = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
         torch.save(head, checkpoint / HEAD_FILE)

@@ -200,6 +200,7 @@ def test_the_card_says_what_the_released_code_does(published):
     assert (card.reward.taps, card.reward.num_queries, card.reward.num_heads) == ((4, 8, 12), 4, 8)
     assert card.reward.lora == LoRAConfig(rank=RANK, alpha=2 * RANK)
     assert card.reward.timestep.distribution == "uniform"
+    assert len(card.buckets) == 13
 
 
 @pytest.mark.parametrize("model_type", ["thurstone", "thurstone-constant"])
