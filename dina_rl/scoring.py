@@ -62,6 +62,7 @@ class PictureScorer:
     Scores are fp32 on the CPU. One that is not finite stays so. Make it by `open_scorer`.
 
     Attributes:
+        config: what it was opened with; for a DiNa-LRM with what the card decided filled in.
         space: what the scorer itself reads, "latents" or "images"; the other is encoded or decoded first.
         card: of the reward model; None for a CLIP model.
     """
@@ -121,9 +122,9 @@ class PictureScorer:
             ValueError: it cannot be read, or its size does not fit the backbone.
         """
         file = Path(path).expanduser()
-        if not file.is_file():
-            raise ValueError(f"{file} does not exist")
         try:
+            if not file.is_file():
+                raise ValueError("does not exist")
             if file.suffix == LATENTS_SUFFIX:
                 return Sample(space="latents", tensor=self._parts.checked(_read_latent(file)))
             content = file.read_bytes()
@@ -294,7 +295,13 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
             "reward model %s was fitted on revision %s of %s, %s has %s",
             config.reward.path, card.revision, card.pipeline, pipeline.path, revision,
         )  # fmt: skip
-    config = config.model_copy(update={"levels": config.levels or (card.reward.single_level,)})
+    resolved = {
+        "levels": config.levels or (card.reward.single_level,),
+        "pipeline": pipeline.path,
+        "dtype": pipeline.dtype,
+        "max_sequence_length": pipeline.max_sequence_length,
+    }
+    config = config.model_copy(update=resolved)
     dina = open_dina(config.reward, backbone)
     return PictureScorer(config, dina, parts=Parts(backbone), card=card, sizes=sizes, seed=seed)
 

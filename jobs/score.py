@@ -66,7 +66,8 @@ def score(
                     samples.append(scorer.read(picture.path))
                     readable.append(picture)
                 except ValueError as error:
-                    skipped.append(Skipped(image=picture.image, reason=str(error)))
+                    reason = str(error).removeprefix(f"{picture.path}: ")
+                    skipped.append(Skipped(image=picture.image, reason=reason))
             prompts = [picture.prompt for picture in readable]
             keys = [file_key(picture.image, picture.prompt) for picture in readable]
             for picture, value in zip(readable, scorer.score_samples(samples, prompts, keys).tolist(), strict=True):

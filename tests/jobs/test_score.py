@@ -56,6 +56,7 @@ def test_a_file_of_a_manifest_is_what_the_python_interface_says(tiny_reward, pic
         outcome = json.loads(out.read_text())
         rows = outcome["scores"]
         assert outcome["scorer"]["levels"] == [0.2, 0.5]
+        assert (outcome["scorer"]["dtype"], outcome["scorer"]["max_sequence_length"]) == ("float32", 8)
         assert [each["image"] for each in outcome["skipped"]] == ["d.png", "e.png"]
     assert [(row["image"], row["prompt"]) for row in rows] == [
         ("a.png", PROMPTS[0]), ("b.png", PROMPTS[1]), ("c.safetensors", PROMPTS[0])
@@ -65,7 +66,7 @@ def test_a_file_of_a_manifest_is_what_the_python_interface_says(tiny_reward, pic
     assert [float(row["score"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
     listed = [json.loads(line) for line in out.with_suffix(".skipped.jsonl").read_text().splitlines()]
     assert [each["image"] for each in listed] == ["d.png", "e.png"]
-    assert "does not exist" in listed[1]["reason"]
+    assert listed[1]["reason"] == "does not exist"
     assert f"3 scores in {out}" in capsys.readouterr().out
 
 
