@@ -27,7 +27,9 @@ from dina_rl.reward.thurstone import comparison_variance, preference_probability
 from dina_rl.scorers.dina import open_dina
 from dina_rl.scoring import NoiseKey, open_scorer
 from dina_rl.seeding import generator
+from jobs.align import preflight
 from tests.tiny_reward import PROMPTS, latents
+from tests.tiny_run import tiny_run
 
 WIDTH, RANK, BLOCKS = 32, 4, 12
 
@@ -263,6 +265,14 @@ def test_every_place_that_takes_a_reward_directory_takes_it(backbone, published)
     assert scorer.score_latents(latents(3), PROMPTS, keys).isfinite().all()  # in bfloat16, as published
     dina = open_dina(DiNaScorerConfig(path=str(published)), backbone)
     assert torch.equal(scores(dina.model, backbone), scores(load_reward(published, backbone), backbone))
+
+
+def test_alignment_takes_it_at_its_own_text_length(backbone, published, tmp_path):
+    pipeline = {"path": backbone.path, "max_sequence_length": 128}
+    preflight(tiny_run(tmp_path, Path(backbone.path), published, pipeline=pipeline))
+    pipeline["max_sequence_length"] = 8
+    with pytest.raises(ValueError, match=r"width 32 and 128 text tokens; .* has 32 and 8"):
+        preflight(tiny_run(tmp_path, Path(backbone.path), published, pipeline=pipeline))
 
 
 def test_a_hub_id_is_read_from_the_cache(backbone, published, tmp_path, monkeypatch):
