@@ -143,7 +143,14 @@ def _is_text(annotation: object) -> bool:
     parts = get_args(annotation)
     if not parts:
         return annotation in (str, Path, NoneType, Ellipsis)
-    return get_origin(annotation) is not Literal and all(_is_text(part) for part in parts)
+    return get_origin(annotation) not in (Literal, dict) and all(_is_text(part) for part in parts)
+
+
+def _annotation(model: type[BaseModel], key: str) -> object:
+    """The annotation of the field at a known dotted key."""
+    first, _, rest = key.partition(".")
+    annotation = model.model_fields[first].annotation
+    return _annotation(section_of(annotation), rest) if rest else annotation
 
 
 def _assign(model: type[BaseModel], values: dict, key: str, words: list[str]) -> None:
@@ -157,8 +164,7 @@ def _assign(model: type[BaseModel], values: dict, key: str, words: list[str]) ->
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
-        model = section_of(model.model_fields[parent].annotation)
-    values[leaf] = _value(words, text=_is_text(model.model_fields[leaf].annotation))
+    values[leaf] = _value(words, text=_is_text(_annotation(model, key)))
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -268,11 +268,10 @@ def test_every_place_that_takes_a_reward_directory_takes_it(backbone, published)
 
 
 def test_alignment_takes_it_at_its_own_text_length(backbone, published, tmp_path):
-    pipeline = {"path": backbone.path, "max_sequence_length": 128}
-    preflight(tiny_run(tmp_path, Path(backbone.path), published, pipeline=pipeline))
-    pipeline["max_sequence_length"] = 8
+    run = tiny_run(tmp_path, Path(backbone.path), published)
     with pytest.raises(ValueError, match=r"width 32 and 128 text tokens; .* has 32 and 8"):
-        preflight(tiny_run(tmp_path, Path(backbone.path), published, pipeline=pipeline))
+        preflight(run)
+    preflight(run.model_copy(update={"pipeline": PipelineConfig(path=backbone.path, max_sequence_length=128)}))
 
 
 def test_a_hub_id_is_read_from_the_cache(backbone, published, tmp_path, monkeypatch):
