@@ -25,6 +25,7 @@ from dina_rl.config.rewards import (
     ScorerConfig,
 )
 from dina_rl.config.runs import AlignRun, FitRun, LocalRun
+from dina_rl.config.scoring import PictureScorerConfig
 
 __all__ = [
     "AlignRun",
@@ -40,6 +41,7 @@ __all__ = [
     "LoRAConfig",
     "LocalRun",
     "PickScoreConfig",
+    "PictureScorerConfig",
     "PipelineConfig",
     "PromptsConfig",
     "ReFLConfig",

@@ -22,6 +22,7 @@ from dina_rl.backbones.base import Backbone
 from dina_rl.backbones.lora import load_lora_state, lora_state
 from dina_rl.config import PipelineConfig, RewardModelConfig
 from dina_rl.reward.model import LatentRewardModel
+from dina_rl.reward.revision import pipeline_revision
 
 CARD_FILE = "config.json"
 HEAD_FILE = "head.safetensors"
@@ -36,9 +37,16 @@ class RewardCard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["dina_rl.reward"] = "dina_rl.reward"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
+    """1 had no revision, dtype and image_size"""
     pipeline: str
-    """pipeline whose transformer is the backbone"""
+    """pipeline whose transformer is the backbone: a directory or a hub id"""
+    revision: str | None = None
+    """which weights that pipeline had, see `revision.pipeline_revision`; None: unknown"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of the backbone's weights during the fit; None: unknown"""
+    image_size: tuple[int, int] | None = None
+    """nominal (height, width) in pixels of the images of the fit; None: unknown"""
     max_sequence_length: int
     """T5 tokens per prompt during the fit; scoring with another number is scoring another input"""
     width: int
@@ -54,6 +62,9 @@ def save_reward(model: LatentRewardModel, directory: Path, *, pipeline: Pipeline
     """
     card = RewardCard(
         pipeline=pipeline.path,
+        revision=pipeline_revision(pipeline.location),
+        dtype=pipeline.dtype,
+        image_size=(pipeline.height, pipeline.width),
         max_sequence_length=pipeline.max_sequence_length,
         width=model.backbone.width,
         reward=model.config,

@@ -96,7 +96,7 @@ def test_another_backbone_width(backbone, saved) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"version": 2}, {"format": "other"}, {"width": "wide"}, {"surprise": 1}, {"reward": {"tap": [1]}}]
+    "damage", [{"version": 3}, {"format": "other"}, {"width": "wide"}, {"surprise": 1}, {"reward": {"tap": [1]}}]
 )
 def test_foreign_card(backbone, saved, damage: dict) -> None:
     card = json.loads((saved[1] / CARD_FILE).read_text())
