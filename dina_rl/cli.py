@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
@@ -21,6 +21,8 @@ Run = TypeVar("Run", bound=BaseModel)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what shells use for Ctrl-C
 EXIT_STOPPED = 1
+NAME = "NAME"
+"""Stands in a dotted key for a name that the user chooses: `sets.NAME.path`."""
 
 
 def fail(message: str) -> NoReturn:
@@ -139,7 +141,7 @@ def _value(words: list[str]) -> object:
 def _assign(model: type[BaseModel], values: dict, key: str, value: object) -> None:
     """Set a dotted key in nested `values`; an unknown one is refused with the nearest known key."""
     known = known_keys(model)
-    if key not in known:
+    if _without_names(model, key) not in known:
         close = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"--{key}: unknown key" + (f"; did you mean --{close[0]}?" if close else ""))
     *parents, leaf = key.split(".")
@@ -156,15 +158,34 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
         section = section_of(field.annotation)
-        if section is not None:
+        if section is not None and is_named(field.annotation):
+            keys.append(f"{prefix}{name}.{NAME}")
+            keys.extend(known_keys(section, f"{prefix}{name}.{NAME}."))
+        elif section is not None:
             keys.extend(known_keys(section, f"{prefix}{name}."))
     return keys
 
 
-def section_of(annotation: object) -> type[BaseModel] | None:
-    """The model class behind a field annotation `Section` or `Section | None`; None for a plain value."""
-    from typing import get_args
+def is_named(annotation: object) -> bool:
+    """Whether a field is a mapping of sections by names that the user chooses."""
+    return get_origin(annotation) is dict
 
+
+def _without_names(model: type[BaseModel], key: str) -> str:
+    """A dotted key with NAME in place of the names that the user chose."""
+    first, dot, rest = key.partition(".")
+    field = model.model_fields.get(first)
+    section = None if field is None else section_of(field.annotation)
+    if not dot or section is None:
+        return key
+    if not is_named(field.annotation):
+        return f"{first}.{_without_names(section, rest)}"
+    _, dot, rest = rest.partition(".")
+    return f"{first}.{NAME}{dot}{_without_names(section, rest) if dot else ''}"
+
+
+def section_of(annotation: object) -> type[BaseModel] | None:
+    """The model class behind a field annotation `Section`, `Section | None` or `dict[str, Section]`, else None."""
     candidates = [annotation, *get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 

@@ -14,6 +14,7 @@ from dina_rl.config.alignment import (
     WorkersConfig,
 )
 from dina_rl.config.base import LoRAConfig, PipelineConfig
+from dina_rl.config.evaluation import EvaluateRun, ScoringWorkersConfig, SetConfig
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig, ThurstoneConfig, TimestepConfig
 from dina_rl.config.rewards import (
     CLIPModelConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "CLIPScoreConfig",
     "DatasetConfig",
     "DiNaScorerConfig",
+    "EvaluateRun",
     "FitConfig",
     "FitRun",
     "GRPOConfig",
@@ -49,6 +51,8 @@ __all__ = [
     "RewardsConfig",
     "RolloutConfig",
     "ScorerConfig",
+    "ScoringWorkersConfig",
+    "SetConfig",
     "ThurstoneConfig",
     "TimestepConfig",
     "WatchConfig",

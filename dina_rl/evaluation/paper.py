@@ -1,0 +1,361 @@
+"""The paper's Tables 1-6 and Figure 2: which scores each needs, and its rows, derived from what the runs say they are.
+
+A fit run's `config.yaml` says how it was fitted. Runs whose configurations differ in seed, places and processes alone are
+the seeds of one row. Rows whose labels would be alike although their runs differ say in what.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from dina_rl.checkpoint import CONFIG_FILE
+from dina_rl.cli import explain
+from dina_rl.config import EvaluateRun, FitRun, PictureScorerConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.reward.fit import REWARD
+
+ENSEMBLE_MARK = "yes"
+PLACES = ("seed", "run_dir", "resume", "inline", "latents", "dataset.path", "fit.held_out")
+PROCESSES = tuple(
+    f"fit.{name}"
+    for name in (
+        "num_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "threads_per_worker",
+        "max_failures",
+        "checkpoint_every",
+        "evaluate_every",
+        "evaluation_batch_size",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """How a scorer is asked: at one noise level, an ensemble of them, or none where it has no noise."""
+
+    levels: tuple[float, ...]
+    draws: int = 1  # independent noise draws, each with scores of its own
+
+    @property
+    def label(self) -> str:
+        return "t=" + ",".join(f"{level:g}" for level in self.levels) if self.levels else "plain"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One number of a row: a scorer, asked in one way. Entries of equal labels are the seeds of one row."""
+
+    labels: tuple[str, ...]
+    scorer: str
+    view: View
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A table before anything is scored."""
+
+    title: str
+    labels: tuple[str, ...]  # names of the label columns
+    entries: tuple[Entry, ...]  # in the order of the rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedRun:
+    """A fit run on disk."""
+
+    name: str  # of its scorer
+    directory: Path
+    run: FitRun
+
+    @property
+    def scorer(self) -> PictureScorerConfig:
+        return PictureScorerConfig(path=str(self.directory / REWARD))
+
+    @property
+    def single(self) -> View:
+        return View(levels=(self.run.reward.single_level,))
+
+    @property
+    def ensemble(self) -> View:
+        return View(levels=self.run.reward.ensemble_levels)
+
+
+def read_runs(directories: Sequence[str]) -> list[FittedRun]:
+    """The fit runs in the directories.
+
+    Raises:
+        ValueError: no finished fit run there, or the same one twice.
+    """
+    places = [Path(directory).expanduser().resolve() for directory in directories]
+    if len(set(places)) < len(places):
+        raise ValueError("a run is named twice in runs")
+    runs = [_read_run(place) for place in places]
+    short = [run.name for run in runs]
+    # Directories of one name, e.g. a/fit and b/fit, are told apart by their parents.
+    return [
+        run if short.count(run.name) == 1 else FittedRun(name=_long_name(run), directory=run.directory, run=run.run)
+        for run in runs
+    ]
+
+
+def plan_table(request: EvaluateRun, runs: Sequence[FittedRun]) -> Plan:
+    """The rows of `request.paper`.
+
+    Raises:
+        ValueError: nothing to make it of.
+    """
+    assert request.paper is not None
+    if not runs and request.paper != "table1":
+        raise ValueError(f"paper {request.paper} is made of fit runs: give --runs DIR ...")
+    match request.paper:
+        case "table1":
+            return _table1(request, runs)
+        case "table2":
+            return _table2(runs)
+        case "table3":
+            return _single_level(runs, "Table 3: backbone adaptation", ("Training strategy",), _strategy, str)
+        case "table4":
+            return _over_levels(runs, "Table 4: uncertainty", "Model", _model, request, uncertainty=True)
+        case "table5":
+            return _single_level(runs, "Table 5: layer depth", ("Configuration",), _depth, _depth_order)
+        case "table6":
+            return _single_level(runs, "Table 6: diffusion backbones", ("Backbone",), _backbone, str)
+        case "figure2":
+            return _over_levels(
+                runs, "Figure 2: inference-time noise level", "Training schedule", _training, request, uncertainty=False
+            )
+
+
+def schedule_label(timestep: TimestepConfig) -> str:
+    """q(t) as Table 2 calls it."""
+    match timestep.distribution:
+        case "fixed":
+            return f"t = {timestep.fixed:g}"
+        case "uniform":
+            return "Uniform"
+        case "logit_normal":
+            return f"LN({timestep.mean:g}, {timestep.std:g})"
+
+
+def variance_label(thurstone: ThurstoneConfig) -> str:
+    """Fixed or NC (noise-calibrated), with the constants where they are not the paper's (its fixed sigma_u is 0.5)."""
+    if thurstone.variance == "fixed":
+        return "Fixed" if thurstone.sigma_u == 0.5 else f"Fixed (sigma_u {thurstone.sigma_u:g})"
+    usual = ThurstoneConfig()
+    if (thurstone.k, thurstone.sigma_u) == (usual.k, usual.sigma_u):
+        return "NC"
+    return f"NC (k {thurstone.k:g}, sigma_u {thurstone.sigma_u:g})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Runs that differ in their seed alone."""
+
+    labels: tuple[str, ...]
+    runs: tuple[FittedRun, ...]
+
+
+def _table1(request: EvaluateRun, runs: Sequence[FittedRun]) -> Plan:
+    entries = []
+    for name, scorer in request.scorers.items():
+        if scorer.kind == "dina":
+            from dina_rl.reward.checkpoint import read_card
+
+            card = read_card(scorer.reward.location)
+            backbone = _last_part(scorer.pipeline or card.pipeline)
+            ways = [("", View(levels=scorer.levels or (card.reward.single_level,)))]
+            if scorer.levels is None:
+                ways.append((" *", View(levels=card.reward.ensemble_levels)))
+        else:
+            backbone, ways = "CLIP", [("", View(levels=()))]
+        entries += [Entry(labels=(name + mark, backbone), scorer=name, view=view) for mark, view in ways]
+    for group in _groups(runs, lambda run: ("DiNa-LRM", _last_part(run.run.pipeline.path)), str):
+        for mark, view in (("", "single"), (" *", "ensemble")):
+            labels = (group.labels[0] + mark, *group.labels[1:])
+            views = [(run, run.single if view == "single" else run.ensemble) for run in group.runs]
+            entries += [Entry(labels=labels, scorer=run.name, view=asked) for run, asked in views]
+    return Plan(
+        title="Table 1: pairwise preference accuracy (* noise ensemble)",
+        labels=_label_names(("Model", "Backbone"), entries),
+        entries=tuple(entries),
+    )
+
+
+def _table2(runs: Sequence[FittedRun]) -> Plan:
+    entries = []
+    for group in _groups(runs, _training_labels, _training_order):
+        for mark in ("", ENSEMBLE_MARK):
+            labels = (*group.labels[:2], mark, *group.labels[2:])
+            views = [(run, run.ensemble if mark else run.single) for run in group.runs]
+            entries += [Entry(labels=labels, scorer=run.name, view=view) for run, view in views]
+    return Plan(
+        title="Table 2: timestep schedule and variance",
+        labels=_label_names(("Timestep schedule", "Var.", "Ensemble"), entries),
+        entries=tuple(entries),
+    )
+
+
+def _single_level(
+    runs: Sequence[FittedRun],
+    title: str,
+    names: tuple[str, ...],
+    label: Callable[[FittedRun], tuple[str, ...]],
+    order: Callable,
+) -> Plan:
+    groups = _groups(runs, label, order)
+    entries = [Entry(labels=g.labels, scorer=run.name, view=run.single) for g in groups for run in g.runs]
+    return Plan(title=title, labels=_label_names(names, entries), entries=tuple(entries))
+
+
+def _over_levels(
+    runs: Sequence[FittedRun],
+    title: str,
+    name: str,
+    label: Callable[[FittedRun], tuple[str, ...]],
+    request: EvaluateRun,
+    *,
+    uncertainty: bool,
+) -> Plan:
+    """One row per group and noise level; the level is the last label."""
+    levels, draws = request.levels, 1
+    if uncertainty:
+        assert request.uncertainty is not None
+        levels, draws = request.uncertainty.levels, request.uncertainty.draws
+    entries = [
+        Entry(labels=(*group.labels, f"{level:g}"), scorer=run.name, view=View(levels=(level,), draws=draws))
+        for group in _groups(runs, label, _training_order)
+        for level in levels
+        for run in group.runs
+    ]
+    names = (name, "Differs in")[: len(entries[0].labels) - 1]
+    return Plan(title=title, labels=(*names, "t"), entries=tuple(entries))
+
+
+def _strategy(run: FittedRun) -> tuple[str, ...]:
+    return ("Freeze backbone",) if run.run.reward.lora is None else ("LoRA fine-tuning",)
+
+
+def _depth(run: FittedRun) -> tuple[str, ...]:
+    taps = run.run.reward.taps
+    return (f"{taps[-1]} layers (taps {', '.join(map(str, taps))})",)
+
+
+def _depth_order(run: FittedRun) -> tuple[int, ...]:
+    return run.run.reward.taps[-1], *run.run.reward.taps
+
+
+def _backbone(run: FittedRun) -> tuple[str, ...]:
+    return (f"{_last_part(run.run.pipeline.path)} ({run.run.reward.taps[-1]} layers)",)
+
+
+def _model(run: FittedRun) -> tuple[str, ...]:
+    return (f"DiNa-LRM ({_last_part(run.run.pipeline.path)})",)
+
+
+def _training_labels(run: FittedRun) -> tuple[str, ...]:
+    return schedule_label(run.run.reward.timestep), variance_label(run.run.reward.thurstone)
+
+
+def _training(run: FittedRun) -> tuple[str, ...]:
+    return (", ".join(_training_labels(run)),)
+
+
+def _training_order(run: FittedRun) -> tuple[int | float, ...]:
+    """Constant levels upwards, uniform, logit-normal from high noise to low; fixed variance first."""
+    timestep = run.run.reward.timestep
+    kind = ("fixed", "uniform", "logit_normal").index(timestep.distribution)
+    place = timestep.fixed if kind == 0 else -timestep.mean if kind == 2 else 0.0
+    return kind, place, run.run.reward.thurstone.variance != "fixed"
+
+
+def _groups(
+    runs: Sequence[FittedRun], label: Callable[[FittedRun], tuple[str, ...]], order: Callable
+) -> list[_Group]:
+    """Rows: runs of one configuration, by `order`, labelled so that no two rows are labelled alike.
+
+    Raises:
+        ValueError: two runs of one row have one seed.
+    """
+    key = {id(run): order(run) if order is not str else label(run) for run in runs}
+    rows: dict[str, list[FittedRun]] = {}
+    for run in sorted(runs, key=lambda run: (key[id(run)], run.run.seed)):
+        rows.setdefault(json.dumps(_essence(run), sort_keys=True), []).append(run)
+    for same in rows.values():
+        seeds = [run.run.seed for run in same]
+        for first, second in zip(same, same[1:], strict=False):
+            if first.run.seed == second.run.seed:
+                raise ValueError(
+                    f"runs {first.directory} and {second.directory} have the same configuration and seed {seeds[0]}: "
+                    "one fit counted twice"
+                )
+    labels = [label(same[0]) for same in rows.values()]
+    alike = {each for each in labels if labels.count(each) > 1}
+    groups = []
+    for plain, same in zip(labels, rows.values(), strict=True):
+        extra: tuple[str, ...] = ()
+        if alike:
+            others = [other[0] for other in rows.values() if label(other[0]) == plain]
+            extra = (_differences(same[0], others),)
+        groups.append(_Group(labels=(*plain, *extra), runs=tuple(same)))
+    return groups
+
+
+def _differences(run: FittedRun, others: Iterable[FittedRun]) -> str:
+    """`key value` of everything in which `run` differs from any of the others."""
+    ours = _essence(run)
+    essences = [_essence(other) for other in others]
+    keys = [key for key, value in ours.items() if any(each.get(key) != value for each in essences)]
+    return ", ".join(f"{key} {_plain(ours[key])}" for key in keys)
+
+
+def _essence(run: FittedRun) -> dict[str, object]:
+    """What decides a fit's numbers, seed and places aside: dotted key -> value."""
+    values = _flat(run.run.model_dump(mode="json"))
+    return {key: value for key, value in values.items() if not _covered(key, (*PLACES, *PROCESSES))}
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _covered(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _plain(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _label_names(names: tuple[str, ...], entries: Sequence[Entry]) -> tuple[str, ...]:
+    """`names`, and one for what tells rows apart, where that is needed."""
+    return (*names, "Differs in")[: max(len(entry.labels) for entry in entries)]
+
+
+def _last_part(path: str) -> str:
+    return Path(path).name
+
+
+def _long_name(run: FittedRun) -> str:
+    return "-".join(run.directory.parts[-2:])
+
+
+def _read_run(directory: Path) -> FittedRun:
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(f"run {directory} does not exist (no {CONFIG_FILE}); fit one with jobs.fit_reward")
+    try:
+        run = FitRun.model_validate(yaml.safe_load(file.read_text()))
+    except (ValidationError, yaml.YAMLError) as error:
+        reason = explain(error)[0] if isinstance(error, ValidationError) else "it is not valid YAML"
+        raise ValueError(f"run {directory} is not a fit run: {reason}") from error
+    if not (directory / REWARD).is_dir():
+        raise ValueError(f"run {directory} has no reward model yet; finish it with jobs.fit_reward --resume")
+    return FittedRun(name=directory.name, directory=directory, run=run)
