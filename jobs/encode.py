@@ -50,9 +50,13 @@ class EncodeShard:
 
 def encode_shards(run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
     """`EncodeShards` by Ray Data. Ray must be initialised."""
-    info = store.info
     jobs = [
-        {"shard": shard, "paths": shard_paths(store, shard), "height": info.height, "width": info.width}
+        {
+            "shard": shard,
+            "paths": shard_paths(store, shard),
+            "height": store.buckets[0][0],
+            "width": store.buckets[0][1],
+        }
         for shard in shards
     ]
     gpus = run.fit.gpus_per_worker
@@ -86,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         store = encode_dataset(run, run_dir, backbone, encode_shards)
     except ValueError as error:
         fail(str(error))
-    print(f"{store.info.num_images} images in {store.directory}; continue with jobs.fit_reward --resume")
+    print(f"{store.info.num_rows} images in {store.directory}; continue with jobs.fit_reward --resume")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def pair_dataset(directory: Path, *, first_step: int, steps: int, batch_size: in
     pairs = store.pairs("train")
     order = training_order(len(pairs), steps=steps, batch_size=batch_size, seed=seed)
     share = batch_size // ranks
-    pair_bytes = 2 * 4 * int(numpy.prod(store.info.latent_shape))
+    pair_bytes = 2 * 4 * int(numpy.prod(store.latent_shapes[0]))
     block_steps = max(1, min(BLOCK_STEPS, BLOCK_BYTES // (share * pair_bytes)))
     tables = []
     for start in range(first_step, steps, block_steps):

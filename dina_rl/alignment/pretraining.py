@@ -21,18 +21,21 @@ class PretrainingDraws:
         self._store = LatentStore(run.refl.pretraining_location)
         if not self._store.complete():
             raise ValueError(f"latent store {self._store.directory} is not complete; finish it with jobs.encode")
-        if self._store.info.latent_shape != latent_shape:
-            raise ValueError(
-                f"latent store {self._store.directory} holds latents of shape {self._store.info.latent_shape}, "
-                f"the policy's are {latent_shape}"
-            )
         self._pairs = self._store.pairs("train")
+        shapes = self._store.latent_shapes
+        fits = torch.tensor([shape == latent_shape for shape in shapes])
+        self._usable = fits[self._pairs.bucket].nonzero()[:, 0]  # the pairs in buckets of the policy's size
+        if not len(self._usable):
+            held = ", ".join(map(str, shapes))
+            raise ValueError(
+                f"latent store {self._store.directory} holds latents of shape {held}, the policy's are {latent_shape}"
+            )
 
     def draw(self, item: WorkItem, encode: TextEncoder) -> PretrainingSamples:
         """One sample per sample of the group, at sigma ~ U(0, 1)."""
         count = item.group_size
         draws = generator(self._seed, "pretraining", item.step, item.prompt_id)
-        positions = torch.randint(len(self._pairs), (count,), generator=draws)
+        positions = self._usable[torch.randint(len(self._usable), (count,), generator=draws)]
         latents = self._store.latents(self._pairs.chosen[positions])
         return PretrainingSamples(
             latents=latents,

@@ -4,7 +4,7 @@ Every unusable record is skipped, counted, and listed with its reason in `<run_d
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,9 +14,10 @@ import torch
 from dina_rl.backbones.base import Backbone, LatentCodec
 from dina_rl.checkpoint import write_text
 from dina_rl.config import FitRun
-from dina_rl.data.hpdv3 import SPLITS, check_skipped, load_image, read_split
-from dina_rl.data.latents import LatentStore, StoreInfo, distinct_images
-from dina_rl.data.pairs import PreferenceRecord, SkippedRecord
+from dina_rl.data.hpdv3 import check_skipped, load_image, read_split
+from dina_rl.data.latents import SPLITS, LatentStore, StoredPair, StoreInfo
+from dina_rl.data.pairs import PreferencePair
+from dina_rl.data.records import SkippedRecord
 
 LATENTS = "latents"
 SKIPPED_FILE = "skipped.jsonl"
@@ -81,6 +82,7 @@ def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, encode_shards
         encode_shards(run, store, missing)
     unreadable = store.unreadable()
     broken = {store.images[row]: reason for row, reason in unreadable.items()}
+    rows = {image: row for row, image in enumerate(store.images)}
     usable = {}
     for split in SPLITS:
         usable[split] = [r for r in records[split] if r.chosen not in broken and r.rejected not in broken]
@@ -94,13 +96,13 @@ def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, encode_shards
     for split in SPLITS:
         if not usable[split]:
             raise ValueError(f"no usable record is left in {run.dataset.location / split}.json; see {run_dir}")
-        store.write_pairs(split, usable[split])
+        store.write_pairs(split, _stored(usable[split], rows))
     return store
 
 
 def shard_paths(store: LatentStore, shard: int) -> list[str]:
     """The image files of a shard, in its order."""
-    return [str(Path(store.info.dataset) / store.images[row]) for row in store.info.rows_of(shard)]
+    return [str(Path(store.info.dataset) / image) for image in store.images_of(store.info.shard(shard)[1])]
 
 
 def read_pixels(paths: Sequence[str], *, height: int, width: int) -> tuple[numpy.ndarray, list[str]]:
@@ -121,7 +123,7 @@ def write_latents(
 ) -> int:
     """Encode a shard's pixels and write it; returns how many images it holds."""
     images = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
-    rows = store.info.rows_of(shard)
+    _, rows = store.info.shard(shard)
     unreadable = {row: problem for row, problem in zip(rows, problems, strict=True) if problem}
     latents = codec.encode(images).cpu()
     for row in unreadable:
@@ -131,19 +133,24 @@ def write_latents(
 
 
 def _open_store(
-    run: FitRun, run_dir: Path, records: dict[str, list[PreferenceRecord]], backbone: Backbone
+    run: FitRun, run_dir: Path, records: dict[str, list[PreferencePair]], backbone: Backbone
 ) -> LatentStore:
-    images = distinct_images([record for split in SPLITS for record in records[split]])
+    pairs = [pair for split in SPLITS for pair in records[split]]
+    images = list(dict.fromkeys(path for pair in pairs for path in (pair.chosen, pair.rejected)))
     info = StoreInfo(
         dataset=str(run.dataset.location.resolve()),
         pipeline=run.pipeline.path,
-        height=run.pipeline.height,
-        width=run.pipeline.width,
-        latent_shape=backbone.latent_shape(run.pipeline.height, run.pipeline.width),
-        num_images=len(images),
-        images_per_shard=run.dataset.encode_batch_size,
+        buckets=((run.pipeline.height, run.pipeline.width),),
+        latent_shapes=(backbone.latent_shape(run.pipeline.height, run.pipeline.width),),
+        rows=(len(images),),
+        rows_per_shard=run.dataset.encode_batch_size,
     )
     return LatentStore.create(run_dir / LATENTS, info, images)
+
+
+def _stored(pairs: list[PreferencePair], rows: dict[str, int]) -> Iterator[StoredPair]:
+    for pair in pairs:
+        yield StoredPair(pair_id=pair.index, chosen=rows[pair.chosen], rejected=rows[pair.rejected], prompt=pair.prompt)
 
 
 def _report_skipped(run: FitRun, run_dir: Path, skipped: dict[str, list[SkippedRecord]], total: int) -> None:

@@ -6,18 +6,16 @@ directory and path1 is always the preferred image. choice_dist and confidence ar
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import numpy
 from PIL import Image
 
-from dina_rl.data.pairs import PreferenceRecord, SkippedRecord
+from dina_rl.data.latents import Split
+from dina_rl.data.pairs import PreferencePair
+from dina_rl.data.records import SkippedRecord
 
-Split = Literal["train", "test"]
-SPLITS: tuple[Split, ...] = ("train", "test")
 
-
-def read_split(directory: Path, split: Split) -> tuple[list[PreferenceRecord], list[SkippedRecord]]:
+def read_split(directory: Path, split: Split) -> tuple[list[PreferencePair], list[SkippedRecord]]:
     """The comparisons of a split, and the malformed ones with the reason. Images are not looked at.
 
     Raises:
@@ -72,13 +70,13 @@ def load_image(path: Path, *, height: int, width: int) -> numpy.ndarray:
     return numpy.asarray(pixels)
 
 
-def _record(index: int, raw: object) -> PreferenceRecord:
+def _record(index: int, raw: object) -> PreferencePair:
     if not isinstance(raw, dict):
         raise ValueError(f"record is a {type(raw).__name__}, not an object")
     for key in ("prompt", "path1", "path2"):
         if not isinstance(raw.get(key), str) or not raw[key].strip():
             raise ValueError(f"{key} must be a non-empty string, got {raw.get(key)!r}")
-    return PreferenceRecord(
+    return PreferencePair(
         index=index,
         prompt=raw["prompt"],
         chosen=raw["path1"],

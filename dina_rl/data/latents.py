@@ -1,31 +1,52 @@
-"""The latent store: every distinct image of a preference set encoded once, and the pairs as references to its rows.
+"""The latent store: every distinct (image, bucket) of a preference set encoded once, and pairs as references to rows.
 
-    store.json                    StoreInfo: what was encoded, and how rows map to shards
-    images.json                   image path of every row
-    shard-00000.safetensors       `latents` [n, C, h, w] fp32, normalised; metadata `unreadable`: offset -> reason
-    pairs-train.json, -test.json  PairTable; written last, so their presence means that the store is complete
+    store.json                      StoreInfo: what is encoded at which sizes, and how rows map to shards
+    rows.parquet                    {image}: the image of every row, the index of the store
+    shard-00000.parquet             {latent, problem}: normalised latents of rows of one bucket, as bytes
+    pairs-train.parquet, -test      {pair_id, chosen, rejected, prompt}; written last: with them the store is complete
 
-Every file appears whole or not at all. A row whose image could not be read holds zeros, and no pair refers to it.
+Rows are ordered by bucket. Every file is zstd-compressed and appears whole or not at all. Row groups of a shard are
+small, so that a row costs little to read. A row whose image could not be read holds zeros, and no pair refers to it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import zip_longest
 from pathlib import Path
+from typing import Literal, Protocol
 
+import numpy
+import pyarrow
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from pyarrow import parquet
 
-from dina_rl.checkpoint import write_bytes, write_json
-from dina_rl.data.hpdv3 import SPLITS, Split
-from dina_rl.data.pairs import PairBatch, PreferenceRecord
+from dina_rl.checkpoint import write_json
+from dina_rl.data.buckets import Size
+from dina_rl.data.pairs import PairBatch
+from dina_rl.data.parquet import chunked, write_table
 from dina_rl.seeding import generator
 
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+LatentDtype = Literal["float32", "bfloat16"]
+
 STORE_FILE = "store.json"
-IMAGES_FILE = "images.json"
-UNREADABLE = "unreadable"
+ROWS_FILE = "rows.parquet"
+ROW_GROUP_BYTES = 2**20
+CACHE_BYTES = 64 * 2**20  # of row groups that a reader keeps: all of a miniature store, nothing of a real one's
+INDEX_GROUP = 4096  # rows of the index, or pairs, in one row group
+_BYTES = {"float32": 4, "bfloat16": 2}
+_ROWS_SCHEMA = pyarrow.schema([("image", pyarrow.string())])
+_PAIRS_SCHEMA = pyarrow.schema(
+    [
+        ("pair_id", pyarrow.int64()),
+        ("chosen", pyarrow.int64()),
+        ("rejected", pyarrow.int64()),
+        ("prompt", pyarrow.string()),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,29 +55,66 @@ class StoreInfo:
 
     dataset: str
     pipeline: str
-    height: int  # pixels
-    width: int
-    latent_shape: tuple[int, int, int]  # C, h, w
-    num_images: int
-    images_per_shard: int
+    buckets: tuple[Size, ...]  # (height, width), pixels
+    latent_shapes: tuple[tuple[int, int, int], ...]  # (C, h, w) of every bucket
+    rows: tuple[int, ...]  # in every bucket; the first bucket's rows come first
+    rows_per_shard: int
+    dtype: LatentDtype = "float32"  # as stored; they are read as fp32
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.rows)
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_images // self.images_per_shard)
+        return sum(self._shards())
 
-    def rows_of(self, shard: int) -> range:
-        """The rows that a shard holds."""
-        start = shard * self.images_per_shard
-        return range(start, min(start + self.images_per_shard, self.num_images))
+    def shard(self, number: int) -> tuple[int, range]:
+        """(bucket, rows) of a shard."""
+        first = 0
+        for bucket, (rows, shards) in enumerate(zip(self.rows, self._shards(), strict=True)):
+            if number < shards:
+                start = first + number * self.rows_per_shard
+                return bucket, range(start, min(start + self.rows_per_shard, first + rows))
+            number, first = number - shards, first + rows
+        raise AssertionError(f"the store has {self.num_shards} shards")
+
+    def bucket_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Buckets [N] int64 of rows [N]."""
+        ends = torch.tensor(self.rows, dtype=torch.int64).cumsum(0)
+        return torch.bucketize(rows, ends, right=True)
+
+    def shard_of(self, row: int) -> tuple[int, int]:
+        """(shard, offset in it) of a row."""
+        shards = 0
+        for rows, count in zip(self.rows, self._shards(), strict=True):
+            if row < rows:
+                return shards + row // self.rows_per_shard, row % self.rows_per_shard
+            row, shards = row - rows, shards + count
+        raise AssertionError(f"the store has {self.num_rows} rows")
+
+    def _shards(self) -> list[int]:
+        return [-(-rows // self.rows_per_shard) for rows in self.rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPair:
+    """A usable pair as references to rows, which are of one bucket."""
+
+    pair_id: int
+    chosen: int
+    rejected: int
+    prompt: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairTable:
     """The usable pairs of a split. N pairs."""
 
-    pair_ids: torch.Tensor  # [N] int64, `PreferenceRecord.index`
+    pair_ids: torch.Tensor  # [N] int64, `PreferencePair.index`
     chosen: torch.Tensor  # [N] int64, row of the preferred image
     rejected: torch.Tensor  # [N] int64
+    bucket: torch.Tensor  # [N] int64, index into the store's `buckets`
     prompt: torch.Tensor  # [N] int64, index into `prompts`
     prompts: tuple[str, ...]  # distinct
 
@@ -64,8 +122,44 @@ class PairTable:
         return len(self.pair_ids)
 
 
+class PairStore(Protocol):
+    """Encoded pairs, whoever wrote them."""
+
+    @property
+    def buckets(self) -> tuple[Size, ...]:
+        """(height, width) in pixels."""
+        ...
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(C, h, w) of every bucket."""
+        ...
+
+    def pairs(self, split: Split) -> PairTable: ...
+
+    def latents(self, rows: torch.Tensor) -> torch.Tensor:
+        """Latents [N, C, h, w] fp32 of int64 rows [N], which are of one bucket."""
+        ...
+
+    def batch(self, table: PairTable, index: torch.Tensor) -> PairBatch:
+        """The pairs at positions `index` [B] of `table`, which are of one bucket."""
+        ...
+
+
+def read_batch(store: PairStore, table: PairTable, index: torch.Tensor) -> PairBatch:
+    """`PairStore.batch`."""
+    buckets = table.bucket[index].unique().tolist()
+    assert len(buckets) == 1, f"a batch is of one bucket, not of {buckets}"
+    return PairBatch(
+        pair_ids=table.pair_ids[index],
+        chosen=store.latents(table.chosen[index]),
+        rejected=store.latents(table.rejected[index]),
+        prompts=tuple(table.prompts[number] for number in table.prompt[index].tolist()),
+    )
+
+
 class LatentStore:
-    """Reads a store. Shards are memory-mapped: a row costs its own bytes, not its shard's.
+    """Reads and writes a store.
 
     Raises:
         ValueError: `directory` is not a latent store.
@@ -77,11 +171,21 @@ class LatentStore:
         if not file.is_file():
             raise ValueError(f"latent store {directory} does not exist (no {STORE_FILE}); make it with jobs.encode")
         raw = json.loads(file.read_text())
-        self.info = StoreInfo(**raw | {"latent_shape": tuple(raw["latent_shape"])})
+        for key in ("buckets", "latent_shapes", "rows"):
+            raw[key] = tuple(tuple(value) if isinstance(value, list) else value for value in raw[key])
+        self.info = StoreInfo(**raw)
+        largest = max(min(self.info.rows_per_shard * self._width(b), ROW_GROUP_BYTES) for b in range(len(self.buckets)))
+        self._group = lru_cache(maxsize=max(1, CACHE_BYTES // largest))(self._read_group)
+
+    def __reduce__(self) -> tuple:
+        return LatentStore, (self.directory,)  # another process opens it anew: what was read here does not travel
 
     @staticmethod
-    def create(directory: Path, info: StoreInfo, images: Sequence[str]) -> "LatentStore":
+    def create(directory: Path, info: StoreInfo, images: Iterable[str]) -> "LatentStore":
         """Begin a store, or take up an unfinished one of the same images.
+
+        Args:
+            images: of every row.
 
         Raises:
             ValueError: `directory` holds latents of something else.
@@ -89,96 +193,149 @@ class LatentStore:
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / STORE_FILE).exists():
             store = LatentStore(directory)
-            if store.info != info or store.images != list(images):
+            if store.info != info or any(ours != other for ours, other in zip_longest(store.iter_images(), images)):
                 raise ValueError(
-                    f"{directory} holds latents of other images or of another encoder ({store.info.num_images} images "
+                    f"{directory} holds latents of other images or of another encoder ({store.info.num_rows} images "
                     f"of {store.info.dataset}, {store.info.pipeline}); choose a new run_dir"
                 )
             return store
-        write_json(directory / IMAGES_FILE, list(images))
+        batches = (
+            pyarrow.record_batch({"image": chunk}, schema=_ROWS_SCHEMA) for chunk in chunked(images, INDEX_GROUP)
+        )
+        write_table(directory / ROWS_FILE, batches, _ROWS_SCHEMA)
         write_json(directory / STORE_FILE, asdict(info))
         return LatentStore(directory)
 
+    @property
+    def buckets(self) -> tuple[Size, ...]:
+        """(height, width) in pixels."""
+        return self.info.buckets
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(C, h, w) of every bucket."""
+        return self.info.latent_shapes
+
     @cached_property
     def images(self) -> list[str]:
-        """Image path of every row, relative to the dataset directory."""
-        return json.loads((self.directory / IMAGES_FILE).read_text())
+        """Image of every row: its key inside the set. All of them in memory; see `iter_images`, `images_of`."""
+        return list(self.iter_images())
+
+    def iter_images(self) -> Iterator[str]:
+        """Image of every row, read as they are asked for."""
+        with parquet.ParquetFile(self.directory / ROWS_FILE) as file:
+            for batch in file.iter_batches(columns=["image"]):
+                yield from batch.column(0).to_pylist()
+
+    def images_of(self, rows: range) -> list[str]:
+        """Images of consecutive rows."""
+        groups = range(rows.start // INDEX_GROUP, (rows.stop - 1) // INDEX_GROUP + 1)
+        with parquet.ParquetFile(self.directory / ROWS_FILE) as file:
+            column = file.read_row_groups(list(groups), columns=["image"]).column(0)
+        return column.slice(rows.start - groups.start * INDEX_GROUP, len(rows)).to_pylist()
 
     def missing_shards(self) -> list[int]:
         """Shards that are not encoded yet."""
-        return [shard for shard in range(self.info.num_shards) if not self._shard(shard).exists()]
+        return [number for number in range(self.info.num_shards) if not self._shard(number).exists()]
 
-    def write_shard(self, shard: int, latents: torch.Tensor, unreadable: dict[int, str]) -> None:
+    def write_shard(self, number: int, latents: torch.Tensor, unreadable: Mapping[int, str]) -> None:
         """Store the latents [n, C, h, w] of a shard's rows.
 
         Args:
             unreadable: row -> reason, for rows without an image.
         """
-        rows = self.info.rows_of(shard)
-        assert latents.shape == (len(rows), *self.info.latent_shape)
-        offsets = {row - rows.start: reason for row, reason in unreadable.items()}
-        metadata = {UNREADABLE: json.dumps(offsets)}
-        write_bytes(self._shard(shard), save({"latents": latents.float().cpu().contiguous()}, metadata))
+        bucket, rows = self.info.shard(number)
+        assert latents.shape == (len(rows), *self.latent_shapes[bucket])
+        width = self._width(bucket)
+        schema = pyarrow.schema([("latent", pyarrow.binary(width)), ("problem", pyarrow.string())])
+        stored = latents.cpu().to(getattr(torch, self.info.dtype)).contiguous()
+        per_group = self._rows_per_group(bucket)
+
+        def batches() -> Iterator[pyarrow.RecordBatch]:
+            for offset in range(0, len(rows), per_group):
+                part = stored[offset : offset + per_group]
+                content = pyarrow.py_buffer(part.view(torch.uint8).numpy().tobytes())
+                column = pyarrow.FixedSizeBinaryArray.from_buffers(pyarrow.binary(width), len(part), [None, content])
+                problems = [unreadable.get(row) for row in rows[offset : offset + per_group]]
+                yield pyarrow.record_batch([column, pyarrow.array(problems, pyarrow.string())], schema=schema)
+
+        write_table(self._shard(number), batches(), schema, use_dictionary=False, write_statistics=False)
 
     def unreadable(self) -> dict[int, str]:
         """Row -> reason of every image that could not be read; needs all shards."""
         reasons = {}
-        for shard in range(self.info.num_shards):
-            with safe_open(self._shard(shard), "pt") as file:
-                offsets = json.loads(file.metadata()[UNREADABLE])
-            start = self.info.rows_of(shard).start
-            reasons |= {start + int(offset): reason for offset, reason in offsets.items()}
+        for number in range(self.info.num_shards):
+            with parquet.ParquetFile(self._shard(number)) as file:
+                problems = file.read(columns=["problem"]).column(0).to_pylist()
+            rows = self.info.shard(number)[1]
+            reasons |= {row: problem for row, problem in zip(rows, problems, strict=True) if problem is not None}
         return reasons
 
     def latents(self, rows: torch.Tensor) -> torch.Tensor:
-        """Latents [N, C, h, w] of int64 rows [N]."""
-        result = torch.empty(len(rows), *self.info.latent_shape)
-        shards = rows // self.info.images_per_shard
-        for shard in shards.unique().tolist():
-            with safe_open(self._shard(shard), "pt") as file:
-                stored = file.get_slice("latents")
-                for position in (shards == shard).nonzero().flatten().tolist():
-                    result[position] = stored[int(rows[position]) % self.info.images_per_shard]
+        """Latents [N, C, h, w] fp32 of int64 rows [N], which are of one bucket."""
+        buckets = self.info.bucket_of(rows).unique().tolist()
+        assert len(buckets) == 1, f"rows are of one bucket, not of {buckets}"
+        result = torch.empty(len(rows), *self.latent_shapes[buckets[0]])
+        per_group = self._rows_per_group(buckets[0])
+        order = rows.argsort().tolist()  # row groups are read once each, also where they do not fit the cache
+        for position in order:
+            shard, offset = self.info.shard_of(int(rows[position]))
+            result[position] = self._group(shard, offset // per_group)[offset % per_group]
         return result
 
-    def write_pairs(self, split: Split, records: Sequence[PreferenceRecord]) -> None:
-        """Store a split's usable pairs; every image they name is a row."""
-        rows = {path: row for row, path in enumerate(self.images)}
-        prompts = {prompt: None for prompt in (record.prompt for record in records)}  # an ordered set
-        number = {prompt: index for index, prompt in enumerate(prompts)}
-        table = {
-            "pair_ids": [record.index for record in records],
-            "chosen": [rows[record.chosen] for record in records],
-            "rejected": [rows[record.rejected] for record in records],
-            "prompt": [number[record.prompt] for record in records],
-            "prompts": list(prompts),
-        }
-        write_bytes(self._pairs(split), json.dumps(table).encode())
+    def write_pairs(self, split: Split, pairs: Iterable[StoredPair]) -> None:
+        """Store a split's usable pairs."""
+
+        def batches() -> Iterator[pyarrow.RecordBatch]:
+            for chunk in chunked(pairs, INDEX_GROUP):
+                columns = {name: [getattr(pair, name) for pair in chunk] for name in _PAIRS_SCHEMA.names}
+                yield pyarrow.record_batch(columns, schema=_PAIRS_SCHEMA)
+
+        write_table(self._pairs(split), batches(), _PAIRS_SCHEMA)
 
     def pairs(self, split: Split) -> PairTable:
         """A split's usable pairs."""
-        raw = json.loads(self._pairs(split).read_text())
-        prompts = tuple(raw.pop("prompts"))
-        return PairTable(prompts=prompts, **{name: torch.tensor(column) for name, column in raw.items()})
+        table = parquet.read_table(self._pairs(split))
+        prompts = table.column("prompt").dictionary_encode().combine_chunks()
+        numbers = {name: torch.tensor(table.column(name).to_numpy()) for name in ("pair_id", "chosen", "rejected")}
+        return PairTable(
+            pair_ids=numbers["pair_id"],
+            chosen=numbers["chosen"],
+            rejected=numbers["rejected"],
+            bucket=self.info.bucket_of(numbers["chosen"]),
+            prompt=torch.tensor(prompts.indices.to_numpy(), dtype=torch.int64),
+            prompts=tuple(prompts.dictionary.to_pylist()),
+        )
 
     def complete(self) -> bool:
         """Whether all images and pairs are stored."""
         return all(self._pairs(split).exists() for split in SPLITS)
 
     def batch(self, table: PairTable, index: torch.Tensor) -> PairBatch:
-        """The pairs at positions `index` [B] of `table`."""
-        return PairBatch(
-            pair_ids=table.pair_ids[index],
-            chosen=self.latents(table.chosen[index]),
-            rejected=self.latents(table.rejected[index]),
-            prompts=tuple(table.prompts[number] for number in table.prompt[index].tolist()),
-        )
+        """The pairs at positions `index` [B] of `table`, which are of one bucket."""
+        return read_batch(self, table, index)
 
-    def _shard(self, shard: int) -> Path:
-        return self.directory / f"shard-{shard:05d}.safetensors"
+    def _width(self, bucket: int) -> int:
+        """Bytes of one stored latent."""
+        return int(numpy.prod(self.latent_shapes[bucket])) * _BYTES[self.info.dtype]
+
+    def _rows_per_group(self, bucket: int) -> int:
+        return max(1, ROW_GROUP_BYTES // self._width(bucket))
+
+    def _read_group(self, shard: int, group: int) -> torch.Tensor:
+        """Latents [n, C, h, w] of one row group, as stored."""
+        bucket, _ = self.info.shard(shard)
+        with parquet.ParquetFile(self._shard(shard)) as file:
+            column = file.read_row_group(group, columns=["latent"]).column(0).combine_chunks()
+        content = numpy.frombuffer(column.buffers()[1], numpy.uint8, offset=column.offset * self._width(bucket))
+        flat = torch.from_numpy(content[: len(column) * self._width(bucket)].copy())
+        return flat.view(getattr(torch, self.info.dtype)).view(len(column), *self.latent_shapes[bucket])
+
+    def _shard(self, number: int) -> Path:
+        return self.directory / f"shard-{number:05d}.parquet"
 
     def _pairs(self, split: Split) -> Path:
-        return self.directory / f"pairs-{split}.json"
+        return self.directory / f"pairs-{split}.parquet"
 
 
 def training_order(num_pairs: int, *, steps: int, batch_size: int, seed: int) -> torch.Tensor:
@@ -191,8 +348,3 @@ def training_order(num_pairs: int, *, steps: int, batch_size: int, seed: int) ->
     epochs = -(-needed // num_pairs)
     order = [torch.randperm(num_pairs, generator=generator(seed, "epoch", epoch)) for epoch in range(epochs)]
     return torch.cat(order)[:needed].view(steps, batch_size)
-
-
-def distinct_images(records: Sequence[PreferenceRecord]) -> list[str]:
-    """The images that the records name, each once, in order of appearance."""
-    return list(dict.fromkeys(path for record in records for path in (record.chosen, record.rejected)))

@@ -85,5 +85,5 @@ def training_steps(
 def _encode_here(run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
     codec = open_pipeline(run.pipeline).load_codec()
     for shard in tqdm(shards, desc="encode", unit="shard"):
-        pixels, problems = read_pixels(shard_paths(store, shard), height=store.info.height, width=store.info.width)
+        pixels, problems = read_pixels(shard_paths(store, shard), height=store.buckets[0][0], width=store.buckets[0][1])
         write_latents(store, shard, pixels, problems, codec)

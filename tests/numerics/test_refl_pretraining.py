@@ -11,8 +11,7 @@ from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.refl import flow_matching_loss
 from dina_rl.alignment.rollout import RolloutWorker
-from dina_rl.data.latents import LatentStore, StoreInfo
-from dina_rl.data.pairs import PreferenceRecord
+from dina_rl.data.latents import LatentStore, StoredPair, StoreInfo
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import WorkItem
@@ -27,23 +26,15 @@ def store(tmp_path_factory):
     """Six images in three pairs; the first of each is preferred and has a prompt of its own."""
     images = [f"{number}.png" for number in range(6)]
     info = StoreInfo(
-        dataset="d", pipeline="p", height=32, width=32, latent_shape=SHAPE, num_images=6, images_per_shard=6
+        dataset="d", pipeline="p", buckets=((32, 32),), latent_shapes=(SHAPE,), rows=(6,), rows_per_shard=6
     )
     made = LatentStore.create(tmp_path_factory.mktemp("store") / "latents", info, images)
     made.write_shard(0, normal((6, *SHAPE), "store"), {})
-    records = [
-        PreferenceRecord(
-            index=n,
-            prompt=f"a small red circle {n}",
-            chosen=images[2 * n],
-            rejected=images[2 * n + 1],
-            votes=None,
-            confidence=None,
-        )
-        for n in range(3)
+    pairs = [
+        StoredPair(pair_id=n, chosen=2 * n, rejected=2 * n + 1, prompt=f"a small red circle {n}") for n in range(3)
     ]
     for split in ("train", "test"):
-        made.write_pairs(split, records)
+        made.write_pairs(split, pairs)
     return made
 
 

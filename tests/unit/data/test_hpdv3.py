@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dina_rl.data.hpdv3 import check_skipped, load_image, read_split
-from dina_rl.data.pairs import PreferenceRecord
+from dina_rl.data.pairs import PreferencePair
 
 GOOD = {
     "prompt": "a cat",
@@ -27,7 +27,7 @@ def write(directory: Path, *records: object) -> Path:
 def test_path1_is_the_preferred_image(tmp_path: Path) -> None:
     records, skipped = read_split(write(tmp_path, GOOD), "train")
     assert records == [
-        PreferenceRecord(
+        PreferencePair(
             index=0, prompt="a cat", chosen="images/a.jpg", rejected="images/b.jpg", votes=(11, 2), confidence=0.97
         )
     ]

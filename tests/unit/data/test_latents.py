@@ -1,54 +1,126 @@
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import parquet
 
-from dina_rl.data.latents import LatentStore, StoreInfo, distinct_images, training_order
-from dina_rl.data.pairs import PreferenceRecord
+from dina_rl.data.latents import ROW_GROUP_BYTES, LatentStore, StoredPair, StoreInfo, training_order
 from dina_rl.seeding import normal
 
-SHAPE = (2, 3, 3)
-IMAGES = [f"{name}.png" for name in "abcde"]
+SHAPES = ((2, 3, 3), (2, 2, 5))
+IMAGES = [f"{name}.png" for name in "abcdefgh"]
 INFO = StoreInfo(
-    dataset="/data", pipeline="shapes", height=12, width=12, latent_shape=SHAPE, num_images=5, images_per_shard=2
+    dataset="/data",
+    pipeline="shapes",
+    buckets=((12, 12), (8, 20)),
+    latent_shapes=SHAPES,
+    rows=(5, 3),
+    rows_per_shard=2,
 )
 
 
-def record(index: int, chosen: str, rejected: str, prompt: str = "p") -> PreferenceRecord:
-    return PreferenceRecord(
-        index=index, prompt=prompt, chosen=f"{chosen}.png", rejected=f"{rejected}.png", votes=None, confidence=None
-    )
+def pair(pair_id: int, chosen: int, rejected: int, prompt: str = "p") -> StoredPair:
+    return StoredPair(pair_id=pair_id, chosen=chosen, rejected=rejected, prompt=prompt)
+
+
+def fill(store: LatentStore, latents: list[torch.Tensor], unreadable: dict[int, str]) -> None:
+    for number in store.missing_shards():
+        bucket, rows = store.info.shard(number)
+        first = sum(store.info.rows[:bucket])
+        part = latents[bucket][rows.start - first : rows.stop - first]
+        store.write_shard(number, part, {row: reason for row, reason in unreadable.items() if row in rows})
 
 
 @pytest.fixture
-def filled(tmp_path: Path) -> tuple[LatentStore, torch.Tensor]:
-    latents = normal((5, *SHAPE), "store")
-    latents[3] = 0
+def filled(tmp_path: Path) -> tuple[LatentStore, list[torch.Tensor]]:
+    latents = [normal((5, *SHAPES[0]), "first bucket"), normal((3, *SHAPES[1]), "second bucket")]
+    latents[0][3] = 0
     store = LatentStore.create(tmp_path / "latents", INFO, IMAGES)
-    for shard in store.missing_shards():
-        rows = store.info.rows_of(shard)
-        store.write_shard(shard, latents[rows.start : rows.stop], {3: "broken"} if 3 in rows else {})
+    fill(store, latents, {3: "broken"})
     return store, latents
 
 
-def test_an_image_named_twice_is_one_row() -> None:
-    records = [record(0, "b", "a"), record(1, "b", "c"), record(2, "a", "c")]
-    assert distinct_images(records) == ["b.png", "a.png", "c.png"]
+def test_a_shard_holds_rows_of_one_bucket() -> None:
+    shards = [INFO.shard(number) for number in range(INFO.num_shards)]
+    assert shards == [(0, range(0, 2)), (0, range(2, 4)), (0, range(4, 5)), (1, range(5, 7)), (1, range(7, 8))]
+    found = [INFO.shard_of(row) for row in range(INFO.num_rows)]
+    assert found == [(n, row - rows.start) for n, (_, rows) in enumerate(shards) for row in rows]
+    assert INFO.bucket_of(torch.arange(8)).tolist() == [0] * 5 + [1] * 3
+
+
+def test_a_bucket_may_be_empty() -> None:
+    info = replace(INFO, rows=(0, 3))
+    assert [info.shard(number) for number in range(info.num_shards)] == [(1, range(0, 2)), (1, range(2, 3))]
+    assert info.shard_of(2) == (1, 0)
+    assert info.bucket_of(torch.tensor([0, 2])).tolist() == [1, 1]
 
 
 def test_rows_come_back_in_any_order_and_repeated(filled) -> None:
     store, latents = filled
     rows = torch.tensor([4, 0, 0, 2, 1])
-    assert torch.equal(store.latents(rows), latents[rows])
-    assert torch.equal(LatentStore(store.directory).latents(rows), latents[rows])
+    assert torch.equal(store.latents(rows), latents[0][rows])
+    assert torch.equal(LatentStore(store.directory).latents(rows), latents[0][rows])
+    assert torch.equal(store.latents(torch.tensor([7, 5])), latents[1][[2, 0]])
+
+
+def test_a_store_travels_as_its_directory(filled) -> None:
+    store, latents = filled
+    store.latents(torch.tensor([0]))
+    assert torch.equal(pickle.loads(pickle.dumps(store)).latents(torch.tensor([0])), latents[0][:1])
+
+
+def test_rows_of_two_buckets_are_no_batch(filled) -> None:
+    store, _ = filled
+    store.write_pairs("train", [pair(0, 0, 1), pair(1, 5, 6)])
+    with pytest.raises(AssertionError, match="one bucket"):
+        store.batch(store.pairs("train"), torch.tensor([0, 1]))
+    with pytest.raises(AssertionError, match="one bucket"):
+        store.latents(torch.tensor([0, 5]))
+
+
+def test_row_groups_are_small_and_bfloat16_is_read_as_fp32(tmp_path: Path) -> None:
+    shape = (16, 64, 128)  # 256 KiB in bfloat16
+    info = replace(INFO, buckets=((8, 8),), latent_shapes=(shape,), rows=(10,), rows_per_shard=10, dtype="bfloat16")
+    store = LatentStore.create(tmp_path, info, [str(row) for row in range(10)])
+    latents = normal((10, *shape), "large")
+    store.write_shard(0, latents, {})
+    with parquet.ParquetFile(tmp_path / "shard-00000.parquet") as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+        assert file.metadata.row_group(0).total_byte_size <= 1.01 * ROW_GROUP_BYTES
+    assert sizes == [4, 4, 2]
+    rows = torch.tensor([9, 3])
+    assert store.latents(rows).dtype == torch.float32
+    assert torch.equal(store.latents(rows), latents[rows].bfloat16().float())
 
 
 def test_shards_that_are_written_are_not_missing(tmp_path: Path) -> None:
     store = LatentStore.create(tmp_path, INFO, IMAGES)
-    assert store.missing_shards() == [0, 1, 2]
-    store.write_shard(1, torch.zeros(2, *SHAPE), {})
-    assert LatentStore.create(tmp_path, INFO, IMAGES).missing_shards() == [0, 2]
+    assert store.missing_shards() == [0, 1, 2, 3, 4]
+    store.write_shard(1, torch.zeros(2, *SHAPES[0]), {})
+    assert LatentStore.create(tmp_path, INFO, IMAGES).missing_shards() == [0, 2, 3, 4]
+
+
+def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+    store = LatentStore.create(tmp_path, INFO, IMAGES)
+
+    def breaking():
+        yield pair(0, 0, 1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.write_pairs("train", breaking())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.parquet", "store.json"]
+
+
+def test_images_of_consecutive_rows(tmp_path: Path) -> None:
+    names = [f"{row}.png" for row in range(10_000)]
+    store = LatentStore.create(tmp_path, replace(INFO, rows=(10_000, 0), rows_per_shard=500), iter(names))
+    for rows in (range(0, 3), range(4090, 4100), range(9_500, 10_000)):
+        assert store.images_of(rows) == names[rows.start : rows.stop]
+    assert store.images == names
 
 
 def test_unreadable_rows_keep_their_reason(filled) -> None:
@@ -58,21 +130,26 @@ def test_unreadable_rows_keep_their_reason(filled) -> None:
 def test_pairs_refer_to_rows(filled) -> None:
     store, latents = filled
     assert not store.complete()
-    store.write_pairs("train", [record(7, "b", "a", "x"), record(9, "c", "e", "y"), record(11, "e", "b", "x")])
-    store.write_pairs("test", [record(0, "a", "c")])
+    store.write_pairs("train", [pair(7, 1, 0, "x"), pair(9, 7, 6, "y"), pair(11, 4, 1, "x")])
+    store.write_pairs("test", [pair(0, 0, 2)])
     assert store.complete()
     table = LatentStore(store.directory).pairs("train")
-    assert (len(table), table.prompts) == (3, ("x", "y"))
+    assert (len(table), table.prompts, table.bucket.tolist()) == (3, ("x", "y"), [0, 1, 0])
     batch = store.batch(table, torch.tensor([2, 0]))
     assert batch.pair_ids.tolist() == [11, 7]
     assert batch.prompts == ("x", "x")
-    assert torch.equal(batch.chosen, latents[[4, 1]])
-    assert torch.equal(batch.rejected, latents[[1, 0]])
+    assert torch.equal(batch.chosen, latents[0][[4, 1]])
+    assert torch.equal(batch.rejected, latents[0][[1, 0]])
 
 
 @pytest.mark.parametrize(
     ("info", "images"),
-    [(replace(INFO, height=24), IMAGES), (INFO, IMAGES[::-1]), (replace(INFO, pipeline="x"), IMAGES)],
+    [
+        (replace(INFO, buckets=((24, 24), (8, 20))), IMAGES),
+        (INFO, IMAGES[::-1]),
+        (INFO, [*IMAGES, "more"]),
+        (replace(INFO, pipeline="x"), IMAGES),
+    ],
 )
 def test_latents_of_something_else_are_refused(filled, info: StoreInfo, images: list[str]) -> None:
     with pytest.raises(ValueError, match="other images"):
