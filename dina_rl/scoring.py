@@ -226,18 +226,28 @@ def open_scorer(
     return _open_dina(config, seed) if config.kind == "dina" else _open_images(config, seed)
 
 
-def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
-    card = read_card(config.reward.location)
+def dina_pipeline(config: PictureScorerConfig, card: RewardCard) -> PipelineConfig:
+    """The pipeline that a dina scorer runs on: the fit's, but for what the configuration says.
+
+    Raises:
+        ValueError: nobody says at which size images are scored.
+    """
     size = (config.height, config.width) if config.height else card.image_size
     if size is None:
         raise ValueError(f"reward model {config.reward.path} does not say its image size; give height and width")
-    pipeline = PipelineConfig(
+    return PipelineConfig(
         path=config.pipeline or card.pipeline,
         dtype=config.dtype or card.dtype or "float32",
         height=size[0],
         width=size[1],
         max_sequence_length=config.max_sequence_length or card.max_sequence_length,
     )
+
+
+def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
+    card = read_card(config.reward.location)
+    pipeline = dina_pipeline(config, card)
+    size = pipeline.height, pipeline.width
     backbone = runtime.open_pipeline(pipeline)
     backbone.latent_shape(*size)
     revision = pipeline_revision(pipeline.location)

@@ -104,8 +104,13 @@ class EvaluateRun(Section):
     """bins of equal width of the reliability curve, over the predicted winner's probability [0.5, 1]"""
     max_dropped: Fraction = 0.05
     """share of a set's records that may be malformed or without readable images before the run stops"""
+    sizes: Literal["stretch", "buckets"] = "stretch"
+    """how latent scorers see images: all stretched to the size of the fit, or in the 13 published aspect buckets, the
+    two images of a pair in one"""
+    encode_batch_size: Positive = 16
+    """images per VAE forward"""
     batch_size: Positive = 32
-    """images per forward"""
+    """images per forward of a scorer"""
     records_per_part: Positive = 256
     """records that one call scores, and that an interruption loses"""
     workers: ScoringWorkersConfig = ScoringWorkersConfig()

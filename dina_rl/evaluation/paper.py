@@ -6,7 +6,8 @@ the seeds of one row. Rows whose labels would be alike although their runs diffe
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -15,9 +16,14 @@ from pydantic import ValidationError
 from dina_rl.checkpoint import CONFIG_FILE
 from dina_rl.cli import explain
 from dina_rl.config import EvaluateRun, FitRun, PictureScorerConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.evaluation.requests import View
+from dina_rl.evaluation.scorers import NamedScorer
 from dina_rl.reward.fit import REWARD
 
-ENSEMBLE_MARK = "yes"
+ENSEMBLE = "yes"
+DIFFERENCES = "Differs in"
+Label = Callable[["FittedRun"], tuple[str, ...]]
+Order = Callable[["FittedRun"], tuple]
 PLACES = ("seed", "run_dir", "resume", "inline", "latents", "dataset.path", "fit.held_out")
 PROCESSES = tuple(
     f"fit.{name}"
@@ -32,18 +38,6 @@ PROCESSES = tuple(
         "evaluation_batch_size",
     )
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """How a scorer is asked: at one noise level, an ensemble of them, or none where it has no noise."""
-
-    levels: tuple[float, ...]
-    draws: int = 1  # independent noise draws, each with scores of its own
-
-    @property
-    def label(self) -> str:
-        return "t=" + ",".join(f"{level:g}" for level in self.levels) if self.levels else "plain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,37 +92,42 @@ def read_runs(directories: Sequence[str]) -> list[FittedRun]:
     short = [run.name for run in runs]
     # Directories of one name, e.g. a/fit and b/fit, are told apart by their parents.
     return [
-        run if short.count(run.name) == 1 else FittedRun(name=_long_name(run), directory=run.directory, run=run.run)
-        for run in runs
+        run if short.count(run.name) == 1 else replace(run, name="-".join(run.directory.parts[-2:])) for run in runs
     ]
 
 
-def plan_table(request: EvaluateRun, runs: Sequence[FittedRun]) -> Plan:
+def plan_table(request: EvaluateRun, scorers: Sequence[NamedScorer], runs: Sequence[FittedRun]) -> Plan:
     """The rows of `request.paper`.
 
+    Args:
+        scorers: those of the request that are not runs, for table1.
+
     Raises:
-        ValueError: nothing to make it of.
+        ValueError: nothing to make it of, or a run counted twice.
     """
     assert request.paper is not None
-    if not runs and request.paper != "table1":
+    if not runs and not (request.paper == "table1" and scorers):
         raise ValueError(f"paper {request.paper} is made of fit runs: give --runs DIR ...")
     match request.paper:
         case "table1":
-            return _table1(request, runs)
+            return _table1(scorers, runs)
         case "table2":
             return _table2(runs)
         case "table3":
-            return _single_level(runs, "Table 3: backbone adaptation", ("Training strategy",), _strategy, str)
+            return _single_level(runs, "Table 3: backbone adaptation", "Training strategy", _strategy, _strategy)
         case "table4":
-            return _over_levels(runs, "Table 4: uncertainty", "Model", _model, request, uncertainty=True)
+            asked = request.uncertainty
+            assert asked is not None
+            views = [View(levels=(level,), draws=asked.draws) for level in asked.levels]
+            return _over_levels(runs, "Table 4: uncertainty", ("Model", "Backbone", "t"), _model, views)
         case "table5":
-            return _single_level(runs, "Table 5: layer depth", ("Configuration",), _depth, _depth_order)
+            return _single_level(runs, "Table 5: layer depth", "Configuration", _depth, _depth_order)
         case "table6":
-            return _single_level(runs, "Table 6: diffusion backbones", ("Backbone",), _backbone, str)
+            return _single_level(runs, "Table 6: diffusion backbones", "Backbone", _backbone, _backbone)
         case "figure2":
-            return _over_levels(
-                runs, "Figure 2: inference-time noise level", "Training schedule", _training, request, uncertainty=False
-            )
+            views = [View(levels=(level,)) for level in request.levels]
+            names = ("Timestep schedule", "Var.", "t")
+            return _over_levels(runs, "Figure 2: inference-time noise level", names, _training, views)
 
 
 def schedule_label(timestep: TimestepConfig) -> str:
@@ -160,80 +159,56 @@ class _Group:
     runs: tuple[FittedRun, ...]
 
 
-def _table1(request: EvaluateRun, runs: Sequence[FittedRun]) -> Plan:
-    entries = []
-    for name, scorer in request.scorers.items():
-        if scorer.kind == "dina":
-            from dina_rl.reward.checkpoint import read_card
-
-            card = read_card(scorer.reward.location)
-            backbone = _last_part(scorer.pipeline or card.pipeline)
-            ways = [("", View(levels=scorer.levels or (card.reward.single_level,)))]
-            if scorer.levels is None:
-                ways.append((" *", View(levels=card.reward.ensemble_levels)))
-        else:
-            backbone, ways = "CLIP", [("", View(levels=()))]
-        entries += [Entry(labels=(name + mark, backbone), scorer=name, view=view) for mark, view in ways]
-    for group in _groups(runs, lambda run: ("DiNa-LRM", _last_part(run.run.pipeline.path)), str):
-        for mark, view in (("", "single"), (" *", "ensemble")):
-            labels = (group.labels[0] + mark, *group.labels[1:])
-            views = [(run, run.single if view == "single" else run.ensemble) for run in group.runs]
-            entries += [Entry(labels=labels, scorer=run.name, view=asked) for run, asked in views]
-    return Plan(
-        title="Table 1: pairwise preference accuracy (* noise ensemble)",
-        labels=_label_names(("Model", "Backbone"), entries),
-        entries=tuple(entries),
-    )
+def _table1(scorers: Sequence[NamedScorer], runs: Sequence[FittedRun]) -> Plan:
+    rows: list[tuple[tuple[str, ...], str, View]] = []
+    for scorer in scorers:
+        rows.append(((scorer.name, scorer.backbone), scorer.name, scorer.main))
+        if scorer.ensemble is not None:
+            rows.append(((f"{scorer.name} *", scorer.backbone), scorer.name, scorer.ensemble))
+    for group in _groups(runs, _model, _model):
+        first, *rest = group.labels
+        rows += [(group.labels, run.name, run.single) for run in group.runs]
+        rows += [((f"{first} *", *rest), run.name, run.ensemble) for run in group.runs]
+    return _plan("Table 1: pairwise preference accuracy (* noise ensemble)", ("Model", "Backbone"), rows)
 
 
 def _table2(runs: Sequence[FittedRun]) -> Plan:
-    entries = []
-    for group in _groups(runs, _training_labels, _training_order):
-        for mark in ("", ENSEMBLE_MARK):
-            labels = (*group.labels[:2], mark, *group.labels[2:])
-            views = [(run, run.ensemble if mark else run.single) for run in group.runs]
-            entries += [Entry(labels=labels, scorer=run.name, view=view) for run, view in views]
-    return Plan(
-        title="Table 2: timestep schedule and variance",
-        labels=_label_names(("Timestep schedule", "Var.", "Ensemble"), entries),
-        entries=tuple(entries),
-    )
+    rows = []
+    for group in _groups(runs, _training, _training_order):
+        schedule, variance, *rest = group.labels
+        rows += [((schedule, variance, "", *rest), run.name, run.single) for run in group.runs]
+        rows += [((schedule, variance, ENSEMBLE, *rest), run.name, run.ensemble) for run in group.runs]
+    return _plan("Table 2: timestep schedule and variance", ("Timestep schedule", "Var.", "Ensemble"), rows)
 
 
-def _single_level(
-    runs: Sequence[FittedRun],
-    title: str,
-    names: tuple[str, ...],
-    label: Callable[[FittedRun], tuple[str, ...]],
-    order: Callable,
-) -> Plan:
+def _single_level(runs: Sequence[FittedRun], title: str, name: str, label: Label, order: Order) -> Plan:
     groups = _groups(runs, label, order)
-    entries = [Entry(labels=g.labels, scorer=run.name, view=run.single) for g in groups for run in g.runs]
-    return Plan(title=title, labels=_label_names(names, entries), entries=tuple(entries))
+    return _plan(title, (name,), [(group.labels, run.name, run.single) for group in groups for run in group.runs])
 
 
 def _over_levels(
-    runs: Sequence[FittedRun],
-    title: str,
-    name: str,
-    label: Callable[[FittedRun], tuple[str, ...]],
-    request: EvaluateRun,
-    *,
-    uncertainty: bool,
+    runs: Sequence[FittedRun], title: str, names: tuple[str, ...], label: Label, views: Sequence[View]
 ) -> Plan:
-    """One row per group and noise level; the level is the last label."""
-    levels, draws = request.levels, 1
-    if uncertainty:
-        assert request.uncertainty is not None
-        levels, draws = request.uncertainty.levels, request.uncertainty.draws
-    entries = [
-        Entry(labels=(*group.labels, f"{level:g}"), scorer=run.name, view=View(levels=(level,), draws=draws))
-        for group in _groups(runs, label, _training_order)
-        for level in levels
-        for run in group.runs
-    ]
-    names = (name, "Differs in")[: len(entries[0].labels) - 1]
-    return Plan(title=title, labels=(*names, "t"), entries=tuple(entries))
+    """One row per group and view, which the second label says."""
+    rows = []
+    for group in _groups(runs, label, _training_order):
+        for view in views:
+            labels = (*group.labels[: len(names) - 1], f"{view.levels[0]:g}", *group.labels[len(names) - 1 :])
+            rows += [(labels, run.name, view) for run in group.runs]
+    return _plan(title, names, rows)
+
+
+def _plan(title: str, names: tuple[str, ...], rows: Sequence[tuple[tuple[str, ...], str, View]]) -> Plan:
+    """The plan of (labels, scorer, view) rows; what tells rows apart gets a column of its own where there is any."""
+    width = max(len(labels) for labels, _, _ in rows)
+    return Plan(
+        title=title,
+        labels=(*names, DIFFERENCES)[:width],
+        entries=tuple(
+            Entry(labels=(*labels, *[""] * (width - len(labels))), scorer=scorer, view=view)
+            for labels, scorer, view in rows
+        ),
+    )
 
 
 def _strategy(run: FittedRun) -> tuple[str, ...]:
@@ -254,15 +229,11 @@ def _backbone(run: FittedRun) -> tuple[str, ...]:
 
 
 def _model(run: FittedRun) -> tuple[str, ...]:
-    return (f"DiNa-LRM ({_last_part(run.run.pipeline.path)})",)
-
-
-def _training_labels(run: FittedRun) -> tuple[str, ...]:
-    return schedule_label(run.run.reward.timestep), variance_label(run.run.reward.thurstone)
+    return "DiNa-LRM", _last_part(run.run.pipeline.path)
 
 
 def _training(run: FittedRun) -> tuple[str, ...]:
-    return (", ".join(_training_labels(run)),)
+    return schedule_label(run.run.reward.timestep), variance_label(run.run.reward.thurstone)
 
 
 def _training_order(run: FittedRun) -> tuple[int | float, ...]:
@@ -273,25 +244,20 @@ def _training_order(run: FittedRun) -> tuple[int | float, ...]:
     return kind, place, run.run.reward.thurstone.variance != "fixed"
 
 
-def _groups(
-    runs: Sequence[FittedRun], label: Callable[[FittedRun], tuple[str, ...]], order: Callable
-) -> list[_Group]:
+def _groups(runs: Sequence[FittedRun], label: Label, order: Order) -> list[_Group]:
     """Rows: runs of one configuration, by `order`, labelled so that no two rows are labelled alike.
 
     Raises:
         ValueError: two runs of one row have one seed.
     """
-    key = {id(run): order(run) if order is not str else label(run) for run in runs}
     rows: dict[str, list[FittedRun]] = {}
-    for run in sorted(runs, key=lambda run: (key[id(run)], run.run.seed)):
+    for run in sorted(runs, key=lambda run: (order(run), run.run.seed)):
         rows.setdefault(json.dumps(_essence(run), sort_keys=True), []).append(run)
     for same in rows.values():
-        seeds = [run.run.seed for run in same]
-        for first, second in zip(same, same[1:], strict=False):
+        for first, second in pairwise(same):
             if first.run.seed == second.run.seed:
                 raise ValueError(
-                    f"runs {first.directory} and {second.directory} have the same configuration and seed {seeds[0]}: "
-                    "one fit counted twice"
+                    f"runs {first.directory} and {second.directory} have one configuration and seed: a fit counted twice"
                 )
     labels = [label(same[0]) for same in rows.values()]
     alike = {each for each in labels if labels.count(each) > 1}
@@ -334,17 +300,8 @@ def _plain(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _label_names(names: tuple[str, ...], entries: Sequence[Entry]) -> tuple[str, ...]:
-    """`names`, and one for what tells rows apart, where that is needed."""
-    return (*names, "Differs in")[: max(len(entry.labels) for entry in entries)]
-
-
 def _last_part(path: str) -> str:
     return Path(path).name
-
-
-def _long_name(run: FittedRun) -> str:
-    return "-".join(run.directory.parts[-2:])
 
 
 def _read_run(directory: Path) -> FittedRun:

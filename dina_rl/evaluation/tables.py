@@ -69,7 +69,9 @@ def write_rows(path: Path, header: Sequence[str], lines: Sequence[Sequence[objec
 
 def markdown(table: Table) -> str:
     """The table with its title and notes."""
-    rows = [[*row.labels, *(_shown(row.cells[column], table.percent) for column in table.columns)] for row in table.rows]
+    rows = [
+        [*row.labels, *(_shown(row.cells[column], table.percent) for column in table.columns)] for row in table.rows
+    ]
     lines = [grid([*table.labels, *table.columns], rows)]
     if table.percent:
         lines.append("Percent.")

@@ -1,0 +1,341 @@
+"""Scores of scorers on sets, each computed once and kept in files.
+
+    sizes/SET.json                            (height, width) of every image, where buckets are asked for
+    latents/KEY/                              LatentStore of a set's images for one pipeline
+    scores/KEY/task.json                      what KEY is the digest of: all that decides the numbers
+    scores/KEY/part-00000.safetensors         `scores` [draws, images] of consecutive records; metadata: problems
+
+KEY is a digest of the scorer's weights, its pipeline, the set's records, noise, levels and batch geometry: another table
+over the same cache finds its scores. Image files are trusted not to change under their names.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from dina_rl.checkpoint import write_bytes, write_json
+from dina_rl.config import EvaluateRun, PictureScorerConfig, PipelineConfig
+from dina_rl.data.buckets import PUBLISHED, PUBLISHED_MIN_AREA, Bucketing, Size
+from dina_rl.data.latents import LatentStore, StoreInfo
+from dina_rl.data.records import PreferenceRecord, PreferenceSet
+from dina_rl.evaluation.layout import Layout, lay_out
+from dina_rl.evaluation.requests import EncodeRequest, ScoreRequest, View, Workers
+from dina_rl.evaluation.sets import EvaluationSet
+from dina_rl.reward.checkpoint import read_card
+from dina_rl.reward.revision import pipeline_revision
+from dina_rl.runtime import open_pipeline
+from dina_rl.scoring import dina_pipeline
+
+PROBLEMS = "problems"
+BLOCK = 2**20  # bytes of a weight file read at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringJob:
+    """Some views of one scorer on one set."""
+
+    scorer: PictureScorerConfig
+    data: EvaluationSet
+    views: tuple[View, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedImage:
+    """An image that could not be scored."""
+
+    record: int
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetScores:
+    """One scorer's scores of one set in one view."""
+
+    records: tuple[PreferenceRecord, ...]  # with the images that have a score, where those are two or more
+    scores: Mapping[int, torch.Tensor]  # `PreferenceRecord.index` -> [draws, images of the record above]
+    dropped: tuple[DroppedImage, ...]
+    dropped_pairs: int  # comparisons that the dropped images take part in
+
+    def draw(self, number: int) -> dict[int, torch.Tensor]:
+        """Scores [images] of one noise draw, by record."""
+        return {index: scores[number] for index, scores in self.scores.items()}
+
+
+class ScoreStore:
+    """The cache. `fill` computes what is missing; `read` gives what is there."""
+
+    def __init__(self, run: EvaluateRun) -> None:
+        self._run = run
+        self._root = run.cache_dir
+        self._layouts: dict[tuple[str, Bucketing], Layout] = {}
+        self._unreadable: dict[Path, dict[int, str]] = {}  # latent store -> row -> reason
+        self._identities: dict[PictureScorerConfig, dict[str, object]] = {}
+
+    def fill(self, jobs: Sequence[ScoringJob], workers: Workers) -> None:
+        """Compute and keep all scores of `jobs` that are not there yet.
+
+        Raises:
+            ValueError: a scorer or a set that cannot be read, or parts that do not fit together.
+        """
+        self._encode([job for job in jobs if job.scorer.kind == "dina"], workers)
+        waiting: list[tuple[ScoreRequest, tuple[Path, ...]]] = []
+        for job in jobs:
+            for number, records in enumerate(self._parts(job.data)):
+                files = {view: self._part(job, view, number) for view in job.views}
+                missing = {view: file for view, file in files.items() if not file.exists()}
+                if missing:
+                    waiting.append((self._request(job, records, tuple(missing)), tuple(missing.values())))
+        if not waiting:
+            return
+        images = [sum(len(record.images) for record in request.records) * len(request.views) for request, _ in waiting]
+        with tqdm(total=sum(images), desc="score", unit="img") as bar:
+            for index, part in workers.score(request for request, _ in waiting):
+                for file, scores in zip(waiting[index][1], part.scores, strict=True):
+                    _write_part(file, scores, part.problems)
+                bar.update(images[index])
+
+    def read(self, job: ScoringJob, view: View) -> SetScores:
+        """The scores of a job that `fill` has seen."""
+        records, kept, dropped, lost = [], {}, [], 0
+        for number, part in enumerate(self._parts(job.data)):
+            scores, problems = _read_part(self._part(job, view, number))
+            first = 0
+            for record in part:
+                count = len(record.images)
+                good = [position for position in range(count) if first + position not in problems]
+                dropped += [
+                    DroppedImage(record=record.index, image=image, reason=problems[first + position])
+                    for position, image in enumerate(record.images)
+                    if first + position in problems
+                ]
+                lost += len(list(combinations(range(count), 2))) - len(list(combinations(good, 2)))
+                if len(good) > 1:
+                    records.append(_restricted(record, good))
+                    kept[record.index] = scores[:, [first + position for position in good]]
+                first += count
+        return SetScores(records=tuple(records), scores=kept, dropped=tuple(dropped), dropped_pairs=lost)
+
+    def _encode(self, jobs: Sequence[ScoringJob], workers: Workers) -> None:
+        """Encode what the jobs need and nobody has encoded."""
+        requests: dict[tuple[Path, int], EncodeRequest] = {}
+        images: dict[tuple[Path, int], int] = {}
+        for job in jobs:
+            store = self._open_store(job)
+            for shard in store.missing_shards():
+                place = store.directory, shard
+                requests.setdefault(
+                    place,
+                    EncodeRequest(
+                        scorer=self._asked(job.scorer), source=job.data.config, store=store.directory, shard=shard
+                    ),
+                )
+                images[place] = len(store.info.shard(shard)[1])
+        if requests:
+            with tqdm(total=sum(images.values()), desc="encode", unit="img") as bar:
+                for _, count in workers.encode(requests.values()):
+                    bar.update(count)
+
+    def _request(self, job: ScoringJob, records: tuple[PreferenceRecord, ...], views: tuple[View, ...]) -> ScoreRequest:
+        store, rows, problems = None, (), {}
+        if job.scorer.kind == "dina":
+            store = self._store_directory(job)
+            rows, problems = self._rows(job, records)
+        return ScoreRequest(
+            scorer=self._asked(job.scorer),
+            seed=self._run.seed,
+            source=job.data.config,
+            records=records,
+            store=store,
+            rows=rows,
+            problems=problems,
+            views=views,
+            batch_size=self._run.batch_size,
+        )
+
+    def _rows(
+        self, job: ScoringJob, records: Sequence[PreferenceRecord]
+    ) -> tuple[tuple[int | None, ...], dict[int, str]]:
+        """Row of every image of the records, one after the other, and why some have none."""
+        directory, layout = self._store_directory(job), self._layout(job)
+        if directory not in self._unreadable:
+            self._unreadable[directory] = LatentStore(directory).unreadable()
+        unreadable = self._unreadable[directory]
+        rows: list[int | None] = []
+        problems: dict[int, str] = {}
+        for record in records:
+            for row in layout.rows[record.index]:
+                if row is None:
+                    problems[len(rows)] = layout.problems[record.index]
+                elif row in unreadable:
+                    problems[len(rows)] = unreadable[row]
+                rows.append(None if len(rows) in problems else row)
+        return tuple(rows), problems
+
+    def _parts(self, data: EvaluationSet) -> list[tuple[PreferenceRecord, ...]]:
+        size = self._run.records_per_part
+        return [data.records[first : first + size] for first in range(0, len(data.records), size)]
+
+    def _part(self, job: ScoringJob, view: View, number: int) -> Path:
+        directory = self._root / "scores" / self._task(job, view)
+        return directory / f"part-{number:05d}.safetensors"
+
+    def _task(self, job: ScoringJob, view: View) -> str:
+        """The digest of everything that decides the scores of a job in a view; written down beside them."""
+        run = self._run
+        task: dict[str, object] = {
+            "scorer": self._scorer_identity(job.scorer),
+            "set": [job.data.config.kind, job.data.config.path, job.data.config.split],
+            "records": job.data.digest,
+            "batch_size": run.batch_size,
+            "records_per_part": run.records_per_part,
+        }
+        if job.scorer.kind == "dina":
+            task |= {
+                "latents": self._store_directory(job).name,
+                "levels": view.levels,
+                "draws": [view.draws, job.scorer.draws],
+                "noise": run.noise,
+                "seed": run.seed,
+            }
+        name = _digest(task)
+        file = self._root / "scores" / name / "task.json"
+        if not file.exists():
+            write_json(file, task)
+        return name
+
+    def _scorer_identity(self, scorer: PictureScorerConfig) -> dict[str, object]:
+        """Which weights score, and on what."""
+        if scorer not in self._identities:
+            reward = scorer.reward
+            self._identities[scorer] = {
+                "kind": scorer.kind,
+                "weights": _weights_digest(reward.path),
+                **({"processor": reward.processor} if scorer.kind != "dina" else self._pipeline_identity(scorer)),
+            }
+        return self._identities[scorer]
+
+    def _pipeline_identity(self, scorer: PictureScorerConfig) -> dict[str, object]:
+        pipeline = self._pipeline(scorer)
+        return {**pipeline.model_dump(mode="json"), "revision": pipeline_revision(pipeline.location)}
+
+    def _pipeline(self, scorer: PictureScorerConfig) -> PipelineConfig:
+        return dina_pipeline(scorer, read_card(scorer.reward.location))
+
+    def _asked(self, scorer: PictureScorerConfig) -> PictureScorerConfig:
+        """The scorer as workers open it: views bring their own levels."""
+        return scorer.model_copy(update={"levels": None, "noise": self._run.noise})
+
+    def _bucketing(self, scorer: PictureScorerConfig) -> Bucketing:
+        if self._run.sizes == "buckets":
+            return Bucketing(buckets=PUBLISHED, stretch=False, min_area=PUBLISHED_MIN_AREA)
+        pipeline = self._pipeline(scorer)
+        return Bucketing(buckets=((pipeline.height, pipeline.width),), stretch=True)
+
+    def _layout(self, job: ScoringJob) -> Layout:
+        """Rows of the images of the whole set that the job's records are of."""
+        data, bucketing = job.data.whole, self._bucketing(job.scorer)
+        key = data.digest, bucketing
+        if key not in self._layouts:
+            sizes = {} if bucketing.stretch else self._sizes(data)
+            self._layouts[key] = lay_out(data.records, bucketing, sizes.__getitem__)
+        return self._layouts[key]
+
+    def _sizes(self, data: EvaluationSet) -> dict[str, Size | str]:
+        """(height, width) of every image of a set, or why it has none; read from the files once."""
+        file = self._root / "sizes" / f"{data.digest}.json"
+        if not file.exists():
+            images = list(dict.fromkeys(image for record in data.records for image in record.images))
+            source = data.source
+            write_json(file, {image: _size(source, image) for image in tqdm(images, desc="sizes", unit="img")})
+        stored = json.loads(file.read_text())
+        return {image: size if isinstance(size, str) else (size[0], size[1]) for image, size in stored.items()}
+
+    def _store_directory(self, job: ScoringJob) -> Path:
+        identity = {
+            "records": job.data.whole.digest,
+            "pipeline": self._pipeline_identity(job.scorer),
+            "buckets": self._bucketing(job.scorer).buckets,
+            "rows_per_shard": self._run.encode_batch_size,
+        }
+        return self._root / "latents" / _digest(identity)
+
+    def _open_store(self, job: ScoringJob) -> LatentStore:
+        """The store of a job's images, begun if it is not there.
+
+        Raises:
+            ValueError: image sizes that the pipeline does not fit.
+        """
+        layout, bucketing = self._layout(job), self._bucketing(job.scorer)
+        pipeline = self._pipeline(job.scorer)
+        backbone = open_pipeline(pipeline)
+        info = StoreInfo(
+            dataset=job.data.config.path,
+            pipeline=pipeline.path,
+            buckets=bucketing.buckets,
+            latent_shapes=tuple(backbone.latent_shape(*size) for size in bucketing.buckets),
+            rows=tuple(len(images) for images in layout.images),
+            rows_per_shard=self._run.encode_batch_size,
+        )
+        images = (image for bucket in layout.images for image in bucket)
+        return LatentStore.create(self._store_directory(job), info, images)
+
+
+def _restricted(record: PreferenceRecord, positions: Sequence[int]) -> PreferenceRecord:
+    """The record with the images at `positions` alone."""
+    if len(positions) == len(record.images):
+        return record
+
+    def pick(values: Sequence) -> tuple:
+        return tuple(values[position] for position in positions)
+
+    return replace(
+        record,
+        images=pick(record.images),
+        ranks=pick(record.ranks),
+        models=None if record.models is None else pick(record.models),
+    )
+
+
+def _size(source: PreferenceSet, image: str) -> Size | str:
+    try:
+        return source.size(image)
+    except ValueError as error:
+        return str(error)
+
+
+def _write_part(file: Path, scores: torch.Tensor, problems: Mapping[int, str]) -> None:
+    metadata = {PROBLEMS: json.dumps({str(place): reason for place, reason in problems.items()})}
+    write_bytes(file, save({"scores": scores.contiguous()}, metadata))
+
+
+def _read_part(file: Path) -> tuple[torch.Tensor, dict[int, str]]:
+    with safe_open(file, "pt") as content:
+        problems = json.loads(content.metadata()[PROBLEMS])
+        return content.get_tensor("scores"), {int(place): reason for place, reason in problems.items()}
+
+
+def _digest(value: object) -> str:
+    return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _weights_digest(path: str) -> str:
+    """Digest of all files of a model's directory; of a hub id its name."""
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        return path
+    digest = blake2b(digest_size=16)
+    for file in sorted(file for file in directory.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(directory)}\n".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
