@@ -1,4 +1,4 @@
-"""The evaluator's workers on Ray: `EvaluationWorker` in processes of their own, behind a pool that replaces lost ones."""
+"""The evaluator's workers on Ray: `EvaluationWorker` in processes of their own, in a pool that replaces lost ones."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar

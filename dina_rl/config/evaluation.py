@@ -92,7 +92,7 @@ class EvaluateRun(Section):
     training: SetConfig | None = None
     """an audit looks for its prompts and images in the sets; None: no leak check"""
     convention: Literal["micro", "ties_wrong", "per_prompt"] = "micro"
-    """which accuracy a table of the paper shows (all three are written beside it); see dina_rl/evaluation/accuracy.py"""
+    """which accuracy a table of the paper shows, see dina_rl/evaluation/accuracy.py; all three are written beside it"""
     noise: Literal["shared", "independent"] = "shared"
     """the images of a record meet the same noise, as in training, or each its own, as in the published evaluator"""
     levels: NoiseLevels = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)

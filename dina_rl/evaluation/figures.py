@@ -12,6 +12,8 @@ from dina_rl.checkpoint import write_bytes
 from dina_rl.evaluation.calibration import Calibration
 from dina_rl.evaluation.tables import Cell, Table
 
+STYLES = ("-", "--", ":")
+PANELS_PER_ROW = 3
 COLOURS = ("#2f6f9f", "#c9a227", "#7a4f9a", "#3f8f5f", "#b5523b", "#6b7a86")
 FAINT = "#8a8a8a"
 Line = Sequence[tuple[float, Cell]]
@@ -50,18 +52,24 @@ def plot_table(table: Table, path: Path) -> None:
 
 def plot_lines(panels: Mapping[str, Mapping[str, Line]], path: Path, *, title: str, percent: bool) -> None:
     """Values over the noise level, one panel per key and one line per inner key; bands are spread or interval."""
-    figure = Figure(figsize=(1 + 3.4 * len(panels), 3.4), layout="constrained")
+    columns = min(len(panels), PANELS_PER_ROW)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(1 + 3.4 * columns, 3.2 * rows + 0.2), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for empty in places[len(panels) :]:
+        empty.remove()
     scale = 100 if percent else 1
-    for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (name, lines) in zip(places, panels.items(), strict=False):
         for number, (label, line) in enumerate(lines.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            x = [point for point, _ in line]
-            axes.plot(x, [scale * cell.mean for _, cell in line], color=colour, marker="o", markersize=3, label=label)
+            colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+            x, y = [point for point, _ in line], [scale * cell.mean for _, cell in line]
+            axes.plot(x, y, style, color=colour, marker="o", markersize=3, label=label)
             ends = [(cell.mean, *_error(cell)) for _, cell in line]
             low, high = [scale * (m - b) for m, b, _ in ends], [scale * (m + a) for m, _, a in ends]
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("noise level t")
+        axes.set_ylabel("percent" if percent else "")
         _plain(axes, "y")
     figure.suptitle(title, fontsize=10)
     figure.axes[-1].legend(fontsize=7, frameon=False)

@@ -1,7 +1,7 @@
 """The paper's Tables 1-6 and Figure 2: which scores each needs, and its rows, derived from what the runs say they are.
 
-A fit run's `config.yaml` says how it was fitted. Runs whose configurations differ in seed, places and processes alone are
-the seeds of one row. Rows whose labels would be alike although their runs differ say in what.
+A fit run's `config.yaml` says how it was fitted. Runs whose configurations differ in seed, places and processes alone
+are the seeds of one row. Rows whose labels would be alike although their runs differ say in what.
 """
 
 import json
@@ -20,7 +20,7 @@ from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.scorers import NamedScorer
 from dina_rl.reward.fit import REWARD
 
-ENSEMBLE = "yes"
+SINGLE, ENSEMBLE = "single", "ensemble"
 DIFFERENCES = "Differs in"
 Label = Callable[["FittedRun"], tuple[str, ...]]
 Order = Callable[["FittedRun"], tuple]
@@ -90,10 +90,8 @@ def read_runs(directories: Sequence[str]) -> list[FittedRun]:
         raise ValueError("a run is named twice in runs")
     runs = [_read_run(place) for place in places]
     short = [run.name for run in runs]
-    # Directories of one name, e.g. a/fit and b/fit, are told apart by their parents.
-    return [
-        run if short.count(run.name) == 1 else replace(run, name="-".join(run.directory.parts[-2:])) for run in runs
-    ]
+    # Directories of one name, e.g. a/fit and b/fit, are told apart by their paths.
+    return [run if short.count(run.name) == 1 else replace(run, name=str(run.directory)) for run in runs]
 
 
 def plan_table(request: EvaluateRun, scorers: Sequence[NamedScorer], runs: Sequence[FittedRun]) -> Plan:
@@ -128,6 +126,15 @@ def plan_table(request: EvaluateRun, scorers: Sequence[NamedScorer], runs: Seque
             views = [View(levels=(level,)) for level in request.levels]
             names = ("Timestep schedule", "Var.", "t")
             return _over_levels(runs, "Figure 2: inference-time noise level", names, _training, views)
+
+
+def notes_on(runs: Sequence[FittedRun]) -> tuple[str, ...]:
+    """Which runs a table is made of, and on which preference sets they were fitted if those are several."""
+    notes = [f"Fit runs: {', '.join(f'{run.name} (seed {run.run.seed})' for run in runs)}."] if runs else []
+    fitted_on = list(dict.fromkeys(run.run.dataset.path for run in runs))
+    if len(fitted_on) > 1:
+        notes.append(f"Fitted on {len(fitted_on)} preference sets: {', '.join(fitted_on)}.")
+    return tuple(notes)
 
 
 def schedule_label(timestep: TimestepConfig) -> str:
@@ -176,9 +183,9 @@ def _table2(runs: Sequence[FittedRun]) -> Plan:
     rows = []
     for group in _groups(runs, _training, _training_order):
         schedule, variance, *rest = group.labels
-        rows += [((schedule, variance, "", *rest), run.name, run.single) for run in group.runs]
+        rows += [((schedule, variance, SINGLE, *rest), run.name, run.single) for run in group.runs]
         rows += [((schedule, variance, ENSEMBLE, *rest), run.name, run.ensemble) for run in group.runs]
-    return _plan("Table 2: timestep schedule and variance", ("Timestep schedule", "Var.", "Ensemble"), rows)
+    return _plan("Table 2: timestep schedule and variance", ("Timestep schedule", "Var.", "Inference"), rows)
 
 
 def _single_level(runs: Sequence[FittedRun], title: str, name: str, label: Label, order: Order) -> Plan:
@@ -257,7 +264,7 @@ def _groups(runs: Sequence[FittedRun], label: Label, order: Order) -> list[_Grou
         for first, second in pairwise(same):
             if first.run.seed == second.run.seed:
                 raise ValueError(
-                    f"runs {first.directory} and {second.directory} have one configuration and seed: a fit counted twice"
+                    f"runs {first.directory} and {second.directory} have one configuration and seed: one fit, twice"
                 )
     labels = [label(same[0]) for same in rows.values()]
     alike = {each for each in labels if labels.count(each) > 1}

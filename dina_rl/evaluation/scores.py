@@ -5,14 +5,13 @@
     scores/KEY/task.json                      what KEY is the digest of: all that decides the numbers
     scores/KEY/part-00000.safetensors         `scores` [draws, images] of consecutive records; metadata: problems
 
-KEY is a digest of the scorer's weights, its pipeline, the set's records, noise, levels and batch geometry: another table
-over the same cache finds its scores. Image files are trusted not to change under their names.
+KEY is a digest of the scorer's weights, its pipeline, the set's records, noise, levels and batch geometry: another
+table over the same cache finds its scores. Image files are trusted not to change under their names.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
 
@@ -22,20 +21,17 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from dina_rl.checkpoint import write_bytes, write_json
-from dina_rl.config import EvaluateRun, PictureScorerConfig, PipelineConfig
+from dina_rl.config import EvaluateRun, PictureScorerConfig
 from dina_rl.data.buckets import PUBLISHED, PUBLISHED_MIN_AREA, Bucketing, Size
 from dina_rl.data.latents import LatentStore, StoreInfo
 from dina_rl.data.records import PreferenceRecord, PreferenceSet
+from dina_rl.evaluation.identity import Identities, digest
 from dina_rl.evaluation.layout import Layout, lay_out
 from dina_rl.evaluation.requests import EncodeRequest, ScoreRequest, View, Workers
 from dina_rl.evaluation.sets import EvaluationSet
-from dina_rl.reward.checkpoint import read_card
-from dina_rl.reward.revision import pipeline_revision
 from dina_rl.runtime import open_pipeline
-from dina_rl.scoring import dina_pipeline
 
 PROBLEMS = "problems"
-BLOCK = 2**20  # bytes of a weight file read at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,38 +66,54 @@ class SetScores:
         return {index: scores[number] for index, scores in self.scores.items()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissingPart:
+    """Scores of some records of a job that nobody has computed."""
+
+    job: ScoringJob
+    records: tuple[PreferenceRecord, ...]
+    files: Mapping[View, Path]  # where they belong, by view
+
+    @property
+    def images(self) -> int:
+        """Images to be scored, once per view and draw."""
+        return sum(len(record.images) for record in self.records) * sum(view.draws for view in self.files)
+
+
 class ScoreStore:
-    """The cache. `fill` computes what is missing; `read` gives what is there."""
+    """The cache. `missing` says what `fill` has to compute; `read` gives what is there."""
 
     def __init__(self, run: EvaluateRun) -> None:
         self._run = run
         self._root = run.cache_dir
         self._layouts: dict[tuple[str, Bucketing], Layout] = {}
         self._unreadable: dict[Path, dict[int, str]] = {}  # latent store -> row -> reason
-        self._identities: dict[PictureScorerConfig, dict[str, object]] = {}
+        self._identities = Identities()
+        self._tasks: dict[tuple[PictureScorerConfig, str, View], str] = {}
 
-    def fill(self, jobs: Sequence[ScoringJob], workers: Workers) -> None:
-        """Compute and keep all scores of `jobs` that are not there yet.
+    def missing(self, jobs: Sequence[ScoringJob]) -> list[MissingPart]:
+        """The scores of `jobs` that are not there yet, in the jobs' order."""
+        parts = []
+        for job in jobs:
+            for number, records in enumerate(self._parts(job.data)):
+                files = {view: self._part(job, view, number) for view in job.views}
+                absent = {view: file for view, file in files.items() if not file.exists()}
+                if absent:
+                    parts.append(MissingPart(job=job, records=records, files=absent))
+        return parts
+
+    def fill(self, parts: Sequence[MissingPart], workers: Workers) -> None:
+        """Compute the missing scores and keep them.
 
         Raises:
             ValueError: a scorer or a set that cannot be read, or parts that do not fit together.
         """
-        self._encode([job for job in jobs if job.scorer.kind == "dina"], workers)
-        waiting: list[tuple[ScoreRequest, tuple[Path, ...]]] = []
-        for job in jobs:
-            for number, records in enumerate(self._parts(job.data)):
-                files = {view: self._part(job, view, number) for view in job.views}
-                missing = {view: file for view, file in files.items() if not file.exists()}
-                if missing:
-                    waiting.append((self._request(job, records, tuple(missing)), tuple(missing.values())))
-        if not waiting:
-            return
-        images = [sum(len(record.images) for record in request.records) * len(request.views) for request, _ in waiting]
-        with tqdm(total=sum(images), desc="score", unit="img") as bar:
-            for index, part in workers.score(request for request, _ in waiting):
-                for file, scores in zip(waiting[index][1], part.scores, strict=True):
-                    _write_part(file, scores, part.problems)
-                bar.update(images[index])
+        self._encode([part.job for part in parts if part.job.scorer.kind == "dina"], workers)
+        with tqdm(total=sum(part.images for part in parts), desc="score", unit="img") as bar:
+            for index, scored in workers.score(self._request(part) for part in parts):
+                for file, scores in zip(parts[index].files.values(), scored.scores, strict=True):
+                    _write_part(file, scores, scored.problems)
+                bar.update(parts[index].images)
 
     def read(self, job: ScoringJob, view: View) -> SetScores:
         """The scores of a job that `fill` has seen."""
@@ -126,25 +138,21 @@ class ScoreStore:
 
     def _encode(self, jobs: Sequence[ScoringJob], workers: Workers) -> None:
         """Encode what the jobs need and nobody has encoded."""
-        requests: dict[tuple[Path, int], EncodeRequest] = {}
-        images: dict[tuple[Path, int], int] = {}
-        for job in jobs:
+        requests, images = [], 0
+        for directory, job in {self._store_directory(job): job for job in jobs}.items():
             store = self._open_store(job)
             for shard in store.missing_shards():
-                place = store.directory, shard
-                requests.setdefault(
-                    place,
-                    EncodeRequest(
-                        scorer=self._asked(job.scorer), source=job.data.config, store=store.directory, shard=shard
-                    ),
+                images += len(store.info.shard(shard)[1])
+                requests.append(
+                    EncodeRequest(scorer=self._asked(job.scorer), source=job.data.config, store=directory, shard=shard)
                 )
-                images[place] = len(store.info.shard(shard)[1])
         if requests:
-            with tqdm(total=sum(images.values()), desc="encode", unit="img") as bar:
-                for _, count in workers.encode(requests.values()):
+            with tqdm(total=images, desc="encode", unit="img") as bar:
+                for _, count in workers.encode(requests):
                     bar.update(count)
 
-    def _request(self, job: ScoringJob, records: tuple[PreferenceRecord, ...], views: tuple[View, ...]) -> ScoreRequest:
+    def _request(self, part: MissingPart) -> ScoreRequest:
+        job, records = part.job, part.records
         store, rows, problems = None, (), {}
         if job.scorer.kind == "dina":
             store = self._store_directory(job)
@@ -157,7 +165,7 @@ class ScoreStore:
             store=store,
             rows=rows,
             problems=problems,
-            views=views,
+            views=tuple(part.files),
             batch_size=self._run.batch_size,
         )
 
@@ -185,14 +193,16 @@ class ScoreStore:
         return [data.records[first : first + size] for first in range(0, len(data.records), size)]
 
     def _part(self, job: ScoringJob, view: View, number: int) -> Path:
-        directory = self._root / "scores" / self._task(job, view)
-        return directory / f"part-{number:05d}.safetensors"
+        key = job.scorer, job.data.digest, view
+        if key not in self._tasks:
+            self._tasks[key] = self._task(job, view)
+        return self._root / "scores" / self._tasks[key] / f"part-{number:05d}.safetensors"
 
     def _task(self, job: ScoringJob, view: View) -> str:
         """The digest of everything that decides the scores of a job in a view; written down beside them."""
         run = self._run
         task: dict[str, object] = {
-            "scorer": self._scorer_identity(job.scorer),
+            "scorer": self._identities.of_scorer(job.scorer),
             "set": [job.data.config.kind, job.data.config.path, job.data.config.split],
             "records": job.data.digest,
             "batch_size": run.batch_size,
@@ -206,29 +216,11 @@ class ScoreStore:
                 "noise": run.noise,
                 "seed": run.seed,
             }
-        name = _digest(task)
+        name = digest(task)
         file = self._root / "scores" / name / "task.json"
         if not file.exists():
             write_json(file, task)
         return name
-
-    def _scorer_identity(self, scorer: PictureScorerConfig) -> dict[str, object]:
-        """Which weights score, and on what."""
-        if scorer not in self._identities:
-            reward = scorer.reward
-            self._identities[scorer] = {
-                "kind": scorer.kind,
-                "weights": _weights_digest(reward.path),
-                **({"processor": reward.processor} if scorer.kind != "dina" else self._pipeline_identity(scorer)),
-            }
-        return self._identities[scorer]
-
-    def _pipeline_identity(self, scorer: PictureScorerConfig) -> dict[str, object]:
-        pipeline = self._pipeline(scorer)
-        return {**pipeline.model_dump(mode="json"), "revision": pipeline_revision(pipeline.location)}
-
-    def _pipeline(self, scorer: PictureScorerConfig) -> PipelineConfig:
-        return dina_pipeline(scorer, read_card(scorer.reward.location))
 
     def _asked(self, scorer: PictureScorerConfig) -> PictureScorerConfig:
         """The scorer as workers open it: views bring their own levels."""
@@ -237,7 +229,7 @@ class ScoreStore:
     def _bucketing(self, scorer: PictureScorerConfig) -> Bucketing:
         if self._run.sizes == "buckets":
             return Bucketing(buckets=PUBLISHED, stretch=False, min_area=PUBLISHED_MIN_AREA)
-        pipeline = self._pipeline(scorer)
+        pipeline = self._identities.pipeline(scorer)
         return Bucketing(buckets=((pipeline.height, pipeline.width),), stretch=True)
 
     def _layout(self, job: ScoringJob) -> Layout:
@@ -262,11 +254,11 @@ class ScoreStore:
     def _store_directory(self, job: ScoringJob) -> Path:
         identity = {
             "records": job.data.whole.digest,
-            "pipeline": self._pipeline_identity(job.scorer),
+            "pipeline": self._identities.of_pipeline(job.scorer),
             "buckets": self._bucketing(job.scorer).buckets,
             "rows_per_shard": self._run.encode_batch_size,
         }
-        return self._root / "latents" / _digest(identity)
+        return self._root / "latents" / digest(identity)
 
     def _open_store(self, job: ScoringJob) -> LatentStore:
         """The store of a job's images, begun if it is not there.
@@ -275,7 +267,7 @@ class ScoreStore:
             ValueError: image sizes that the pipeline does not fit.
         """
         layout, bucketing = self._layout(job), self._bucketing(job.scorer)
-        pipeline = self._pipeline(job.scorer)
+        pipeline = self._identities.pipeline(job.scorer)
         backbone = open_pipeline(pipeline)
         info = StoreInfo(
             dataset=job.data.config.path,
@@ -321,21 +313,3 @@ def _read_part(file: Path) -> tuple[torch.Tensor, dict[int, str]]:
     with safe_open(file, "pt") as content:
         problems = json.loads(content.metadata()[PROBLEMS])
         return content.get_tensor("scores"), {int(place): reason for place, reason in problems.items()}
-
-
-def _digest(value: object) -> str:
-    return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
-
-
-def _weights_digest(path: str) -> str:
-    """Digest of all files of a model's directory; of a hub id its name."""
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        return path
-    digest = blake2b(digest_size=16)
-    for file in sorted(file for file in directory.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(directory)}\n".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(BLOCK):
-                digest.update(block)
-    return digest.hexdigest()

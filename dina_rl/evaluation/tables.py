@@ -69,14 +69,17 @@ def write_rows(path: Path, header: Sequence[str], lines: Sequence[Sequence[objec
 
 def markdown(table: Table) -> str:
     """The table with its title and notes."""
-    rows = [
-        [*row.labels, *(_shown(row.cells[column], table.percent) for column in table.columns)] for row in table.rows
-    ]
-    lines = [grid([*table.labels, *table.columns], rows)]
+    lines = [shown(table)]
     if table.percent:
         lines.append("Percent.")
     lines.append("A spread is the standard deviation over n seeds; brackets are a bootstrap interval of one run.")
     return "\n\n".join([f"## {table.title}", *lines, *table.notes]) + "\n"
+
+
+def shown(table: Table) -> str:
+    """The bare table in Markdown."""
+    rows = [[*row.labels, *(_number(row.cells[name], table.percent) for name in table.columns)] for row in table.rows]
+    return grid([*table.labels, *table.columns], rows)
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -85,15 +88,15 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _shown(cell: Cell | None, percent: bool) -> str:
+def _number(cell: Cell | None, percent: bool) -> str:
     if cell is None:
         return ""
 
-    def number(value: float) -> str:
+    def plain(value: float) -> str:
         return f"{100 * value:.2f}" if percent else f"{value:.3g}"
 
     if cell.std is not None:
-        return f"{number(cell.mean)} ± {number(cell.std)} (n={cell.n})"
+        return f"{plain(cell.mean)} ± {plain(cell.std)} (n={cell.n})"
     if cell.low is not None and cell.high is not None:
-        return f"{number(cell.mean)} [{number(cell.low)}, {number(cell.high)}]"
-    return number(cell.mean)
+        return f"{plain(cell.mean)} [{plain(cell.low)}, {plain(cell.high)}]"
+    return plain(cell.mean)
