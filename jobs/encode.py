@@ -1,12 +1,13 @@
-"""Encode the images of a preference set to latents by Ray Data: `python -m jobs.encode --config configs/...yaml`.
+"""Encode a preference set to latents by Ray Data: `python -m jobs.encode --config configs/...yaml`.
 
-Image shards flow through two stages: tasks decode and resize images, an actor runs the VAE and writes the shard. Shards
-that are on disk already are not encoded again, so an interrupted encode continues where it stopped. On a cluster,
+What to encode is decided first, from records and image headers (`dina_rl/data/plan.py`); then shards of images flow
+through two stages: tasks decode and resize, an actor runs the VAE and writes the shard. What is on disk already is not
+done again, so a killed encode continues with --resume. At the end stands what became of every pair. On a cluster,
 `run_dir` and the dataset must lie on storage that all nodes share.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ray
@@ -15,68 +16,103 @@ from tqdm import tqdm
 
 from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import fail, load
-from dina_rl.config import FitRun, PipelineConfig
-from dina_rl.data.encode import check_inputs, encode_dataset, read_pixels, shard_paths, write_latents
+from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
+from dina_rl.data.encode import check_inputs, encode_dataset, measure_images, read_shard, write_latents
 from dina_rl.data.latents import LatentStore
+from dina_rl.data.plan import EncodePlan, Measured
+from dina_rl.data.registry import open_set
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
 
 DEFAULT_CONFIG = "configs/shapes_reward.yaml"
-MAY_CHANGE = tuple(
-    f"fit.{key}"
-    for key in ("num_workers", "cpus_per_worker", "gpus_per_worker", "threads_per_worker", "checkpoint_every")
+MAY_CHANGE = (
+    "dataset.max_skipped",
+    *(
+        f"fit.{key}"
+        for key in ("num_workers", "cpus_per_worker", "gpus_per_worker", "threads_per_worker", "checkpoint_every")
+    ),
 )
-"""What a resumed run may set differently: who does the work, not what comes out."""
+"""What a resumed run may set differently: who does the work and what is tolerated, not what comes out."""
+
+MEASURED_HERE = 32
+"""Chunks of image headers that this process reads before Ray's workers would have started."""
+WAVE = 256
+"""Chunks of image names on the way to the workers at once."""
 
 
-def load_images(shard: dict) -> dict:
-    """Ray Data task: decode a shard's images. {shard, paths} -> {shard, pixels [n, H, W, 3] uint8, problems [n]}."""
-    pixels, problems = read_pixels(shard["paths"], height=shard["height"], width=shard["width"])
+def load_sizes(chunk: dict, *, dataset: DatasetConfig) -> dict:
+    """Ray Data task: sizes of a chunk's images. {chunk, images} -> {chunk, heights, widths, problems}."""
+    sizes = measure_images(open_set(dataset.kind, dataset.location), chunk["images"])
+    return {
+        "chunk": chunk["chunk"],
+        "heights": [0 if isinstance(size, str) else size[0] for size in sizes],
+        "widths": [0 if isinstance(size, str) else size[1] for size in sizes],
+        "problems": [size if isinstance(size, str) else "" for size in sizes],
+    }
+
+
+def load_images(shard: dict, *, directory: Path, dataset: DatasetConfig) -> dict:
+    """Ray Data task: decode a shard's images. {shard} -> {shard, pixels [n, H, W, 3] uint8, problems [n]}."""
+    source = open_set(dataset.kind, dataset.location)
+    pixels, problems = read_shard(source, LatentStore(directory), shard["shard"])
     return {"shard": shard["shard"], "pixels": pixels, "problems": problems}
 
 
 class EncodeShard:
     """Ray Data actor: the VAE. Writes a decoded shard to the store."""
 
-    def __init__(self, directory: Path, pipeline: PipelineConfig, threads: int) -> None:
+    def __init__(self, directory: Path, pipeline: PipelineConfig, threads: int, batch_size: int) -> None:
         configure_process(threads)
         self._store = LatentStore(directory)
         self._codec = open_pipeline(pipeline).load_codec()
+        self._batch_size = batch_size
 
     def __call__(self, shard: dict) -> dict:
-        count = write_latents(self._store, shard["shard"], shard["pixels"], shard["problems"], self._codec)
-        return {"images": count}
+        arguments = self._store, shard["shard"], shard["pixels"], shard["problems"], self._codec, self._batch_size
+        return {"images": write_latents(*arguments)}
 
 
-def encode_shards(run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
-    """`EncodeShards` by Ray Data. Ray must be initialised."""
-    jobs = [
-        {
-            "shard": shard,
-            "paths": shard_paths(store, shard),
-            "height": store.buckets[0][0],
-            "width": store.buckets[0][1],
-        }
-        for shard in shards
-    ]
-    gpus = run.fit.gpus_per_worker
-    actors = run.fit.num_workers if gpus else 1  # on a CPU one VAE with all the threads beats two, and starts sooner
-    threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
-    done = (
-        ray.data.from_items(jobs)
-        .map(load_images, num_cpus=run.fit.cpus_per_worker)  # without GPUs Ray runs it inside the actor: one process
-        .map(
-            EncodeShard,
-            fn_constructor_args=(store.directory, run.pipeline, threads),
-            compute=ActorPoolStrategy(size=actors),
-            num_cpus=run.fit.cpus_per_worker,
-            num_gpus=gpus,
-            runtime_env=visible_gpus(gpus),
+class RayEncoding:
+    """`EncodeWork` by Ray Data. Ray must be initialised."""
+
+    def measure(self, run: FitRun, plan: EncodePlan, chunks: Sequence[int]) -> Iterator[tuple[int, Measured]]:
+        if len(chunks) <= MEASURED_HERE:
+            source = open_set(run.dataset.kind, run.dataset.location)
+            yield from ((chunk, measure_images(source, plan.images(chunk))) for chunk in chunks)
+            return
+        for start in tqdm(range(0, len(chunks), WAVE), desc="image sizes", unit="wave"):
+            wave = [{"chunk": chunk, "images": plan.images(chunk)} for chunk in chunks[start : start + WAVE]]
+            done = ray.data.from_items(wave).map(
+                load_sizes, fn_kwargs={"dataset": run.dataset}, num_cpus=run.fit.cpus_per_worker
+            )
+            for row in done.iter_rows():
+                found = zip(row["heights"], row["widths"], row["problems"], strict=True)
+                yield int(row["chunk"]), [problem or (int(height), int(width)) for height, width, problem in found]
+
+    def encode(self, run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
+        gpus = run.fit.gpus_per_worker
+        actors = run.fit.num_workers if gpus else 1  # on a CPU one VAE with all threads beats two, and starts sooner
+        threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
+        done = (
+            ray.data.from_items([{"shard": shard} for shard in shards])
+            .map(  # without GPUs Ray runs it inside the actor: one process
+                load_images,
+                fn_kwargs={"directory": store.directory, "dataset": run.dataset},
+                num_cpus=run.fit.cpus_per_worker,
+            )
+            .map(
+                EncodeShard,
+                fn_constructor_args=(store.directory, run.pipeline, threads, run.dataset.encode_batch_size),
+                compute=ActorPoolStrategy(size=actors),
+                num_cpus=run.fit.cpus_per_worker,
+                num_gpus=gpus,
+                runtime_env=visible_gpus(gpus),
+            )
         )
-    )
-    with tqdm(total=sum(len(job["paths"]) for job in jobs), desc="encode", unit="img") as bar:
-        for shard in done.iter_rows():
-            bar.update(shard["images"])
+        images = sum(len(store.info.shard(shard)[1]) for shard in shards)
+        with tqdm(total=images, desc="encode", unit="img") as bar:
+            for shard in done.iter_rows():
+                bar.update(shard["images"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -87,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
         run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
         start_ray()
         quiet_ray_data()
-        store = encode_dataset(run, run_dir, backbone, encode_shards)
+        store = encode_dataset(run, run_dir, backbone, RayEncoding())
     except ValueError as error:
         fail(str(error))
     print(f"{store.info.num_rows} images in {store.directory}; continue with jobs.fit_reward --resume")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dina_rl.checkpoint import open_run_dir, write_text
 from dina_rl.cli import fail, interruptible, load
-from dina_rl.config import EvaluateRun
+from dina_rl.config import DatasetConfig, EvaluateRun
 from dina_rl.evaluation.audit import audit, audit_jobs, write_report
 from dina_rl.evaluation.paper import Plan, notes_on, plan_table, read_runs
 from dina_rl.evaluation.requests import Workers
@@ -61,8 +61,9 @@ def preflight(run: EvaluateRun) -> Inputs:
     if not run.runs and not run.scorers:
         raise ValueError("nothing to evaluate: give --runs DIR ..., or --scorers.NAME.path DIR")
     runs = read_runs(run.runs)
-    others = [named_scorer(name, config) for name, config in run.scorers.items()]
-    fitted = [named_scorer(each.name, each.scorer) for each in runs]
+    asked = DatasetConfig() if run.buckets is None else DatasetConfig(buckets=run.buckets)
+    others = [named_scorer(name, config, asked) for name, config in run.scorers.items()]
+    fitted = [named_scorer(e.name, e.scorer, e.run.dataset if run.buckets is None else asked) for e in runs]
     twice = {scorer.name for scorer in others} & {scorer.name for scorer in fitted}
     if twice:
         raise ValueError(f"scorers.{twice.pop()} has the name of a run; choose another")
@@ -78,7 +79,7 @@ def evaluate(run: EvaluateRun, inputs: Inputs, run_dir: Path) -> str:
     """The whole job after `preflight`; returns what to show.
 
     Raises:
-        ValueError: a model that cannot be loaded, a set without comparisons, or too many dropped records.
+        ValueError: a model that cannot be loaded, a set without comparisons, or too much of it broken.
     """
     store = ScoreStore(run)
     jobs = audit_jobs(run, inputs.scorers, inputs.sets) if inputs.plan is None else paper_jobs(run, inputs)
@@ -111,7 +112,7 @@ def paper_jobs(run: EvaluateRun, inputs: Inputs) -> list[tuple[NamedScorer, Scor
             if run.paper == "table4":
                 assert run.uncertainty is not None
                 data = data.sample(run.uncertainty.pairs, run.seed)
-            jobs.append((scorer, ScoringJob(scorer=scorer.config, data=data, views=views)))
+            jobs.append((scorer, scorer.job(data, views)))
     return jobs
 
 
@@ -119,10 +120,14 @@ def write_dropped(store: ScoreStore, jobs: Sequence[tuple[NamedScorer, ScoringJo
     """List malformed records and images without a score, each once per set and reason."""
     lines: dict[str, None] = {}  # an ordered set
     for _, job in jobs:
-        lines |= {json.dumps({"set": job.data.name, **asdict(record)}): None for record in job.data.skipped}
+        name = {"set": job.data.name}
+        listed = [name | asdict(record) for record in job.data.skipped]
         for view in job.views:
-            dropped = store.read(job, view).dropped
-            lines |= {json.dumps({"set": job.data.name, **asdict(image)}): None for image in dropped}
+            listed += [
+                name | {"record": image.record, "image": image.image} | asdict(image.problem)
+                for image in store.read(job, view).dropped
+            ]
+        lines |= {json.dumps(line): None for line in listed}
     if lines:
         write_text(file, "\n".join(lines) + "\n")
         print(f"{len(lines)} malformed records and dropped images are listed in {file}", flush=True)

@@ -30,7 +30,7 @@ from dina_rl.data.latents import LatentStore
 from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult
 from dina_rl.runtime import open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
-from jobs.encode import DEFAULT_CONFIG, MAY_CHANGE, encode_shards
+from jobs.encode import DEFAULT_CONFIG, MAY_CHANGE, RayEncoding
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
 
@@ -57,7 +57,7 @@ def fit_reward_model(run: FitRun) -> FitResult:
         return FitResult(**json.loads(metrics_file.read_text()))
     start_ray()
     quiet_ray_data()
-    store = encode_dataset(run, run_dir, backbone, encode_shards)
+    store = encode_dataset(run, run_dir, backbone, RayEncoding())
     encode_seconds = perf_counter() - begin
     with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
         outcome = _trainer(run, run_dir, store).fit()

@@ -15,7 +15,14 @@ from dina_rl.config.alignment import (
 )
 from dina_rl.config.base import LoRAConfig, PipelineConfig
 from dina_rl.config.evaluation import EvaluateRun, ScoringWorkersConfig, SetConfig
-from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.config.fitting import (
+    DatasetConfig,
+    FilterConfig,
+    FitConfig,
+    RewardModelConfig,
+    ThurstoneConfig,
+    TimestepConfig,
+)
 from dina_rl.config.rewards import (
     CLIPModelConfig,
     CLIPScoreConfig,
@@ -35,6 +42,7 @@ __all__ = [
     "DatasetConfig",
     "DiNaScorerConfig",
     "EvaluateRun",
+    "FilterConfig",
     "FitConfig",
     "FitRun",
     "GRPOConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dina_rl.config.base import Fraction, NoiseLevels, NonNegative, Positive, Rate, Section
+from dina_rl.config.fitting import SetKind
 from dina_rl.config.scoring import PictureScorerConfig
 
 PaperItem = Literal["table1", "table2", "table3", "table4", "table5", "table6", "figure2"]
@@ -15,10 +16,10 @@ PaperItem = Literal["table1", "table2", "table3", "table4", "table5", "table6", 
 class SetConfig(Section):
     """A preference set on disk."""
 
-    kind: str = "hpdv3"
-    """format of the set, a name of `dina_rl/data/registry.py`"""
+    kind: SetKind = "hpdv3"
+    """whose published layout `path` is in; the miniature world writes HPDv3's"""
     path: str
-    """directory or file of the set"""
+    """directory of the set"""
     split: str = "test"
     """which part of it"""
     max_records: Positive | None = None
@@ -102,11 +103,11 @@ class EvaluateRun(Section):
     bootstrap: BootstrapConfig = BootstrapConfig()
     bins: Positive = 10
     """bins of equal width of the reliability curve, over the predicted winner's probability [0.5, 1]"""
-    max_dropped: Fraction = 0.05
-    """share of a set's records that may be malformed or without readable images before the run stops"""
-    sizes: Literal["stretch", "buckets"] = "stretch"
-    """how latent scorers see images: all stretched to the size of the fit, or in the 13 published aspect buckets, the
-    two images of a pair in one"""
+    max_broken: Fraction = 0.01
+    """share of a set's records that may be malformed or have unreadable images before the run stops"""
+    buckets: Literal["pipeline", "published"] | tuple[tuple[Positive, Positive], ...] | None = None
+    """image sizes of latent scorers: pipeline: all stretched to the reward model's height x width; published: the 13 of
+    DiNa-LRM, both images of a pair in one; or [height, width]s; None: as in a run's fit, pipeline for other scorers"""
     encode_batch_size: Positive = 16
     """images per VAE forward"""
     batch_size: Positive = 32

@@ -17,6 +17,8 @@ from dina_rl.config.base import (
     Section,
 )
 
+SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts"]
+
 
 class ThurstoneConfig(Section):
     """Preference likelihood, Eq. 5-8."""
@@ -67,19 +69,64 @@ class RewardModelConfig(Section):
         return self
 
 
-class DatasetConfig(Section):
-    """A preference set in HPDv3's on-disk format."""
+class FilterConfig(Section):
+    """Which pairs are encoded. All but min_area concern the training split alone: held-out numbers stay comparable."""
 
+    min_area: NonNegative | None = None
+    """pixels below which an image drops its pairs; None: 65536 with published buckets (the released code), else 0"""
+    min_vote_share: Fraction | None = None
+    """share of the votes for the preferred image that a pair must exceed (the released code's option: 0.6)"""
+    unvoted: Literal["keep", "drop"] = "keep"
+    """pairs without votes, where min_vote_share is set"""
+    min_confidence: Fraction | None = None
+    """annotators' confidence that a pair must have (HPSv3 trains with 0.95)"""
+    unrated: Literal["keep", "drop"] = "keep"
+    """pairs without a confidence, where min_confidence is set"""
+    duplicates: Literal["keep", "drop"] = "drop"
+    """pairs that repeat prompt, preferred and other image of an earlier one"""
+    max_per_prompt: NonNegative | None = None
+    """pairs of one prompt, drawn by the seed; 0: all; None: 8 with published buckets (the released code), else all"""
+
+
+class DatasetConfig(Section):
+    """A preference set, and how it is encoded to latents."""
+
+    kind: SetKind = "hpdv3"
+    """whose published layout `path` is in; the miniature world writes HPDv3's"""
     path: str = "~/dina_rl/shapes_preferences"
-    """directory with train.json, test.json and the images they name"""
+    """directory of the set"""
+    train: str | None = "train"
+    """the set's split to train on; None: no training pairs"""
+    test: str | None = "test"
+    """the set's split to hold out; None: no held-out pairs"""
+    filter: FilterConfig = FilterConfig()
+    buckets: Literal["pipeline", "published"] | tuple[tuple[Positive, Positive], ...] = "pipeline"
+    """image sizes: pipeline: all stretched to its height x width; published: the 13 of DiNa-LRM; or [height, width]s"""
+    latent_dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of stored latents"""
     max_skipped: Fraction = 0.01
     """share of records that may be malformed or have unreadable images before the run stops"""
     encode_batch_size: Positive = 64
     """images per VAE forward"""
+    batches_per_shard: Positive = 1
+    """VAE forwards whose latents share a file"""
 
     @property
     def location(self) -> Path:
         return Path(self.path).expanduser()
+
+    @property
+    def splits(self) -> dict[Literal["train", "test"], str]:
+        """Split of the latent store -> split of the set, those there are."""
+        return {ours: theirs for ours, theirs in (("train", self.train), ("test", self.test)) if theirs is not None}
+
+    @model_validator(mode="after")
+    def _there_is_something_to_encode(self) -> Self:
+        if not self.splits:
+            raise ValueError("train and test are both None: there is nothing to encode")
+        if not self.buckets:
+            raise ValueError("buckets must hold at least one [height, width]")
+        return self
 
 
 class FitConfig(Section):

@@ -26,6 +26,7 @@ PUBLISHED: tuple[Size, ...] = (
     (832, 1152),
 )
 PUBLISHED_MIN_AREA = 65_536  # pixels; smaller images drop their pair
+PUBLISHED_MAX_PER_PROMPT = 8  # pairs, in the index that the released training reads
 ASPECT_TOLERANCE = 0.03  # of log(width / height), between an image and its bucket
 SHARED_TOLERANCE = 0.05  # relative difference of the aspects of the two buckets of one pair
 
@@ -56,6 +57,14 @@ def share(first: Size, second: Size, buckets: Sequence[Size]) -> int | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """A pair that a filter refuses."""
+
+    filter: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bucketing:
     """How a set's images get their size."""
 
@@ -67,19 +76,22 @@ class Bucketing:
         if self.stretch and len(self.buckets) != 1:
             raise ValueError(f"images are stretched to one size, got {len(self.buckets)} buckets")
 
-    def of_pair(self, first: Size, second: Size) -> int | str:
+    def of_pair(self, first: Size, second: Size) -> int | Dropped:
         """The index of the bucket of both images, or why there is none."""
         for height, width in (first, second):
             if height * width < self.min_area:
-                return f"image of {height}x{width} is below the minimum of {self.min_area} pixels"
+                reason = f"image of {height}x{width} is below the minimum of {self.min_area} pixels"
+                return Dropped(filter="min_area", reason=reason)
         if self.stretch:
             return 0
         for size in (first, second):
             if assign(size, self.buckets) is None:
-                return f"no bucket has the aspect of an image of {size[0]}x{size[1]}"
+                reason = f"no bucket has the aspect of an image of {size[0]}x{size[1]}"
+                return Dropped(filter="bucket", reason=reason)
         shared = share(first, second, self.buckets)
         if shared is None:
-            return f"no bucket fits both {first[0]}x{first[1]} and {second[0]}x{second[1]}"
+            reason = f"no bucket fits both {first[0]}x{first[1]} and {second[0]}x{second[1]}"
+            return Dropped(filter="bucket", reason=reason)
         return shared
 
 

@@ -1,29 +1,68 @@
-"""From a preference set on disk to a complete latent store; who runs the VAE is the caller's choice.
+"""From a preference set on disk to a complete latent store; who reads sizes and runs the VAE is the caller's choice.
 
-Every unusable record is skipped, counted, and listed with its reason in `<run_dir>/skipped.jsonl`.
+run_dir/plan.sqlite       what is encoded (`plan.py`); with the shards it lets a killed run go on
+run_dir/latents/          the store
+run_dir/skipped.jsonl     every entry with something wrong in it, and what: malformed, unreadable, refused paths,
+                          repeats, images without a bucket (absent if there are none)
+run_dir/retention.json    what became of every pair: in = kept + dropped
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import numpy
 import torch
+from tqdm import tqdm
 
 from dina_rl.backbones.base import Backbone, LatentCodec
-from dina_rl.checkpoint import write_text
-from dina_rl.config import FitRun
-from dina_rl.data.hpdv3 import check_skipped, load_image, read_split
-from dina_rl.data.latents import SPLITS, LatentStore, StoredPair, StoreInfo
-from dina_rl.data.pairs import PreferencePair
-from dina_rl.data.records import SkippedRecord
+from dina_rl.checkpoint import write_json
+from dina_rl.config import DatasetConfig, FitRun
+from dina_rl.data.buckets import Bucketing
+from dina_rl.data.filters import bucketing, max_per_prompt
+from dina_rl.data.images import load_image
+from dina_rl.data.latents import SPLITS, LatentStore, Split, StoreInfo
+from dina_rl.data.parquet import write_lines
+from dina_rl.data.plan import CHUNK, EncodePlan, Measured, SplitRetention
+from dina_rl.data.records import PreferenceRecord, PreferenceSet
+from dina_rl.data.registry import open_set
 
 LATENTS = "latents"
+PLAN_FILE = "plan.sqlite"
 SKIPPED_FILE = "skipped.jsonl"
+RETENTION_FILE = "retention.json"
 
-EncodeShards = Callable[[FitRun, LatentStore, Sequence[int]], None]
-"""Encodes the given shards of the store: `read_shard`, then `write_latents`, for each."""
+
+class EncodeWork(Protocol):
+    """The heavy parts, done by whatever processes there are."""
+
+    def measure(self, run: FitRun, plan: EncodePlan, chunks: Sequence[int]) -> Iterator[tuple[int, Measured]]:
+        """(chunk, sizes) of the given chunks of the plan's images in any order, by `measure_images`."""
+        ...
+
+    def encode(self, run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
+        """Encode the given shards of the store: `read_shard`, then `write_latents`, for each."""
+        ...
+
+
+class EncodingHere:
+    """`EncodeWork` in this process."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+
+    def measure(self, run: FitRun, plan: EncodePlan, chunks: Sequence[int]) -> Iterator[tuple[int, Measured]]:
+        source = open_set(run.dataset.kind, run.dataset.location)
+        return ((chunk, measure_images(source, plan.images(chunk))) for chunk in chunks)
+
+    def encode(self, run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
+        source = open_set(run.dataset.kind, run.dataset.location)
+        codec = self._backbone.load_codec()
+        for shard in tqdm(shards, desc="encode", unit="shard"):
+            pixels, problems = read_shard(source, store, shard)
+            write_latents(store, shard, pixels, problems, codec, run.dataset.encode_batch_size)
 
 
 def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
@@ -33,22 +72,22 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
         `run` with absolute paths: Ray's workers have working directories of their own.
 
     Raises:
-        ValueError: no such dataset, too many malformed records, or an image size or reward model that the pipeline
+        ValueError: no such dataset or split, one without images, or an image size or reward model that the pipeline
             does not fit.
     """
-    for split in SPLITS:
-        records, skipped = read_split(run.dataset.location, split)
-        check_skipped(
-            len(skipped),
-            len(records) + len(skipped),
-            max_skipped=run.dataset.max_skipped,
-            where=run.dataset.location / f"{split}.json",
-        )
+    dataset, pipeline = run.dataset, run.pipeline
+    source = open_set(dataset.kind, dataset.location)
+    for split in dataset.splits.values():
+        records = source.records(split)
+        first = next((record for record in records if isinstance(record, PreferenceRecord)), None)
+        if first is not None and not first.images:
+            raise ValueError(f"split {split} of {dataset.location} holds prompts without images: nothing to encode")
     check_fit(run, backbone)
-    pipeline = run.pipeline
+    for height, width in bucketing(dataset, pipeline).buckets:
+        backbone.latent_shape(height, width)
     if pipeline.path != "shapes" and Path(pipeline.location).is_dir():
         pipeline = pipeline.model_copy(update={"path": str(Path(pipeline.location).resolve())})
-    dataset = run.dataset.model_copy(update={"path": str(run.dataset.location.resolve())})
+    dataset = dataset.model_copy(update={"path": str(dataset.location.resolve())})
     return run.model_copy(update={"pipeline": pipeline, "dataset": dataset})
 
 
@@ -64,101 +103,145 @@ def check_fit(run: FitRun, backbone: Backbone) -> None:
         raise ValueError(f"reward.num_heads ({run.reward.num_heads}) must divide the width {backbone.width}")
 
 
-def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, encode_shards: EncodeShards) -> LatentStore:
+def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeWork) -> LatentStore:
     """The complete latent store of `run.dataset` in `run_dir`; whatever of it is missing is encoded now.
 
     Raises:
         ValueError: no such dataset, too many unusable records, or the directory holds latents of something else.
     """
-    records, skipped = {}, {}
-    for split in SPLITS:
-        records[split], skipped[split] = read_split(run.dataset.location, split)
-    total = sum(map(len, records.values())) + sum(map(len, skipped.values()))
-    _report_skipped(run, run_dir, skipped, total)
-
-    store = _open_store(run, run_dir, records, backbone)
-    missing = store.missing_shards()
-    if missing:
-        encode_shards(run, store, missing)
-    unreadable = store.unreadable()
-    broken = {store.images[row]: reason for row, reason in unreadable.items()}
-    rows = {image: row for row, image in enumerate(store.images)}
-    usable = {}
-    for split in SPLITS:
-        usable[split] = [r for r in records[split] if r.chosen not in broken and r.rejected not in broken]
-        skipped[split] += [
-            SkippedRecord(file=f"{split}.json", index=record.index, reason=f"{path}: {broken[path]}")
-            for record in records[split]
-            for path in (record.chosen, record.rejected)
-            if path in broken
-        ]
-    _report_skipped(run, run_dir, skipped, total)
-    for split in SPLITS:
-        if not usable[split]:
-            raise ValueError(f"no usable record is left in {run.dataset.location / split}.json; see {run_dir}")
-        store.write_pairs(split, _stored(usable[split], rows))
-    return store
+    dataset = run.dataset
+    sizes = bucketing(dataset, run.pipeline)
+    plan = EncodePlan(run_dir / PLAN_FILE, made_of=_ingredients(run))
+    try:
+        if not plan.is_read:
+            source = open_set(dataset.kind, dataset.location)
+            records = {ours: source.records(theirs) for ours, theirs in dataset.splits.items()}
+            plan.read(records, preferences=dataset.filter, seed=run.seed)
+        _check_broken(plan, run_dir, dataset)
+        for chunk, measured in work.measure(run, plan, plan.unmeasured()):
+            plan.measured(chunk, measured)
+        if not plan.is_placed:
+            plan.place(sizes, max_per_prompt=max_per_prompt(dataset))
+        _check_broken(plan, run_dir, dataset)
+        _check_kept(plan.retention(sizes.buckets), run_dir, dataset)
+        store = _open_store(run, run_dir, plan, sizes, backbone)
+        missing = store.missing_shards()
+        if missing:
+            work.encode(run, store, missing)
+        if missing or not store.complete():
+            _finish(plan, store, run_dir, dataset)
+        return store
+    finally:
+        plan.close()
 
 
-def shard_paths(store: LatentStore, shard: int) -> list[str]:
-    """The image files of a shard, in its order."""
-    return [str(Path(store.info.dataset) / image) for image in store.images_of(store.info.shard(shard)[1])]
-
-
-def read_pixels(paths: Sequence[str], *, height: int, width: int) -> tuple[numpy.ndarray, list[str]]:
-    """(pixels [n, H, W, 3] uint8, problems [n]); an image that cannot be read is black and has a problem."""
-    pixels, problems = [], []
-    for path in paths:
+def measure_images(source: PreferenceSet, images: Sequence[str]) -> Measured:
+    """(height, width) of every image, or why it has none."""
+    sizes: Measured = []
+    for key in images:
         try:
-            pixels.append(load_image(Path(path), height=height, width=width))
+            sizes.append(source.size(key))
+        except ValueError as error:
+            sizes.append(str(error))
+    return sizes
+
+
+def read_shard(source: PreferenceSet, store: LatentStore, shard: int) -> tuple[numpy.ndarray, list[str]]:
+    """(pixels [n, H, W, 3] uint8, problems [n]) of a shard; an image that cannot be read is black and has a problem."""
+    bucket, rows = store.info.shard(shard)
+    height, width = store.buckets[bucket]
+    pixels, problems = numpy.zeros((len(rows), height, width, 3), dtype=numpy.uint8), []
+    for position, key in enumerate(store.images_of(rows)):
+        try:
+            pixels[position] = load_image(source.image(key), height=height, width=width)
             problems.append("")
         except ValueError as error:
-            pixels.append(numpy.zeros((height, width, 3), dtype=numpy.uint8))
             problems.append(str(error))
-    return numpy.stack(pixels), problems
+    return pixels, problems
 
 
+@torch.no_grad()
 def write_latents(
-    store: LatentStore, shard: int, pixels: numpy.ndarray, problems: Sequence[str], codec: LatentCodec
+    store: LatentStore, shard: int, pixels: numpy.ndarray, problems: Sequence[str], codec: LatentCodec, batch_size: int
 ) -> int:
-    """Encode a shard's pixels and write it; returns how many images it holds."""
-    images = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
+    """Encode a shard's pixels, `batch_size` images at a time, and write it; returns how many images it holds."""
     _, rows = store.info.shard(shard)
+    parts = torch.tensor(pixels).split(batch_size)
+    latents = torch.cat([codec.encode(part.permute(0, 3, 1, 2).float() / 255).cpu() for part in parts])
     unreadable = {row: problem for row, problem in zip(rows, problems, strict=True) if problem}
-    latents = codec.encode(images).cpu()
     for row in unreadable:
         latents[row - rows.start] = 0
     store.write_shard(shard, latents, unreadable)
     return len(rows)
 
 
-def _open_store(
-    run: FitRun, run_dir: Path, records: dict[str, list[PreferencePair]], backbone: Backbone
-) -> LatentStore:
-    pairs = [pair for split in SPLITS for pair in records[split]]
-    images = list(dict.fromkeys(path for pair in pairs for path in (pair.chosen, pair.rejected)))
+def retention_lines(retention: Mapping[Split, SplitRetention]) -> list[str]:
+    """What became of the pairs, for people."""
+    lines = []
+    for split, part in retention.items():
+        share = part.kept / part.pairs if part.pairs else 0.0
+        lines.append(
+            f"{split}: {part.records} records, {part.malformed} malformed; {part.pairs} pairs in, {part.kept} kept "
+            f"({share:.1%})"
+        )
+        lines += [f"  dropped by {name}: {count}" for name, count in part.dropped.items()]
+        lines += [f"  kept at {size}: {count}" for size, count in part.kept_per_bucket.items()]
+    return lines
+
+
+def _ingredients(run: FitRun) -> dict[str, object]:
+    """What the plan and the latents depend on."""
+    dataset = run.dataset.model_dump(mode="json", exclude={"max_skipped"})
+    pipeline = run.pipeline.model_dump(mode="json", include={"path", "dtype", "height", "width"})
+    return {"dataset": dataset, "pipeline": pipeline, "seed": run.seed, "chunk": CHUNK}
+
+
+def _open_store(run: FitRun, run_dir: Path, plan: EncodePlan, sizes: Bucketing, backbone: Backbone) -> LatentStore:
     info = StoreInfo(
-        dataset=str(run.dataset.location.resolve()),
+        dataset=run.dataset.path,
         pipeline=run.pipeline.path,
-        buckets=((run.pipeline.height, run.pipeline.width),),
-        latent_shapes=(backbone.latent_shape(run.pipeline.height, run.pipeline.width),),
-        rows=(len(images),),
-        rows_per_shard=run.dataset.encode_batch_size,
+        buckets=sizes.buckets,
+        latent_shapes=tuple(backbone.latent_shape(height, width) for height, width in sizes.buckets),
+        rows=plan.rows_per_bucket(len(sizes.buckets)),
+        rows_per_shard=run.dataset.encode_batch_size * run.dataset.batches_per_shard,
+        dtype=run.dataset.latent_dtype,
     )
-    return LatentStore.create(run_dir / LATENTS, info, images)
+    return LatentStore.create(run_dir / LATENTS, info, plan.row_images())
 
 
-def _stored(pairs: list[PreferencePair], rows: dict[str, int]) -> Iterator[StoredPair]:
-    for pair in pairs:
-        yield StoredPair(pair_id=pair.index, chosen=rows[pair.chosen], rejected=rows[pair.rejected], prompt=pair.prompt)
+def _finish(plan: EncodePlan, store: LatentStore, run_dir: Path, dataset: DatasetConfig) -> None:
+    """Leave out what turned out unreadable, report, and write the pairs."""
+    plan.found_unreadable(store.unreadable())
+    _check_broken(plan, run_dir, dataset)
+    retention = plan.retention(store.buckets)
+    _check_kept(retention, run_dir, dataset)
+    print("\n".join(retention_lines(retention)), flush=True)
+    for split in SPLITS:  # the other one, which the set does not have, is empty
+        store.write_pairs(split, plan.stored_pairs(split))
 
 
-def _report_skipped(run: FitRun, run_dir: Path, skipped: dict[str, list[SkippedRecord]], total: int) -> None:
-    """List what is skipped in the run directory, a record once, and stop if it is too much."""
-    first = {(record.file, record.index): record for split in SPLITS for record in reversed(skipped[split])}
-    ordered = [first[key] for key in sorted(first)]
-    if ordered:
-        file = run_dir / SKIPPED_FILE
-        write_text(file, "".join(json.dumps(asdict(record)) + "\n" for record in ordered))
-        print(f"skipped {len(ordered)} of {total} records, listed in {file}", flush=True)
-    check_skipped(len(ordered), total, max_skipped=run.dataset.max_skipped, where=run.dataset.location)
+def _check_kept(retention: Mapping[Split, SplitRetention], run_dir: Path, dataset: DatasetConfig) -> None:
+    """Write the report, and stop if a split has no pairs left."""
+    write_json(run_dir / RETENTION_FILE, {split: asdict(part) for split, part in retention.items()})
+    for split, part in retention.items():
+        if not part.kept:
+            raise ValueError(
+                f"no pair is left in split {dataset.splits[split]} of {dataset.location}; {run_dir / RETENTION_FILE} "
+                "says which filter dropped how many"
+            )
+
+
+def _check_broken(plan: EncodePlan, run_dir: Path, dataset: DatasetConfig) -> None:
+    """List what is wrong in the run directory, and stop if it is too much."""
+    broken, total = plan.broken_records()
+    if not total:
+        raise ValueError(f"dataset {dataset.location} holds no records")
+    file = run_dir / SKIPPED_FILE
+    write_lines(file, (json.dumps(asdict(record)) for record in plan.skipped()))
+    if not file.stat().st_size:
+        file.unlink()
+    if broken > dataset.max_skipped * total or broken == total:
+        raise ValueError(
+            f"{broken} of {total} records of {dataset.location} are malformed or have unreadable images, more than "
+            f"dataset.max_skipped = {dataset.max_skipped:g} allows; they are listed in {file}"
+        )

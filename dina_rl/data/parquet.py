@@ -1,8 +1,9 @@
-"""Parquet files that are written row by row and appear whole or not at all."""
+"""Files that are written piece by piece and appear whole or not at all."""
 
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -11,22 +12,37 @@ from pyarrow import parquet
 
 
 def write_table(path: Path, batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema, **options: object) -> None:
-    """Write `batches`, one row group each, under a temporary name, and rename the file when it is complete.
+    """Write `batches`, one row group each, to a file that appears when it is complete.
 
     Args:
         options: of `pyarrow.parquet.ParquetWriter`.
     """
+    with (
+        replacing(path) as temporary,
+        parquet.ParquetWriter(temporary, schema, compression="zstd", **options) as writer,
+    ):
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write text line by line to a file that appears when it is complete."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block ends, and vanishes if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)
     try:
-        with parquet.ParquetWriter(temporary, schema, compression="zstd", **options) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        os.chmod(temporary, 0o644)  # mkstemp's are private; a run directory is there to be shared
-        os.replace(temporary, path)
+        yield Path(name)
+        os.chmod(name, 0o644)  # mkstemp's are private; a run directory is there to be shared
+        os.replace(name, path)
     except BaseException:
-        os.unlink(temporary)
+        os.unlink(name)
         raise
 
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Protocol
 
+from dina_rl.data.buckets import Size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceRecord:
-    """One prompt, two or more images of it, and how people rank them."""
+    """One prompt, two or more images of it (none where a set has prompts alone), and how people rank them."""
 
     index: int  # position in the split, unusable records included: the key of everything drawn for it
     prompt: str
@@ -22,6 +24,7 @@ class PreferenceRecord:
     confidence: float | None = None  # the annotators', in [0, 1]
     models: tuple[str, ...] | None = None  # the generator of each image
     category: str | None = None
+    file: str = ""  # that holds it, for what is said about it
 
     def ordered_pairs(self) -> list[tuple[int, int]]:
         """(better, worse) positions of every pair of images that is not tied."""
@@ -59,5 +62,13 @@ class PreferenceSet(Protocol):
 
         Raises:
             ValueError: it is missing, or its path leaves the set's directory.
+        """
+        ...
+
+    def size(self, key: str) -> Size:
+        """(height, width) of the image behind a key; where it is a file, only its header is read.
+
+        Raises:
+            ValueError: as `image`, or it is not an image.
         """
         ...

@@ -62,10 +62,10 @@ def audit_jobs(
     jobs = []
     for scorer in scorers:
         for data in sets:
-            jobs.append((scorer, ScoringJob(scorer=scorer.config, data=data, views=_views(run, scorer))))
+            jobs.append((scorer, scorer.job(data, _views(run, scorer))))
             if repeated := _repeated(run, scorer):
                 sample = data.sample(run.uncertainty.pairs, run.seed)
-                jobs.append((scorer, ScoringJob(scorer=scorer.config, data=sample, views=repeated)))
+                jobs.append((scorer, scorer.job(sample, repeated)))
     return jobs
 
 
@@ -73,7 +73,7 @@ def audit(run: EvaluateRun, store: ScoreStore, jobs: Sequence[tuple[NamedScorer,
     """Measure the kept scores of `audit_jobs`.
 
     Raises:
-        ValueError: a set without comparisons, or too many dropped records.
+        ValueError: a set without comparisons, or too much of it broken.
     """
     accuracies, calibrations, uncertainties, breakdown = [], {}, {}, []
     for scorer, job in jobs:

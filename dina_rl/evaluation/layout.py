@@ -7,8 +7,9 @@ has its own bucket.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dina_rl.data.buckets import Bucketing, Size
+from dina_rl.data.buckets import Bucketing, Dropped, Size
 from dina_rl.data.records import PreferenceRecord
+from dina_rl.evaluation.requests import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,7 @@ class Layout:
 
     images: tuple[tuple[str, ...], ...]  # per bucket, its distinct images: the store's rows in order
     rows: Mapping[int, tuple[int | None, ...]]  # `PreferenceRecord.index` -> row of each image; None: it has none
-    problems: Mapping[int, str]  # `PreferenceRecord.index` -> why (some of) its images have no row
+    problems: Mapping[int, tuple[Problem | None, ...]]  # `PreferenceRecord.index` -> why images of it have none
 
 
 def lay_out(records: Sequence[PreferenceRecord], bucketing: Bucketing, size_of: Callable[[str], Size | str]) -> Layout:
@@ -28,14 +29,13 @@ def lay_out(records: Sequence[PreferenceRecord], bucketing: Bucketing, size_of: 
     """
     places: list[dict[str, int]] = [{} for _ in bucketing.buckets]
     wanted: dict[int, list[tuple[int, int] | None]] = {}  # (bucket, number in it)
-    problems: dict[int, str] = {}
+    problems: dict[int, tuple[Problem | None, ...]] = {}
     for record in records:
         buckets = _buckets(record, bucketing, size_of)
-        reasons = [bucket for bucket in buckets if isinstance(bucket, str)]
-        if reasons:
-            problems[record.index] = reasons[0]
+        if any(isinstance(bucket, Problem) for bucket in buckets):
+            problems[record.index] = tuple(bucket if isinstance(bucket, Problem) else None for bucket in buckets)
         wanted[record.index] = [
-            None if isinstance(bucket, str) else (bucket, places[bucket].setdefault(image, len(places[bucket])))
+            None if isinstance(bucket, Problem) else (bucket, places[bucket].setdefault(image, len(places[bucket])))
             for image, bucket in zip(record.images, buckets, strict=True)
         ]
     starts = [sum(map(len, places[:bucket])) for bucket in range(len(places))]
@@ -49,12 +49,21 @@ def lay_out(records: Sequence[PreferenceRecord], bucketing: Bucketing, size_of: 
     )
 
 
-def _buckets(record: PreferenceRecord, bucketing: Bucketing, size_of: Callable[[str], Size | str]) -> list[int | str]:
+def _buckets(
+    record: PreferenceRecord, bucketing: Bucketing, size_of: Callable[[str], Size | str]
+) -> list[int | Problem]:
     """The bucket of each image, or why it has none."""
     if bucketing.stretch and not bucketing.min_area:
         return [0] * len(record.images)
     sizes = [size_of(image) for image in record.images]
     if len(sizes) == 2:
-        broken = [size for size in sizes if isinstance(size, str)]
-        return [broken[0] if broken else bucketing.of_pair(*sizes)] * 2
-    return [size if isinstance(size, str) else bucketing.of_pair(size, size) for size in sizes]
+        return [_shared(bucketing, *sizes)] * 2
+    return [_shared(bucketing, size, size) for size in sizes]
+
+
+def _shared(bucketing: Bucketing, first: Size | str, second: Size | str) -> int | Problem:
+    for size in (first, second):
+        if isinstance(size, str):
+            return Problem(reason=size, broken=True)
+    bucket = bucketing.of_pair(first, second)
+    return Problem(reason=bucket.reason, broken=False) if isinstance(bucket, Dropped) else bucket

@@ -27,6 +27,14 @@ class View:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Why an image has no score."""
+
+    reason: str
+    broken: bool  # something is wrong with its file; else it fits no bucket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeRequest:
     """One shard of a latent store."""
 
@@ -46,7 +54,7 @@ class ScoreRequest:
     records: tuple[PreferenceRecord, ...]  # M images in all
     store: Path | None  # latents of the images; None: the scorer looks at the files themselves
     rows: tuple[int | None, ...]  # in the store, of all images of the records in a row; None: it has no latent
-    problems: dict[int, str]  # position among those -> why it has no latent
+    problems: dict[int, Problem]  # position among those -> why it has no latent
     views: tuple[View, ...]
     batch_size: int
 
@@ -56,7 +64,7 @@ class PartScores:
     """Scores of the images of a request's records, all in a row."""
 
     scores: tuple[torch.Tensor, ...]  # per view [draws, M] fp32; NaN where there is a problem
-    problems: dict[int, str]  # position among the M -> why the image has no score
+    problems: dict[int, Problem]  # position among the M
 
 
 class Workers(Protocol):

@@ -72,17 +72,17 @@ def measured(run: EvaluateRun, store: ScoreStore, scorer: str, job: ScoringJob, 
     """Accuracy of the kept scores of a job.
 
     Raises:
-        ValueError: no comparison is left, or more images were dropped than `max_dropped` allows.
+        ValueError: no comparison is left, or more of the set is broken than `max_broken` allows.
     """
     scores = store.read(job, view)
     data = job.data
-    broken = len({image.record for image in scores.dropped}) + len(data.skipped)
-    total = len(data.records) + len(data.skipped)
-    if broken > run.max_dropped * total:
-        first = scores.dropped[0].reason if scores.dropped else data.skipped[0].reason
+    broken = {image.record: image.problem.reason for image in scores.dropped if image.problem.broken}
+    count, total = len(broken) + len(data.skipped), len(data.records) + len(data.skipped)
+    if count > run.max_broken * total:
+        first = next(iter(broken.values()), data.skipped[0].reason if data.skipped else "")
         raise ValueError(
-            f"set {data.name}: {broken} of {total} records are malformed or have images without a score, more than "
-            f"max_dropped = {run.max_dropped:g} allows; the first: {first}"
+            f"set {data.name}: {count} of {total} records are malformed or have unreadable images, more than "
+            f"max_broken = {run.max_broken:g} allows; one of them: {first}"
         )
     comparisons = comparisons_of(scores)
     return Measured(

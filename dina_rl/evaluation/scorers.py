@@ -3,16 +3,21 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dina_rl.config import PictureScorerConfig, ThurstoneConfig
+from dina_rl.config import DatasetConfig, PictureScorerConfig, ThurstoneConfig
+from dina_rl.data.buckets import Bucketing
+from dina_rl.data.filters import bucketing
 from dina_rl.evaluation.requests import View
+from dina_rl.evaluation.scores import ScoringJob
+from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.reward.checkpoint import read_card
+from dina_rl.scoring import dina_pipeline
 
 PLAIN = View(levels=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedScorer:
-    """A scorer and what its card says. The last two are None for scorers without noise."""
+    """A scorer and what its card says. The last three are None for scorers of image files."""
 
     name: str
     config: PictureScorerConfig
@@ -20,16 +25,26 @@ class NamedScorer:
     main: View  # its own single level, or the configured levels
     ensemble: View | None  # its own ensemble, unless levels were configured
     thurstone: ThurstoneConfig | None  # the likelihood it was fitted by
+    bucketing: Bucketing | None  # sizes at which it sees images
+
+    def job(self, data: EvaluationSet, views: tuple[View, ...]) -> ScoringJob:
+        """To score a set in some views."""
+        return ScoringJob(scorer=self.config, bucketing=self.bucketing, data=data, views=views)
 
 
-def named_scorer(name: str, config: PictureScorerConfig) -> NamedScorer:
+def named_scorer(name: str, config: PictureScorerConfig, sizes: DatasetConfig) -> NamedScorer:
     """Read what there is to know of a scorer without loading it.
 
+    Args:
+        sizes: how images get their size, its buckets and smallest area.
+
     Raises:
-        ValueError: no such reward model.
+        ValueError: no such reward model, or it does not say at which size it scores.
     """
     if config.kind != "dina":
-        return NamedScorer(name=name, config=config, backbone="CLIP", main=PLAIN, ensemble=None, thurstone=None)
+        return NamedScorer(
+            name=name, config=config, backbone="CLIP", main=PLAIN, ensemble=None, thurstone=None, bucketing=None
+        )
     card = read_card(config.reward.location)
     reward = card.reward
     return NamedScorer(
@@ -39,4 +54,5 @@ def named_scorer(name: str, config: PictureScorerConfig) -> NamedScorer:
         main=View(levels=config.levels or (reward.single_level,)),
         ensemble=None if config.levels else View(levels=reward.ensemble_levels),
         thurstone=reward.thurstone,
+        bucketing=bucketing(sizes, dina_pipeline(config, card)),
     )

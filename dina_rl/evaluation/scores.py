@@ -11,7 +11,7 @@ table over the same cache finds its scores. Image files are trusted not to chang
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from dina_rl.checkpoint import write_bytes, write_json
 from dina_rl.config import EvaluateRun, PictureScorerConfig
-from dina_rl.data.buckets import PUBLISHED, PUBLISHED_MIN_AREA, Bucketing, Size
+from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.latents import LatentStore, StoreInfo
 from dina_rl.data.records import PreferenceRecord, PreferenceSet
 from dina_rl.evaluation.identity import Identities, digest
 from dina_rl.evaluation.layout import Layout, lay_out
-from dina_rl.evaluation.requests import EncodeRequest, ScoreRequest, View, Workers
+from dina_rl.evaluation.requests import EncodeRequest, Problem, ScoreRequest, View, Workers
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.runtime import open_pipeline
 
@@ -39,6 +39,7 @@ class ScoringJob:
     """Some views of one scorer on one set."""
 
     scorer: PictureScorerConfig
+    bucketing: Bucketing | None  # sizes at which a latent scorer sees the images; None: it reads the files
     data: EvaluationSet
     views: tuple[View, ...]
 
@@ -49,7 +50,7 @@ class DroppedImage:
 
     record: int
     image: str
-    reason: str
+    problem: Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ class ScoreStore:
         Raises:
             ValueError: a scorer or a set that cannot be read, or parts that do not fit together.
         """
-        self._encode([part.job for part in parts if part.job.scorer.kind == "dina"], workers)
+        self._encode([part.job for part in parts if part.job.bucketing is not None], workers)
         with tqdm(total=sum(part.images for part in parts), desc="score", unit="img") as bar:
             for index, scored in workers.score(self._request(part) for part in parts):
                 for file, scores in zip(parts[index].files.values(), scored.scores, strict=True):
@@ -125,7 +126,7 @@ class ScoreStore:
                 count = len(record.images)
                 good = [position for position in range(count) if first + position not in problems]
                 dropped += [
-                    DroppedImage(record=record.index, image=image, reason=problems[first + position])
+                    DroppedImage(record=record.index, image=image, problem=problems[first + position])
                     for position, image in enumerate(record.images)
                     if first + position in problems
                 ]
@@ -154,7 +155,7 @@ class ScoreStore:
     def _request(self, part: MissingPart) -> ScoreRequest:
         job, records = part.job, part.records
         store, rows, problems = None, (), {}
-        if job.scorer.kind == "dina":
+        if job.bucketing is not None:
             store = self._store_directory(job)
             rows, problems = self._rows(job, records)
         return ScoreRequest(
@@ -171,20 +172,20 @@ class ScoreStore:
 
     def _rows(
         self, job: ScoringJob, records: Sequence[PreferenceRecord]
-    ) -> tuple[tuple[int | None, ...], dict[int, str]]:
+    ) -> tuple[tuple[int | None, ...], dict[int, Problem]]:
         """Row of every image of the records, one after the other, and why some have none."""
         directory, layout = self._store_directory(job), self._layout(job)
         if directory not in self._unreadable:
             self._unreadable[directory] = LatentStore(directory).unreadable()
         unreadable = self._unreadable[directory]
         rows: list[int | None] = []
-        problems: dict[int, str] = {}
+        problems: dict[int, Problem] = {}
         for record in records:
-            for row in layout.rows[record.index]:
+            for position, row in enumerate(layout.rows[record.index]):
                 if row is None:
-                    problems[len(rows)] = layout.problems[record.index]
+                    problems[len(rows)] = layout.problems[record.index][position]
                 elif row in unreadable:
-                    problems[len(rows)] = unreadable[row]
+                    problems[len(rows)] = Problem(reason=unreadable[row], broken=True)
                 rows.append(None if len(rows) in problems else row)
         return tuple(rows), problems
 
@@ -208,7 +209,7 @@ class ScoreStore:
             "batch_size": run.batch_size,
             "records_per_part": run.records_per_part,
         }
-        if job.scorer.kind == "dina":
+        if job.bucketing is not None:
             task |= {
                 "latents": self._store_directory(job).name,
                 "levels": view.levels,
@@ -226,15 +227,10 @@ class ScoreStore:
         """The scorer as workers open it: views bring their own levels."""
         return scorer.model_copy(update={"levels": None, "noise": self._run.noise})
 
-    def _bucketing(self, scorer: PictureScorerConfig) -> Bucketing:
-        if self._run.sizes == "buckets":
-            return Bucketing(buckets=PUBLISHED, stretch=False, min_area=PUBLISHED_MIN_AREA)
-        pipeline = self._identities.pipeline(scorer)
-        return Bucketing(buckets=((pipeline.height, pipeline.width),), stretch=True)
-
     def _layout(self, job: ScoringJob) -> Layout:
         """Rows of the images of the whole set that the job's records are of."""
-        data, bucketing = job.data.whole, self._bucketing(job.scorer)
+        assert job.bucketing is not None
+        data, bucketing = job.data.whole, job.bucketing
         key = data.digest, bucketing
         if key not in self._layouts:
             sizes = {} if bucketing.stretch else self._sizes(data)
@@ -255,7 +251,7 @@ class ScoreStore:
         identity = {
             "records": job.data.whole.digest,
             "pipeline": self._identities.of_pipeline(job.scorer),
-            "buckets": self._bucketing(job.scorer).buckets,
+            "buckets": [job.bucketing.buckets, job.bucketing.stretch],
             "rows_per_shard": self._run.encode_batch_size,
         }
         return self._root / "latents" / digest(identity)
@@ -266,7 +262,7 @@ class ScoreStore:
         Raises:
             ValueError: image sizes that the pipeline does not fit.
         """
-        layout, bucketing = self._layout(job), self._bucketing(job.scorer)
+        layout, bucketing = self._layout(job), job.bucketing
         pipeline = self._identities.pipeline(job.scorer)
         backbone = open_pipeline(pipeline)
         info = StoreInfo(
@@ -304,12 +300,12 @@ def _size(source: PreferenceSet, image: str) -> Size | str:
         return str(error)
 
 
-def _write_part(file: Path, scores: torch.Tensor, problems: Mapping[int, str]) -> None:
-    metadata = {PROBLEMS: json.dumps({str(place): reason for place, reason in problems.items()})}
+def _write_part(file: Path, scores: torch.Tensor, problems: Mapping[int, Problem]) -> None:
+    metadata = {PROBLEMS: json.dumps({str(place): asdict(problem) for place, problem in problems.items()})}
     write_bytes(file, save({"scores": scores.contiguous()}, metadata))
 
 
-def _read_part(file: Path) -> tuple[torch.Tensor, dict[int, str]]:
+def _read_part(file: Path) -> tuple[torch.Tensor, dict[int, Problem]]:
     with safe_open(file, "pt") as content:
         problems = json.loads(content.metadata()[PROBLEMS])
-        return content.get_tensor("scores"), {int(place): reason for place, reason in problems.items()}
+        return content.get_tensor("scores"), {int(place): Problem(**problem) for place, problem in problems.items()}

@@ -9,7 +9,7 @@ from dina_rl.config import PictureScorerConfig, SetConfig
 from dina_rl.data.latents import LatentStore
 from dina_rl.data.records import PreferenceRecord, PreferenceSet
 from dina_rl.evaluation.images import read_image
-from dina_rl.evaluation.requests import EncodeRequest, PartScores, ScoreRequest, View
+from dina_rl.evaluation.requests import EncodeRequest, PartScores, Problem, ScoreRequest, View
 from dina_rl.evaluation.sets import open_source
 from dina_rl.scoring import NoiseKey, PictureScorer, Sample, open_scorer
 
@@ -83,7 +83,7 @@ class EvaluationWorker:
 
     def _score_files(
         self, request: ScoreRequest, scorer: PictureScorer, images: list[_Image], scores: Sequence[torch.Tensor]
-    ) -> dict[int, str]:
+    ) -> dict[int, Problem]:
         """Fill `scores` from the image files, for scorers with no use for latents; returns the problems."""
         assert all(view == View(levels=()) for view in request.views)
         source = open_source(request.source)
@@ -94,7 +94,7 @@ class EvaluationWorker:
                 try:
                     samples.append(_read_sample(source, image))
                 except ValueError as error:
-                    problems[image.place] = str(error)
+                    problems[image.place] = Problem(reason=str(error), broken=True)
                 else:
                     readable.append(image)
             prompts = [image.record.prompt for image in readable]

@@ -5,7 +5,7 @@ starts over (encoded latents are kept).
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from time import perf_counter
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.config import FitRun
-from dina_rl.data.encode import SKIPPED_FILE, check_inputs, encode_dataset, read_pixels, shard_paths, write_latents
+from dina_rl.data.encode import SKIPPED_FILE, EncodingHere, check_inputs, encode_dataset
 from dina_rl.data.latents import LatentStore, training_order
 from dina_rl.evaluation import pairwise_accuracy, score_pairs, store_ceiling
 from dina_rl.reward.checkpoint import save_reward
@@ -38,7 +38,7 @@ def fit_inline(run: FitRun) -> FitResult:
     run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=("fit.num_workers",))
     if (run_dir / METRICS_FILE).is_file():
         return FitResult(**json.loads((run_dir / METRICS_FILE).read_text()))
-    store = encode_dataset(run, run_dir, backbone, _encode_here)
+    store = encode_dataset(run, run_dir, backbone, EncodingHere(backbone))
     encoder = backbone.load_text_encoder()
     encoded = perf_counter()
     progress, steps = training_steps(run, store, backbone, encoder)
@@ -80,10 +80,3 @@ def training_steps(
     pairs = store.pairs("train")
     order = training_order(len(pairs), steps=run.fit.steps, batch_size=run.fit.batch_size, seed=run.seed)
     return progress, fit(progress, (store.batch(pairs, index) for index in order), encoder, seed=run.seed)
-
-
-def _encode_here(run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
-    codec = open_pipeline(run.pipeline).load_codec()
-    for shard in tqdm(shards, desc="encode", unit="shard"):
-        pixels, problems = read_pixels(shard_paths(store, shard), height=store.buckets[0][0], width=store.buckets[0][1])
-        write_latents(store, shard, pixels, problems, codec)

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, SKIPPED_FILE, encode_dataset
-from dina_rl.data.hpdv3 import load_image
+from dina_rl.data.images import load_image
 from dina_rl.data.latents import LatentStore
 from dina_rl.reward.fit import METRICS_FILE, FitResult
 from dina_rl.reward.inline import fit_inline, training_steps
@@ -73,8 +73,8 @@ def test_bad_records_are_skipped_and_listed(finished) -> None:
 def test_every_image_is_encoded_once(finished, dataset: Path) -> None:
     run, _ = finished
     store = LatentStore(run.run_dir / LATENTS)
-    assert len(store.images) == len(set(store.images)) == 2 * 25  # the malformed record's images are not needed
-    image = torch.tensor(load_image(dataset / store.images[0], height=32, width=32))
+    assert len(store.images) == len(set(store.images)) == 2 * 24  # no images of the two unusable pairs
+    image = torch.tensor(load_image((dataset / store.images[0]).read_bytes(), height=32, width=32))
     expected = open_pipeline(run.pipeline).load_codec().encode(image.permute(2, 0, 1)[None].float() / 255)
     torch.testing.assert_close(store.latents(torch.tensor([0])), expected, rtol=1e-4, atol=1e-5)
 
@@ -214,12 +214,12 @@ def test_too_many_unreadable_images(ray_local, small_config, tmp_path, tiny_pipe
 def test_an_interrupted_encode_continues(ray_local, dataset, tiny_pipeline, tmp_path) -> None:
     run = tiny_fit(tmp_path / "run", dataset, tiny_pipeline)
     backbone = open_pipeline(run.pipeline)
-    store = encode_dataset(run, run.run_dir, backbone, encode.encode_shards)
+    store = encode_dataset(run, run.run_dir, backbone, encode.RayEncoding())
     shards = sorted(store.directory.glob("shard-*"))
     contents = {shard.name: shard.read_bytes() for shard in shards}
     before = shards[0].stat().st_mtime_ns
     shards[-1].unlink()
-    again = encode_dataset(run, run.run_dir, backbone, encode.encode_shards)
+    again = encode_dataset(run, run.run_dir, backbone, encode.RayEncoding())
     assert again.missing_shards() == []
     assert shards[0].stat().st_mtime_ns == before
     assert {shard.name: shard.read_bytes() for shard in shards} == contents

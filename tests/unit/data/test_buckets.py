@@ -2,7 +2,7 @@
 
 import pytest
 
-from dina_rl.data.buckets import PUBLISHED, PUBLISHED_MIN_AREA, Bucketing, assign, share
+from dina_rl.data.buckets import PUBLISHED, PUBLISHED_MIN_AREA, Bucketing, Dropped, assign, share
 
 OFFICIAL = Bucketing(buckets=PUBLISHED, stretch=False, min_area=PUBLISHED_MIN_AREA)
 
@@ -69,9 +69,12 @@ def test_a_pair_may_meet_in_a_third_bucket() -> None:
 
 def test_reasons() -> None:
     assert PUBLISHED[OFFICIAL.of_pair((256, 256), (256, 256))] == (256, 256)
-    assert OFFICIAL.of_pair((256, 255), (512, 512)) == "image of 256x255 is below the minimum of 65536 pixels"
-    assert OFFICIAL.of_pair((512, 512), (1000, 2000)) == "no bucket has the aspect of an image of 1000x2000"
-    assert OFFICIAL.of_pair((512, 512), (1024, 768)) == "no bucket fits both 512x512 and 1024x768"
+    for first, second, name, reason in (
+        ((256, 255), (512, 512), "min_area", "image of 256x255 is below the minimum of 65536 pixels"),
+        ((512, 512), (1000, 2000), "bucket", "no bucket has the aspect of an image of 1000x2000"),
+        ((512, 512), (1024, 768), "bucket", "no bucket fits both 512x512 and 1024x768"),
+    ):
+        assert OFFICIAL.of_pair(first, second) == Dropped(filter=name, reason=reason)
 
 
 def test_one_bucket_that_takes_every_shape() -> None:

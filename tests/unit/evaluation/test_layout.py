@@ -1,6 +1,7 @@
 from dina_rl.data.buckets import Bucketing
 from dina_rl.data.records import PreferenceRecord
 from dina_rl.evaluation.layout import lay_out
+from dina_rl.evaluation.requests import Problem
 
 BUCKETS = Bucketing(buckets=((32, 32), (64, 64), (32, 64)), stretch=False, min_area=100)
 SIZES = {"small": (32, 32), "large": (64, 64), "wide": (30, 60), "odd": (10, 90), "tiny": (5, 5), "gone": "no file"}
@@ -34,6 +35,7 @@ def test_what_has_no_bucket_has_a_reason() -> None:
         SIZES.__getitem__,
     )
     assert layout.rows == {0: (None, None), 1: (None, None), 2: (0, None, 1)}
-    assert "10x90" in layout.problems[0]
-    assert layout.problems[1] == "no file"
-    assert "below the minimum" in layout.problems[2]
+    assert all("10x90" in problem.reason and not problem.broken for problem in layout.problems[0])
+    assert layout.problems[1] == (Problem(reason="no file", broken=True),) * 2
+    assert "below the minimum" in layout.problems[2][1].reason
+    assert (layout.problems[2][0], layout.problems[2][2]) == (None, None)

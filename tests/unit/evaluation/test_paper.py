@@ -108,7 +108,7 @@ def test_table5_and_table6() -> None:
 def test_table1_has_scorers_and_runs() -> None:
     clip = NamedScorer(
         name="pick", config=PictureScorerConfig(kind="pickscore"), backbone="CLIP", main=PLAIN, ensemble=None,
-        thurstone=None,
+        thurstone=None, bucketing=None,
     )  # fmt: skip
     plan = plan_table(request("table1"), [clip], [fitted("a", 0), fitted("b", 1)])
     assert list(dict.fromkeys(entry.labels for entry in plan.entries)) == [

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dina_rl.config import EvaluateRun, PictureScorerConfig
+from dina_rl.config import DatasetConfig, EvaluateRun, PictureScorerConfig
 from dina_rl.evaluation.images import read_image
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import measured
-from dina_rl.evaluation.scorers import PLAIN
+from dina_rl.evaluation.scorers import PLAIN, named_scorer
 from dina_rl.evaluation.scores import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, read_sets
 from dina_rl.evaluation.worker import InlineWorkers
@@ -31,14 +31,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluation(cache: Path, dataset: Path, **values) -> EvaluateRun:
-    defaults = {"records_per_part": 2, "batch_size": 4, "encode_batch_size": 4, "max_dropped": 0.5}
+    defaults = {"records_per_part": 2, "batch_size": 4, "encode_batch_size": 4, "max_broken": 0.5}
     return EvaluateRun.model_validate({"cache": cache, "sets": {"test": {"path": str(dataset)}}, **defaults, **values})
 
 
 def scored(run: EvaluateRun, scorer: PictureScorerConfig, *views: View) -> tuple[ScoreStore, ScoringJob]:
     """The store with the scores of all views on the run's set."""
     (data,) = read_sets(run.sets, seed=run.seed)
-    store, job = ScoreStore(run), ScoringJob(scorer=scorer, data=data, views=views)
+    store, job = ScoreStore(run), named_scorer("scorer", scorer, DatasetConfig()).job(data, views)
     store.fill(store.missing([job]), InlineWorkers())
     return store, job
 
@@ -134,11 +134,11 @@ def test_unreadable_images_are_dropped_with_their_reason(kind, tmp_path, dataset
     assert [record.index for record in scores.records] == [0, 2, 3, 4]
     assert all(torch.isfinite(values).all() for values in scores.scores.values())
     assert [(image.record, image.image) for image in scores.dropped] == [(1, "images/test-1-dark.png")]
-    assert "unreadable image" in scores.dropped[0].reason
+    assert "unreadable image" in scores.dropped[0].problem.reason
     result = measured(run, store, "scorer", job, view)
     assert (result.dropped_images, result.dropped_pairs, result.accuracy.pairs) == (1, 1, 4)
-    with pytest.raises(ValueError, match="set test: 1 of 5 records .* max_dropped = 0.1 allows"):
-        measured(run.model_copy(update={"max_dropped": 0.1}), store, "scorer", job, view)
+    with pytest.raises(ValueError, match="set test: 1 of 5 records .* max_broken = 0.1 allows"):
+        measured(run.model_copy(update={"max_broken": 0.1}), store, "scorer", job, view)
 
 
 def test_a_sample_uses_the_latents_of_its_set(tmp_path, dataset, dina) -> None:
@@ -148,7 +148,8 @@ def test_a_sample_uses_the_latents_of_its_set(tmp_path, dataset, dina) -> None:
     assert len(sample.records) == 3
     assert sample.sample(9, seed=1).whole is data
     store = ScoreStore(run)
-    jobs = [ScoringJob(scorer=dina, data=each, views=(SINGLE,)) for each in (data, sample)]
+    scorer = named_scorer("scorer", dina, DatasetConfig())
+    jobs = [scorer.job(each, (SINGLE,)) for each in (data, sample)]
     store.fill(store.missing(jobs), InlineWorkers())
     assert len(list((tmp_path / "latents").iterdir())) == 1
     whole, part = (store.read(job, SINGLE).scores for job in jobs)

@@ -1,0 +1,93 @@
+"""What readers of published files share: records as a stream, and fields checked one by one."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from dina_rl.data.records import PreferenceRecord, SkippedRecord
+
+Parse = Callable[[int, dict], PreferenceRecord]
+"""(index, raw record) to a record. Raises ValueError if it is malformed."""
+
+
+def parsed(
+    raws: Iterable[object], file: str, parse: Parse, *, first: int = 0
+) -> Iterator[PreferenceRecord | SkippedRecord]:
+    """Records of `raws`, which count from `first`; a malformed one comes with its reason."""
+    for index, raw in enumerate(raws, start=first):
+        try:
+            if not isinstance(raw, dict):
+                raise ValueError(f"record is a {type(raw).__name__}, not an object")
+            yield replace(parse(index, raw), file=file)
+        except ValueError as error:
+            yield SkippedRecord(file=file, index=index, reason=str(error))
+
+
+def json_array(file: Path) -> Iterator[object]:
+    """The elements of a JSON array, read as they are asked for: a file of gigabytes costs no memory.
+
+    Raises:
+        ValueError: no such file, invalid JSON (possibly only when the stream gets there), or not an array.
+    """
+    import ijson
+
+    if not file.is_file():
+        raise ValueError(f"dataset {file.parent} has no {file.name}")
+    with file.open("rb") as stream:
+        start = stream.read(1)
+        while start.isspace():
+            start = stream.read(1)
+        if start in (b"{", b'"'):
+            raise ValueError(f"{file} must hold an array of records")
+        stream.seek(0)
+        try:
+            yield from ijson.items(stream, "item", use_float=True)
+        except ijson.JSONError as error:
+            message = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+            raise ValueError(f"{file} is not valid JSON: {message.splitlines()[0]}") from error
+
+
+def text(raw: dict, key: str) -> str:
+    """A string that is not blank, as it is."""
+    value = raw.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key} must be a non-empty string, got {shown(value)}")
+    if not _encodes(value):
+        raise ValueError(f"{key} is not valid Unicode: {shown(value)}")
+    return value
+
+
+def texts(raw: dict, key: str) -> tuple[str, ...]:
+    """A list of strings that are not blank."""
+    value = raw.get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{key} must be a list, got {shown(value)}")
+    return tuple(text({key: each}, key) for each in value)
+
+
+def integers(raw: dict, key: str, count: int) -> tuple[int, ...]:
+    """A list of `count` whole numbers."""
+    value = raw.get(key)
+    if not isinstance(value, list) or len(value) != count or any(type(each) is not int for each in value):
+        raise ValueError(f"{key} must be {count} whole numbers, got {shown(value)}")
+    return tuple(value)
+
+
+def pair_of_names(raw: dict, first: str, second: str) -> tuple[str, str] | None:
+    """Two optional names, both or none."""
+    names = raw.get(first), raw.get(second)
+    return names if all(isinstance(name, str) for name in names) else None
+
+
+def shown(value: object) -> str:
+    """A value in an error line, ASCII and short."""
+    full = ascii(value)
+    return full if len(full) <= 80 else f"{full[:77]}..."
+
+
+def _encodes(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: JSON can hold it, files and databases cannot
+        return False
+    return True

@@ -1,0 +1,47 @@
+"""GenAI-Bench's image generation split (TIGER-Lab/GenAI-Bench): parquet with images, `test` and `test_v1`.
+
+{prompt, left_model, left_image, right_model, right_image, vote_type}. A vote for both or for neither is a tie here.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dina_rl.data.buckets import Size
+from dina_rl.data.fields import pair_of_names, shown, text
+from dina_rl.data.parquet_set import KEY, ParquetSet
+from dina_rl.data.records import PreferenceRecord, SkippedRecord
+
+RANKS = {"leftvote": (0, 1), "rightvote": (1, 0), "tievote": (0, 0), "bothbad_vote": (0, 0)}
+
+
+class GenAIBench:
+    """`PreferenceSet`.
+
+    Raises:
+        ValueError: no such directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._files = ParquetSet(directory, folders=("", "image_generation", "data"))
+
+    def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
+        return self._files.records(split, ["prompt", "left_model", "right_model", "vote_type"], _record)
+
+    def image(self, key: str) -> bytes:
+        return self._files.image(key)
+
+    def size(self, key: str) -> Size:
+        return self._files.size(key)
+
+
+def _record(index: int, raw: dict) -> PreferenceRecord:
+    vote = raw["vote_type"]
+    if vote not in RANKS:
+        raise ValueError(f"vote_type must be one of {', '.join(RANKS)}, got {shown(vote)}")
+    return PreferenceRecord(
+        index=index,
+        prompt=text(raw, "prompt"),
+        images=(f"{raw[KEY]}/left_image", f"{raw[KEY]}/right_image"),
+        ranks=RANKS[vote],
+        models=pair_of_names(raw, "left_model", "right_model"),
+    )

@@ -1,0 +1,112 @@
+"""What sets in Hugging Face's parquet layout share: files of a split, rows as a stream, images inside cells.
+
+Files are `<split>-00000-of-00004.parquet` (or `<split>.parquet`) in the directory, or in a folder of it. An image cell
+is bytes, or a struct {bytes, path}. The key of an image is `file#row_group/row/column`.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow
+from pyarrow import parquet
+
+from dina_rl.data.buckets import Size
+from dina_rl.data.fields import Parse, parsed
+from dina_rl.data.images import image_size
+from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.root import DataRoot
+
+ROWS = 256  # read at once
+KEY = "_key"
+"""Field of a raw record: the key of its row without the column."""
+
+
+class ParquetSet:
+    """Rows and images of parquet files.
+
+    Args:
+        folders: where a split's files may lie, relative to `directory`.
+
+    Raises:
+        ValueError: no such directory.
+    """
+
+    def __init__(self, directory: Path, *, folders: tuple[str, ...]) -> None:
+        self._root = DataRoot(directory)
+        self._folders = folders
+        self._column = lru_cache(maxsize=2)(self._read_column)  # both sides of the pairs that lie together
+
+    def files(self, split: str) -> list[Path]:
+        """The split's files in order.
+
+        Raises:
+            ValueError: there are none.
+        """
+        for folder in self._folders:
+            place = self._root.directory / folder
+            found = sorted([*place.glob(f"{split}-[0-9]*.parquet"), *place.glob(f"{split}.parquet")])
+            if found:
+                return found
+        raise ValueError(f"dataset {self._root.directory} has no {split}-*.parquet")
+
+    def columns(self, split: str) -> list[str]:
+        """Columns of the split's first file. Raises ValueError if it is not parquet."""
+        return _schema(self.files(split)[0]).names
+
+    def records(self, split: str, columns: list[str], parse: Parse) -> Iterator[PreferenceRecord | SkippedRecord]:
+        """Every row as `parse` makes it of {column: value} and `KEY`.
+
+        Raises:
+            ValueError: a file that is not parquet or lacks a column.
+        """
+        first = 0
+        for file in self.files(split):
+            missing = sorted(set(columns) - set(_schema(file).names))
+            if missing:
+                raise ValueError(f"{file} has no column {', '.join(missing)}")
+            name = file.relative_to(self._root.directory).as_posix()
+            yield from parsed(_rows(file, name, columns), name, parse, first=first)
+            with parquet.ParquetFile(file) as opened:
+                first += opened.metadata.num_rows
+
+    def image(self, key: str) -> bytes:
+        """The image in a cell. Raises ValueError if it is empty, or no cell."""
+        place, _, cell = key.rpartition("#")
+        group, row, column = cell.split("/")
+        value = self._column(place, int(group), column)[int(row)].as_py()
+        content = value["bytes"] if isinstance(value, dict) else value
+        if not content:
+            raise ValueError("unreadable image: the cell is empty")
+        return content
+
+    def size(self, key: str) -> Size:
+        return image_size(self.image(key))
+
+    def _read_column(self, place: str, group: int, column: str) -> pyarrow.ChunkedArray:
+        path = self._root.file(place)
+        try:
+            with parquet.ParquetFile(path) as file:
+                return file.read_row_group(group, columns=[column]).column(0)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"unreadable image: {str(error).splitlines()[0]}") from error
+
+
+def _rows(file: Path, name: str, columns: list[str]) -> Iterator[dict]:
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for group in range(opened.num_row_groups):
+                row = 0
+                for batch in opened.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns):
+                    for values in batch.to_pylist():
+                        yield values | {KEY: f"{name}#{group}/{row}"}
+                        row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is broken: {str(error).splitlines()[0]}") from error
+
+
+def _schema(file: Path) -> pyarrow.Schema:
+    try:
+        return parquet.read_schema(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a parquet file: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,44 @@
+"""Preference sets by name."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from dina_rl.config.fitting import SetKind
+from dina_rl.data.genai_bench import GenAIBench
+from dina_rl.data.hpdv2 import HPDv2
+from dina_rl.data.hpdv3 import HPDv3
+from dina_rl.data.imagereward import ImageReward
+from dina_rl.data.pickapic import PickAPic
+from dina_rl.data.prompt_files import PromptFiles
+from dina_rl.data.records import PreferenceRecord, PreferenceSet
+
+KINDS: tuple[SetKind, ...] = get_args(SetKind)
+_SETS = {
+    "hpdv3": HPDv3,
+    "hpdv2": HPDv2,
+    "imagereward": ImageReward,
+    "genai_bench": GenAIBench,
+    "pickapic": PickAPic,
+    "prompts": PromptFiles,
+}
+
+
+def open_set(kind: SetKind, path: Path) -> PreferenceSet:
+    """The preference set of that layout in a directory (`prompts`: also a file).
+
+    Raises:
+        ValueError: no such directory, or no such kind.
+    """
+    if kind not in _SETS:
+        raise ValueError(f"unknown kind of preference set {kind!r}; known are {', '.join(KINDS)}")
+    return _SETS[kind](path)
+
+
+def prompts_of(source: PreferenceSet, split: str) -> Iterator[str]:
+    """The prompts of a split's records in order, repeated where they are; malformed records have none.
+
+    Raises:
+        ValueError: no such split, or a file that is not what it should be.
+    """
+    return (record.prompt for record in source.records(split) if isinstance(record, PreferenceRecord))

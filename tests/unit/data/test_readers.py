@@ -1,0 +1,194 @@
+"""Every published set in its own layout, in miniature."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from dina_rl.data.pairs import pairs_of
+from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.registry import KINDS, open_set, prompts_of
+
+PUBLISHED_ANNOTATIONS = Path(__file__).parents[4] / "shared" / "data" / "imagereward"
+
+
+def jpeg(shade: int, width: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, 4), (shade,) * 3).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_json(directory: Path, split: str, records: list[dict]) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / f"{split}.json").write_text(json.dumps(records))
+    return directory
+
+
+def write_parquet(file: Path, columns: dict[str, list], **options: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), file, **options)
+
+
+def reasons(records: list) -> list[tuple[int, str]]:
+    return [(record.index, record.reason) for record in records if isinstance(record, SkippedRecord)]
+
+
+def test_hpdv2_pairs(tmp_path: Path) -> None:
+    good = {"prompt": "p", "file_path": ["0.jpg", "1.jpg"], "human_preference": [0, 1]}
+    changes = [{}, {"human_preference": [1, 1]}, {"human_preference": [1]}, {"file_path": ["0.jpg"]}, {"prompt": 3}]
+    directory = write_json(tmp_path, "train", [good | change for change in changes])
+    (directory / "train").mkdir()
+    (directory / "train" / "1.jpg").write_bytes(jpeg(7))
+    source = open_set("hpdv2", directory)
+    first, *bad = source.records("train")
+    assert (first.images, first.ranks) == (("train/0.jpg", "train/1.jpg"), (1, 0))
+    assert source.image("train/1.jpg") == jpeg(7)
+    assert source.size("train/1.jpg") == (4, 8)
+    assert [index for index, _ in reasons(bad)] == [1, 2, 3, 4]
+    assert "mark one image" in bad[0].reason
+
+
+def test_hpdv2_rankings(tmp_path: Path) -> None:
+    annotations = [{"rank": [2, 0, 1], "user_hash": "u"}]
+    record = {"prompt": "p", "image_path": ["a.jpg", "b.jpg", "c.jpg"], "rank": [2, 0, 1]}
+    source = open_set("hpdv2", write_json(tmp_path, "test", [record | {"raw_annotations": annotations}]))
+    (found,) = source.records("test")
+    assert [(pair.chosen, pair.rejected) for pair in pairs_of(found)] == [
+        ("b.jpg", "a.jpg"),
+        ("c.jpg", "a.jpg"),
+        ("b.jpg", "c.jpg"),
+    ]
+
+
+def test_imagereward(tmp_path: Path) -> None:
+    names = [f"part-1/images/{name}.webp" for name in "abc"]
+    good = {"id": "1", "prompt": "p", "generations": names, "ranking": [1, 2, 1]}
+    changes = [{}, {"ranking": [1, 2]}, {"ranking": [1, 2, 1.5]}, {"generations": [*names[:2], None]}]
+    directory = write_json(tmp_path, "test", [good | change for change in changes])
+    (directory / "test_images" / "part-1" / "images").mkdir(parents=True)
+    (directory / "test_images" / names[0]).write_bytes(jpeg(7))
+    source = open_set("imagereward", directory)
+    first, *bad = source.records("test")
+    assert first.ties == 1
+    assert [(pair.chosen[-6], pair.rejected[-6]) for pair in pairs_of(first)] == [("a", "b"), ("c", "b")]
+    assert source.image(first.images[0]) == jpeg(7)
+    assert [index for index, _ in reasons(bad)] == [1, 2, 3]
+
+
+@pytest.mark.skipif(not PUBLISHED_ANNOTATIONS.is_dir(), reason="needs ImageReward's test.json beside the project")
+def test_imagerewards_published_annotations() -> None:
+    records = list(open_set("imagereward", PUBLISHED_ANNOTATIONS).records("test"))
+    assert all(isinstance(record, PreferenceRecord) for record in records)
+    pairs = sum(len(record.images) * (len(record.images) - 1) // 2 for record in records)
+    untied = [pair for record in records for pair in pairs_of(record)]
+    assert (len(records), len({record.prompt for record in records})) == (466, 463)
+    assert (pairs, len(untied), sum(record.ties for record in records)) == (7230, 6399, 831)
+    assert len({pair.index for pair in untied}) == 6399
+
+
+def test_genai_bench(tmp_path: Path) -> None:
+    votes = ["leftvote", "rightvote", "tievote", "bothbad_vote", "bothbad", None]
+    columns = {
+        "prompt": [f"p{row}" for row in range(6)],
+        "left_model": ["m"] * 6,
+        "left_image": [{"bytes": jpeg(10 * row), "path": "x.jpg"} for row in range(6)],
+        "right_model": ["n"] * 6,
+        "right_image": [{"bytes": jpeg(200 + row, width=16), "path": None} for row in range(5)] + [None],
+        "vote_type": votes,
+    }
+    folder = tmp_path / "image_generation"
+    write_parquet(folder / "test-00000-of-00001.parquet", columns, row_group_size=4)
+    write_parquet(folder / "test_v1-00000-of-00001.parquet", {name: cells[:1] for name, cells in columns.items()})
+    source = open_set("genai_bench", tmp_path)
+    records = list(source.records("test"))
+    assert [record.ranks for record in records[:4]] == [(0, 1), (1, 0), (0, 0), (0, 0)]
+    assert [sum(1 for _ in pairs_of(record)) for record in records[:4]] == [1, 1, 0, 0]
+    assert records[0].models == ("m", "n")
+    assert [index for index, _ in reasons(records)] == [4, 5]
+    assert [source.image(record.images[0]) for record in records[:4]] == [jpeg(10 * row) for row in range(4)]
+    assert source.size(records[1].images[1]) == (4, 16)
+    assert len(list(source.records("test_v1"))) == 1
+    with pytest.raises(ValueError, match="the cell is empty"):
+        source.image("image_generation/test-00000-of-00001.parquet#1/1/right_image")
+    with pytest.raises(ValueError, match="leaves the data directory"):
+        source.image("../elsewhere.parquet#0/0/right_image")
+
+
+def picks(first: int, count: int, *, images: bool) -> dict[str, list]:
+    rows = range(first, first + count)
+    labels = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0)]
+    columns = {
+        "caption": [f"prompt {row}" for row in rows],
+        "label_0": [labels[row % 4][0] for row in rows],
+        "label_1": [labels[row % 4][1] for row in rows],
+        "model_0": ["a"] * count,
+        "model_1": ["b"] * count,
+        "image_0_uid": [f"uid{row}" for row in rows],
+    }
+    return columns | ({"jpg_0": [jpeg(row) for row in rows], "jpg_1": [jpeg(99)] * count} if images else {})
+
+
+def test_pickapic(tmp_path: Path) -> None:
+    for file, first in ((0, 0), (1, 5)):
+        write_parquet(tmp_path / "data" / f"test_unique-{file:05d}-of-00002.parquet", picks(first, 5, images=True))
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", picks(0, 1, images=True))
+    source = open_set("pickapic", tmp_path)
+    records = list(source.records("test_unique"))
+    assert [record.index for record in records] == list(range(10))
+    wrong = "label_0 and label_1 must be 1 and 0, or 0.5 both, got (0.0, 0.0)"
+    assert reasons(records) == [(3, wrong), (7, wrong)]
+    assert [records[row].ranks for row in (0, 1, 2)] == [(0, 1), (1, 0), (0, 0)]
+    for row in (0, 6, 9):
+        assert source.image(records[row].images[0]) == jpeg(row)
+    assert records[6].models == ("a", "b")
+
+
+def test_pickapic_without_images_is_prompts(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", picks(0, 4, images=False))
+    source = open_set("pickapic", tmp_path)
+    assert [(record.prompt, record.images) for record in source.records("train")][0] == ("prompt 0", ())
+    assert list(prompts_of(source, "train")) == [f"prompt {row}" for row in range(4)]
+
+
+def test_parquet_that_is_not(tmp_path: Path) -> None:
+    source = open_set("pickapic", tmp_path)
+    with pytest.raises(ValueError, match=r"has no train-\*\.parquet"):
+        next(source.records("train"))
+    (tmp_path / "train-00000-of-00001.parquet").write_text("no")
+    with pytest.raises(ValueError, match="not a parquet file"):
+        next(source.records("train"))
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", {"text": ["p"]})
+    with pytest.raises(ValueError, match="has no column caption, label_0, label_1"):
+        next(source.records("train"))
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("a cat\n\n  ein Hund 🐕  \n")
+    for path in (tmp_path, tmp_path / "train.txt"):
+        source = open_set("prompts", path)
+        assert list(prompts_of(source, "train")) == ["a cat", "ein Hund 🐕"]
+    with pytest.raises(ValueError, match=r"has no dev\.txt"):
+        list(open_set("prompts", tmp_path).records("dev"))
+    with pytest.raises(ValueError, match="does not exist"):
+        open_set("prompts", tmp_path / "nowhere")
+    (tmp_path / "train.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        list(open_set("prompts", tmp_path).records("train"))
+
+
+def test_every_kind_opens(tmp_path: Path) -> None:
+    for kind in KINDS:
+        open_set(kind, tmp_path)
+    with pytest.raises(ValueError, match="unknown kind"):
+        open_set("hpdv4", tmp_path)
+
+
+def test_half_a_surrogate_pair_is_no_prompt(tmp_path: Path) -> None:
+    """Whatever a JSON parser makes of it, what comes through can be written to files."""
+    (tmp_path / "train.json").write_text(r'[{"prompt": "\ud800", "path1": "a", "path2": "b"}]')
+    for record in open_set("hpdv3", tmp_path).records("train"):
+        json.dumps(record.reason if isinstance(record, SkippedRecord) else record.prompt, ensure_ascii=False).encode()
