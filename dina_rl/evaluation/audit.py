@@ -42,6 +42,11 @@ class Part:
     low: float
     high: float
 
+    def line(self) -> dict[str, object]:
+        """A line of `breakdown.csv`."""
+        values = asdict(self)
+        return {"scorer": values.pop("scorer"), "set": values.pop("data"), **values}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
@@ -110,7 +115,7 @@ def write_report(report: Report, jobs: Sequence[tuple[NamedScorer, ScoringJob]],
     write_text(directory / "report.md", _as_markdown(report, main))
     write_accuracies(report.accuracies, directory / "accuracies.csv")
     if report.breakdown:
-        lines = [asdict(part) for part in report.breakdown]
+        lines = [part.line() for part in report.breakdown]
         write_rows(directory / "breakdown.csv", list(lines[0]), [list(line.values()) for line in lines])
     plot_table(main, directory / "accuracy.png")
     if panels := _sweep(report):
@@ -216,7 +221,7 @@ def _as_json(report: Report) -> dict[str, object]:
         "ceiling": dict(report.ceilings),
         "calibration": listed(report.calibrations),
         "uncertainty": listed(report.uncertainties),
-        "breakdown": [asdict(part) for part in report.breakdown],
+        "breakdown": [part.line() for part in report.breakdown],
         "leak": {name: asdict(leak) for name, leak in report.leaks.items()},
     }
 
