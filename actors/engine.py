@@ -19,7 +19,8 @@ from deepspeed.utils import (
 from torch import nn
 
 from dina_rl.alignment.engine import MOMENTS, build_optimizer
-from dina_rl.backbones.lora import load_lora_state, lora_state, trainable
+from dina_rl.backbones.lora import trainable
+from dina_rl.backbones.trained import check_names, copy_in, copy_out, trained_parameters
 from dina_rl.config import LearnerConfig
 
 
@@ -31,7 +32,7 @@ class DeepSpeedEngine:
     more, so that a forward is no longer bit for bit the rollout's.
 
     Args:
-        policy: transformer with its adapter; the same on every rank.
+        policy: transformer with its adapter, or all of it trainable; the same on every rank.
         config: of the learner; `zero_stage`, learning rate, decay and clipping are used.
         persistence_threshold: at stage 3, parameters up to this many numbers are kept whole on every rank.
     """
@@ -75,13 +76,19 @@ class DeepSpeedEngine:
         self.module.step()
         return float(self._norm if self._stage == 0 else self.module.get_global_grad_norm())
 
-    def adapter(self) -> dict[str, torch.Tensor]:
-        with deepspeed.zero.GatheredParameters(list(self._parameters.values())):
-            return lora_state(self._policy)
+    def weights(self) -> dict[str, torch.Tensor]:
+        state = {}
+        for name, parameter in trained_parameters(self._policy).items():  # one by one: whole, they may not fit a GPU
+            with deepspeed.zero.GatheredParameters([parameter]):
+                state[name] = copy_out(parameter)
+        return state
 
-    def load_adapter(self, state: dict[str, torch.Tensor]) -> None:
-        with deepspeed.zero.GatheredParameters(list(self._parameters.values()), modifier_rank=0):
-            load_lora_state(self._policy, state)
+    def load_weights(self, state: dict[str, torch.Tensor]) -> None:
+        parameters = trained_parameters(self._policy)
+        check_names(set(state), set(parameters))
+        for name, parameter in parameters.items():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                copy_in(parameter, state[name])
         if self._stage > 0:
             self.module.optimizer.refresh_fp32_params()
 

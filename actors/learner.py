@@ -1,6 +1,7 @@
 """The learner actor: one rank of `PolicyLearner`."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -9,7 +10,7 @@ from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
-from dina_rl.types import AdapterState, StoppedGroup, TrainingGroup, Trajectory
+from dina_rl.types import PolicyWeights, StoppedGroup, TrainingGroup, Trajectory
 
 
 class LearnerActor(GangMember):
@@ -20,6 +21,7 @@ class LearnerActor(GangMember):
         configure_process(run.workers.threads_per_actor)
         self._run = run
         self._learner: PolicyLearner
+        self._offered: list[PolicyWeights | None] = []
 
     def build(self) -> None:
         """Load the policy and start the engine; after `join`, because DeepSpeed splits the weights over the ranks."""
@@ -53,12 +55,16 @@ class LearnerActor(GangMember):
         ]
         return self._learner.update(step, groups, kl_scale)
 
-    def policy(self) -> AdapterState | None:
-        policy = self._learner.policy()
-        return policy if self.rank == 0 else None
+    def offer(self, which: Literal["policy", "average"]) -> tuple[int, int]:
+        """Get the weights ready to be taken part by part; returns their version and the number of parts."""
+        weights = self._learner.policy() if which == "policy" else self._learner.average()
+        self._offered = weights.split(self._run.workers.weights_part_mib * 2**20)
+        return weights.version, len(self._offered)
 
-    def average(self) -> AdapterState | None:
-        return self._learner.average() if self.rank == 0 else None
+    def take(self, part: int) -> PolicyWeights | None:
+        """One of the parts offered last; it is not kept."""
+        taken, self._offered[part] = self._offered[part], None
+        return taken if self.rank == 0 else None
 
     def state(self) -> dict[str, torch.Tensor] | None:
         state = self._learner.state()

@@ -1,6 +1,6 @@
 """The loop's two Protocols on Ray: where rollout actors, scorers and the learner's ranks meet.
 
-                     adapter (object store)
+                     weights (object store)
            +------------------------------------------+
            v                                          |
     rollout pool --trajectory refs--> scorer pool   learner gang
@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import ray
 import torch
@@ -33,7 +33,7 @@ from dina_rl.alignment.inline import in_calls
 from dina_rl.alignment.loop import ScoredGroup
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
-from dina_rl.types import AdapterState, WorkItem
+from dina_rl.types import PolicyWeights, WorkItem
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,21 @@ class RemoteTrajectory:
     number: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteWeights:
+    """The policy's weights in the object store, where the learner's rank 0 left them."""
+
+    version: int
+    parts: tuple[ray.ObjectRef, ...]  # of PolicyWeights
+    timeout_s: float  # longest wait for one part
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of them, brought here."""
+        parts = (ray.get(part, timeout=self.timeout_s) for part in self.parts)
+        return {name: tensor for part in parts for name, tensor in part.tensors.items()}
+
+
 class RayExperience:
     """Rollouts and scores from two pools of actors. A lost actor is replaced and its work done again, same numbers."""
 
@@ -59,6 +74,7 @@ class RayExperience:
         self._groups_per_call = run.rollout.groups_per_call
         self._with_gradient = run.wants_reward_gradients
         self._timeout_s = workers.call_timeout_s
+        self._part_bytes = workers.weights_part_mib * 2**20
         self.rollouts = _pool("rollout workers", RolloutActor, run, workers.rollout_workers, workers.gpus_per_rollout)
         self.scorers = _pool("scorers", ScorerActor, run, workers.scorers, workers.gpus_per_scorer)
 
@@ -88,9 +104,17 @@ class RayExperience:
             for number in range(len(call))
         ]
 
-    def publish(self, adapter: AdapterState) -> None:
-        shared = ray.put(adapter)
-        self.rollouts.broadcast(lambda actor: actor.load_adapter.remote(shared))
+    def publish(self, weights: RemoteWeights | PolicyWeights) -> None:
+        if isinstance(weights, RemoteWeights):
+            parts = weights.parts
+        else:
+            parts = tuple(ray.put(part) for part in weights.split(self._part_bytes))
+
+        def load(actor: ActorHandle) -> ray.ObjectRef:
+            # In order, one at a time; the actor refuses what follows a part that it did not get.
+            return [actor.load_weights.remote(part) for part in parts][-1]
+
+        self.rollouts.broadcast(load)
 
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
         results = self._sample_and_score(
@@ -127,7 +151,7 @@ class RayExperience:
 
 
 class RayLearner:
-    """The learner's gang. After every update its whole state (adapter, moments, average) is kept as a reference.
+    """The learner's gang. After every update its whole state (weights, moments, average) is kept as a reference.
 
     When a rank is lost, the gang is built anew from that state and the call that was lost is made again, so that a run
     with losses ends with the numbers of a run without.
@@ -161,11 +185,19 @@ class RayLearner:
         metrics, self._state = self._survive(update_and_keep)
         return self._fetch(metrics)
 
-    def policy(self) -> AdapterState:
-        return self._fetch(self._survive(lambda gang: gang.call(lambda rank: rank.policy.remote())))
+    def policy(self) -> RemoteWeights:
+        return self._weights("policy")
 
-    def average(self) -> AdapterState:
-        return self._fetch(self._survive(lambda gang: gang.call(lambda rank: rank.average.remote())))
+    def average(self) -> RemoteWeights:
+        return self._weights("average")
+
+    def _weights(self, which: Literal["policy", "average"]) -> RemoteWeights:
+        def take_parts(gang: Gang) -> RemoteWeights:
+            version, count = self._fetch(gang.call(lambda rank: rank.offer.remote(which)))
+            parts = tuple(gang.call(lambda rank, part=part: rank.take.remote(part)) for part in range(count))
+            return RemoteWeights(version=version, parts=parts, timeout_s=self._run.workers.call_timeout_s)
+
+        return self._survive(take_parts)
 
     def state(self) -> dict[str, torch.Tensor]:
         return self._fetch(self._survive(lambda gang: gang.call(lambda rank: rank.state.remote())))

@@ -20,7 +20,7 @@ def actor_options(workers: WorkersConfig | ScoringWorkersConfig, *, num_gpus: fl
     """Options of one rollout, scorer or learner actor.
 
     Ray itself never restarts or retries: an actor that it restarts would answer with the weights of its `__init__`.
-    `actors/pool.py` recreates a lost actor and tells it the current adapter first.
+    `actors/pool.py` recreates a lost actor and tells it the current weights first.
     """
     env_vars = {
         "OMP_NUM_THREADS": str(workers.threads_per_actor),

@@ -1,7 +1,7 @@
 """A pool of identical actors that survives the death of any of them.
 
 The driver owns the policy of recovery: a dead or hung actor is killed, a new one is created, told first what the pool
-was last told (its adapter), and given the lost work again. Work carries its own seeds, so the result is the same.
+was last told (the policy's weights), and given the lost work again. Work carries its own seeds: the result is the same.
 
     submit -> [start] [sync] [item] [item]      one FIFO per actor, as the actor itself runs its calls
                ^ the head is what the actor is doing; only heads are waited for

@@ -6,7 +6,7 @@ from dina_rl.alignment.golden import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
-from dina_rl.types import AdapterState, StoppedGroup, Trajectory, WorkItem
+from dina_rl.types import PolicyWeights, StoppedGroup, Trajectory, WorkItem
 
 
 class RolloutActor:
@@ -14,8 +14,8 @@ class RolloutActor:
         configure_process(run.workers.threads_per_actor)
         self._worker = RolloutWorker(run)
 
-    def load_adapter(self, adapter: AdapterState) -> int:
-        return self._worker.load_adapter(adapter)
+    def load_weights(self, weights: PolicyWeights) -> int:
+        return self._worker.load_weights(weights)
 
     def rollout(self, items: Sequence[WorkItem]) -> list[Trajectory] | list[StoppedGroup]:
         return self._worker.rollout(items)

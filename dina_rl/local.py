@@ -148,6 +148,7 @@ def summarise(
     loop_seconds = sum(recorder.seconds[name] for name in ("rollout", "update", "publish"))
     return {
         "seed": run.seed,
+        "result": recorder.exported.name,
         "reward": {
             "accuracy_single": reward["accuracy_single"],
             "accuracy_ensemble": reward["accuracy_ensemble"],
@@ -202,7 +203,7 @@ def table(summary: dict, run_dir: Path) -> str:
         ("time", ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if "/" not in name)),
         ("throughput", f"{summary['images_per_second']:.1f} images/s"),
         ("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.1f} GiB over all processes"),
-        ("adapter", str(run_dir / "align" / "adapter")),
+        (summary["result"], str(run_dir / "align" / summary["result"])),
         ("curves, samples", f"{run_dir / 'align' / 'curves.png'}, {run_dir / 'align' / 'samples.png'}"),
         ("summary", str(run_dir / SUMMARY)),
         ("look at it with", f"tensorboard --logdir {run_dir}"),

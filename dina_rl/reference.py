@@ -7,13 +7,14 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from dina_rl.cli import NAME, is_named, section_of
-from dina_rl.config import AlignRun, EvaluateRun, FitRun, LocalRun
+from dina_rl.config import AlignRun, EvaluateRun, FitRun, LocalRun, ScoreRun
 
 RUNS: dict[str, type[BaseModel]] = {
     "python -m dina_rl.local": LocalRun,
     "python -m jobs.fit_reward (and jobs.encode)": FitRun,
     "python -m jobs.align": AlignRun,
     "python -m jobs.evaluate": EvaluateRun,
+    "python -m jobs.score": ScoreRun,
 }
 
 
@@ -47,6 +48,8 @@ def _kind(annotation: object) -> str:
     """A readable type: choices as `a, b`, tuples as `list of float`."""
     if get_origin(annotation) is Literal:
         return ", ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
     if get_origin(annotation) is Union or isinstance(annotation, UnionType):
         return " or ".join(_kind(choice) for choice in get_args(annotation))
     if annotation is NoneType:

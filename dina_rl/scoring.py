@@ -1,5 +1,6 @@
 """Scores of pictures, or of latents, by one scorer: for a person, `jobs.score` and `jobs.evaluate` alike.
 
+    import dina_rl.scoring
     scorer = dina_rl.scoring.open_scorer("runs/local/fit/reward")
     scorer.score(["a.png", "b.png"], ["a small red circle on blue", "a small red circle on blue"])
 
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dina_rl import runtime
 from dina_rl.backbones.base import Backbone, LatentCodec, TextEncoder
 from dina_rl.config import PictureScorerConfig, PipelineConfig
-from dina_rl.data.hpdv3 import load_image
+from dina_rl.data.buckets import Size, assign
+from dina_rl.data.images import image_size, load_image
 from dina_rl.reward.checkpoint import RewardCard, read_card
 from dina_rl.reward.revision import pipeline_revision
 from dina_rl.scorers.base import Conditions, Scorer
@@ -36,6 +37,7 @@ NORMALISATIONS = {"raw": (0.0, 1.0), "readme": (10.0, 10.0), "grpo_reward": (12.
 them by `readme`, and the reward function of its released alignment code optimises `grpo_reward`."""
 
 LATENTS_SUFFIX = ".safetensors"
+PROBE = 64  # pixels; every backbone has images of that edge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,7 @@ class PictureScorer:
     Scores are fp32 on the CPU. One that is not finite stays so. Make it by `open_scorer`.
 
     Attributes:
+        config: what it was opened with; for a DiNa-LRM with what the card decided filled in.
         space: what the scorer itself reads, "latents" or "images"; the other is encoded or decoded first.
         card: of the reward model; None for a CLIP model.
     """
@@ -71,7 +74,7 @@ class PictureScorer:
         *,
         parts: "Parts",
         card: RewardCard | None,
-        size: tuple[int, int] | None,
+        sizes: tuple[Size, ...],
         seed: int,
     ) -> None:
         self.config = config
@@ -79,7 +82,7 @@ class PictureScorer:
         self.space = scorer.space
         self._scorer = scorer
         self._parts = parts
-        self._size = size
+        self._sizes = sizes
         self._seed = seed
 
     def at(self, levels: Sequence[float], *, draws: int = 1) -> "PictureScorer":
@@ -92,19 +95,25 @@ class PictureScorer:
             raise ValueError(f"a {self.config.kind} scorer has no noise levels")
         config = PictureScorerConfig(**{**self.config.model_dump(), "levels": tuple(levels), "draws": draws})
         scorer = DiNaScorer(config.reward, self._scorer.model)
-        return PictureScorer(config, scorer, parts=self._parts, card=self.card, size=self._size, seed=self._seed)
+        return PictureScorer(config, scorer, parts=self._parts, card=self.card, sizes=self._sizes, seed=self._seed)
 
-    def score(self, paths: Sequence[str | Path], prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, paths: Sequence[str | Path], prompts: Sequence[str], *, batch_size: int = 8) -> torch.Tensor:
         """Scores [B] of image files, or of `.safetensors` files with one latent [C, h, w] each, against B prompts.
 
         Pictures of one prompt share their noise, unless it is independent; a score does not depend on what else is
-        scored beside it.
+        scored beside it. At most `batch_size` of them are in memory at a time.
 
         Raises:
             ValueError: a file that cannot be read, or another number of prompts.
         """
-        keys = [NoiseKey(group=(prompt,), member=str(path)) for path, prompt in zip(paths, prompts, strict=True)]
-        return self.score_samples([self.read(path) for path in paths], prompts, keys)
+        if len(paths) != len(prompts):
+            raise ValueError(f"{len(paths)} pictures and {len(prompts)} prompts do not match")
+        scores = [torch.empty(0)]
+        for first in range(0, len(paths), batch_size):
+            files, texts = paths[first : first + batch_size], prompts[first : first + batch_size]
+            keys = [file_key(path, prompt) for path, prompt in zip(files, texts, strict=True)]
+            scores.append(self.score_samples([self.read(path) for path in files], texts, keys))
+        return torch.cat(scores)
 
     def read(self, path: str | Path) -> Sample:
         """The picture or latent in a file.
@@ -113,15 +122,16 @@ class PictureScorer:
             ValueError: it cannot be read, or its size does not fit the backbone.
         """
         file = Path(path).expanduser()
-        if not file.is_file():
-            raise ValueError(f"{file} does not exist")
         try:
+            if not file.is_file():
+                raise ValueError("does not exist")
             if file.suffix == LATENTS_SUFFIX:
-                return Sample(space="latents", tensor=_read_latent(file))
-            height, width = self._picture_size(file)
-            pixels = torch.tensor(load_image(file, height=height, width=width))
+                return Sample(space="latents", tensor=self._parts.checked(_read_latent(file)))
+            content = file.read_bytes()
+            height, width = self._picture_size(image_size(content))
+            pixels = torch.tensor(load_image(content, height=height, width=width))
             return Sample(space="images", tensor=pixels.permute(2, 0, 1).float() / 255)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
 
     def score_samples(
@@ -173,15 +183,21 @@ class PictureScorer:
         offset, scale = NORMALISATIONS[self.config.normalisation]
         return (scores.float().cpu() + offset) / scale
 
-    def _picture_size(self, file: Path) -> tuple[int, int]:
-        """(height, width) to which an image file is resized: the one place where its bucket is chosen.
+    def _picture_size(self, size: Size) -> Size:
+        """(height, width) at which an image file of that size is scored.
 
-        A CLIP model, which has a preprocessing of its own, gets the image as it is.
+        As in the fit: stretched to its one size, or to the bucket of its aspect. A CLIP model, which has its own
+        preprocessing, gets the image as it is.
         """
-        if self._size is not None:
-            return self._size
-        with Image.open(file) as image:
-            return image.height, image.width
+        if not self._sizes:
+            return size
+        bucket = 0 if len(self._sizes) == 1 else assign(size, self._sizes)
+        if bucket is None:
+            raise ValueError(
+                f"none of the fit's {len(self._sizes)} sizes has the aspect of {size[0]}x{size[1]}; give height and "
+                "width to stretch it"
+            )
+        return self._sizes[bucket]
 
 
 class Parts:
@@ -202,10 +218,25 @@ class Parts:
     def text_encoder(self) -> TextEncoder:
         return self._opened().load_text_encoder()
 
+    def checked(self, latent: torch.Tensor) -> torch.Tensor:
+        """`latent` [C, h, w]; ValueError if the backbone has no latents of that shape."""
+        backbone = self._opened()
+        channels, rows, _ = backbone.latent_shape(PROBE, PROBE)
+        height, width = (edge * PROBE // rows for edge in latent.shape[1:])
+        if len(latent) != channels:
+            raise ValueError(f"a latent of this pipeline is [{channels}, h, w], this is {list(latent.shape)}")
+        backbone.latent_shape(height, width)
+        return latent
+
     def _opened(self) -> Backbone:
         if self._backbone is None:
             raise ValueError("latents are decoded for this scorer, which takes a pipeline: name one")
         return self._backbone
+
+
+def file_key(path: str | Path, prompt: str) -> NoiseKey:
+    """The noise key of a file that is scored by itself: pictures of one prompt are compared with each other."""
+    return NoiseKey(group=(prompt,), member=str(path))
 
 
 def open_scorer(
@@ -247,18 +278,32 @@ def dina_pipeline(config: PictureScorerConfig, card: RewardCard) -> PipelineConf
 def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
     card = read_card(config.reward.location)
     pipeline = dina_pipeline(config, card)
-    size = pipeline.height, pipeline.width
-    backbone = runtime.open_pipeline(pipeline)
-    backbone.latent_shape(*size)
+    sizes = ((pipeline.height, pipeline.width),) if config.height or not card.buckets else card.buckets
+    try:
+        backbone = runtime.open_pipeline(pipeline)
+    except ValueError as error:
+        if config.pipeline is not None:
+            raise
+        raise ValueError(
+            f"{error} (reward model {config.reward.path} was fitted on it; a copy may be named as its pipeline)"
+        ) from error
+    for size in sizes:
+        backbone.latent_shape(*size)
     revision = pipeline_revision(pipeline.location)
     if None not in (card.revision, revision) and revision != card.revision:
         log.warning(
             "reward model %s was fitted on revision %s of %s, %s has %s",
             config.reward.path, card.revision, card.pipeline, pipeline.path, revision,
         )  # fmt: skip
-    config = config.model_copy(update={"levels": config.levels or (card.reward.single_level,)})
+    resolved = {
+        "levels": config.levels or (card.reward.single_level,),
+        "pipeline": pipeline.path,
+        "dtype": pipeline.dtype,
+        "max_sequence_length": pipeline.max_sequence_length,
+    }
+    config = config.model_copy(update=resolved)
     dina = open_dina(config.reward, backbone)
-    return PictureScorer(config, dina, parts=Parts(backbone), card=card, size=size, seed=seed)
+    return PictureScorer(config, dina, parts=Parts(backbone), card=card, sizes=sizes, seed=seed)
 
 
 def _open_images(config: PictureScorerConfig, seed: int) -> PictureScorer:
@@ -266,7 +311,7 @@ def _open_images(config: PictureScorerConfig, seed: int) -> PictureScorer:
     if config.pipeline is not None:
         backbone = runtime.open_pipeline(PipelineConfig(path=config.pipeline, dtype=config.dtype or "float32"))
     scorer = open_image_scorer(config.kind, config.reward, device=runtime.device())
-    return PictureScorer(config, scorer, parts=Parts(backbone), card=None, size=None, seed=seed)
+    return PictureScorer(config, scorer, parts=Parts(backbone), card=None, sizes=(), seed=seed)
 
 
 def _read_latent(file: Path) -> torch.Tensor:

@@ -4,39 +4,56 @@ Shape legend: P prompts, G samples of one prompt (the GRPO group), B samples, N 
 window, C H W latent, L text tokens, D text width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptEmbeds:
-    """Text conditioning of a batch, encoded once per prompt and sent along with what it conditions."""
+    """Text conditioning of a batch, encoded once per prompt and sent along with what it conditions.
+
+    L is the same for all prompts of a pipeline. SD3 and FLUX read all L tokens, padding included; Z-Image reads the
+    first `lengths[b]` of row b and ignores the rest.
+    """
 
     embeds: torch.Tensor  # [B, L, D]
-    pooled: torch.Tensor  # [B, D_pooled]
+    pooled: torch.Tensor  # [B, D_pooled]; D_pooled is 0 where the family has no pooled embedding
+    lengths: torch.Tensor | None = None  # [B] int64, tokens of each row in front of its padding; None: all are read
 
     def __len__(self) -> int:
         return len(self.embeds)
 
     def repeat(self, count: int) -> "PromptEmbeds":
         """Each prompt `count` times in a row: [a, b] -> [a, a, b, b]."""
-        return PromptEmbeds(
-            embeds=self.embeds.repeat_interleave(count, 0), pooled=self.pooled.repeat_interleave(count, 0)
-        )
+        return self._map(lambda tensor: tensor.repeat_interleave(count, 0))
 
     def select(self, index: torch.Tensor | slice) -> "PromptEmbeds":
         """The prompts at `index`, in that order."""
-        return PromptEmbeds(embeds=self.embeds[index], pooled=self.pooled[index])
+        return self._map(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str) -> "PromptEmbeds":
-        return PromptEmbeds(embeds=self.embeds.to(device), pooled=self.pooled.to(device))
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PromptEmbeds":
+        return PromptEmbeds(
+            embeds=change(self.embeds),
+            pooled=change(self.pooled),
+            lengths=None if self.lengths is None else change(self.lengths),
+        )
 
     @staticmethod
     def cat(parts: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
-        """One batch from several, in order."""
-        return PromptEmbeds(embeds=torch.cat([p.embeds for p in parts]), pooled=torch.cat([p.pooled for p in parts]))
+        """One batch from several of the same family, in order."""
+        lengths = [part.lengths for part in parts if part.lengths is not None]
+        assert len(lengths) in (0, len(parts)), "prompts of two families in one batch"
+        return PromptEmbeds(
+            embeds=torch.cat([part.embeds for part in parts]),
+            pooled=torch.cat([part.pooled for part in parts]),
+            lengths=torch.cat(lengths) if lengths else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +66,38 @@ class WorkItem:
     group_size: int  # G
 
 
+class Weights(Protocol):
+    """The policy's trained weights: `PolicyWeights`, or a reference to some that stay where they were made."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterState:
-    """LoRA weights of the policy, CPU fp32, as published by the learner."""
+class PolicyWeights:
+    """Trained weights of the policy (its LoRA adapter, or all of them), CPU fp32, as published by the learner."""
 
     version: int  # number of optimizer updates behind these weights
     tensors: dict[str, torch.Tensor]
+    part: int = 0  # number of this part, of `parts` in all
+    parts: int = 1
+
+    def split(self, part_bytes: int) -> "list[PolicyWeights]":
+        """The same weights in parts of about `part_bytes`, at least one tensor each, in order."""
+        parts, size = [{}], 0
+        for name, tensor in self.tensors.items():
+            if parts[-1] and size + tensor.nbytes > part_bytes:
+                parts.append({})
+                size = 0
+            parts[-1][name] = tensor
+            size += tensor.nbytes
+        return [
+            PolicyWeights(version=self.version, tensors=tensors, part=number, parts=len(parts))
+            for number, tensors in enumerate(parts)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

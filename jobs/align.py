@@ -1,15 +1,18 @@
 """Align the generator: `python -m jobs.align --config configs/shapes_flow_grpo_fast.yaml`, also by `ray job submit`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from dina_rl.alignment.loop import Prompts, align
 from dina_rl.alignment.planning import describe
 from dina_rl.alignment.pretraining import PretrainingDraws
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
+from dina_rl.backbones.trained import check_targets, save_transformer
 from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun
@@ -36,12 +39,12 @@ def main(argv: Sequence[str]) -> None:
     print(f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
     if recorder.diverged_at is not None:
         best = max(points, key=lambda point: point["golden"])
-        outcome = "stopped; the adapter is that of" if recorder.stopped else "its best was at"
+        outcome = "stopped; the result is that of" if recorder.stopped else "its best was at"
         print(
             f"diverged  at iteration {recorder.diverged_at}, {outcome} iteration {best['step']} ({best['golden']:.3f})"
         )
-    print(f"adapter   {run_dir / 'adapter'}\ncurves    {run_dir / 'curves.png'}")
-    print(f"look at   tensorboard --logdir {run_dir}")
+    print(f"{recorder.exported.name:<11} {recorder.exported}\ncurves      {run_dir / 'curves.png'}")
+    print(f"look at     tensorboard --logdir {run_dir}")
 
 
 def preflight(run: AlignRun) -> Prompts:
@@ -52,6 +55,7 @@ def preflight(run: AlignRun) -> Prompts:
     """
     backbone = open_pipeline(run.pipeline)
     backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+    check_targets(backbone.empty_transformer(), run.learner.lora)
     if run.rewards.dina is not None:
         _check_reward(run, read_card(run.rewards.dina.location), backbone.width)
     check_clip_models(run)
@@ -84,7 +88,7 @@ def _check_reward(run: AlignRun, card: RewardCard, width: int) -> None:
 
 def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
     """Run the loop on Ray actors, or in this process with `run.inline`; returns what was recorded."""
-    recorder = Recorder(run, run_dir, adapter_exporter(run))
+    recorder = Recorder(run, run_dir, exporter(run))
     if recorder.finished:
         recorder.restore()
         return recorder
@@ -105,11 +109,16 @@ def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
     return recorder
 
 
-def adapter_exporter(run: AlignRun):
-    """Writes adapter tensors as the file that stock diffusers' `load_lora_weights` reads."""
+def exporter(run: AlignRun) -> Callable[[Path, dict[str, torch.Tensor]], Path]:
+    """Writes trained weights as stock diffusers reads them: by `load_lora_weights`, or as a transformer."""
     lora = run.learner.lora
     backbone = open_pipeline(run.pipeline)
-    return lambda directory, state: backbone.save_adapter(directory, state, rank=lora.rank, alpha=lora.alpha)
+    if lora is None:
+        return lambda directory, state: save_transformer(backbone.load_transformer(), directory, state)
+    targets = lora.targets or backbone.lora_targets
+    return lambda directory, state: backbone.save_adapter(
+        directory, state, rank=lora.rank, alpha=lora.alpha, targets=targets
+    )
 
 
 if __name__ == "__main__":

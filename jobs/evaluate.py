@@ -61,9 +61,9 @@ def preflight(run: EvaluateRun) -> Inputs:
     if not run.runs and not run.scorers:
         raise ValueError("nothing to evaluate: give --runs DIR ..., or --scorers.NAME.path DIR")
     runs = read_runs(run.runs)
-    asked = DatasetConfig() if run.buckets is None else DatasetConfig(buckets=run.buckets)
-    others = [named_scorer(name, config, asked) for name, config in run.scorers.items()]
-    fitted = [named_scorer(e.name, e.scorer, e.run.dataset if run.buckets is None else asked) for e in runs]
+    sizes = None if run.buckets is None else DatasetConfig(buckets=run.buckets)
+    others = [named_scorer(name, config, sizes) for name, config in run.scorers.items()]
+    fitted = [named_scorer(each.name, each.scorer, sizes or each.run.dataset) for each in runs]
     twice = {scorer.name for scorer in others} & {scorer.name for scorer in fitted}
     if twice:
         raise ValueError(f"scorers.{twice.pop()} has the name of a run; choose another")

@@ -39,6 +39,26 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised miniature FLUX.1-dev on disk."""
+    from tests.tiny_pipelines import save_tiny_flux
+
+    directory = tmp_path_factory.mktemp("flux") / "tiny"
+    save_tiny_flux(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised miniature Z-Image-Turbo on disk."""
+    from tests.tiny_pipelines import save_tiny_z_image
+
+    directory = tmp_path_factory.mktemp("z_image") / "tiny"
+    save_tiny_z_image(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_reward(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
     """A randomly initialised DiNa-LRM on `tiny_pipeline`, as fit_reward would have saved it."""
     from dina_rl.config import LoRAConfig, PipelineConfig, RewardModelConfig

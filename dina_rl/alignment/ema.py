@@ -1,12 +1,12 @@
-"""Exponential moving average of the adapter."""
+"""Exponential moving average of the trained weights."""
 
 import torch
 
 
-class AdapterEMA:
-    """Averaged adapter with decay warm-up min((1 + n) / (10 + n), decay), n = updates seen.
+class WeightsEMA:
+    """Averaged weights with decay warm-up min((1 + n) / (10 + n), decay), n = updates seen.
 
-    It keeps its own tensors and never touches the policy's weights, so there is nothing to swap back.
+    It keeps tensors of its own and never touches the policy's, so there is nothing to swap back.
     """
 
     def __init__(self, state: dict[str, torch.Tensor], decay: float, updates: int = 0) -> None:
@@ -15,7 +15,7 @@ class AdapterEMA:
         self.state = {name: tensor.clone() for name, tensor in state.items()}
 
     def update(self, state: dict[str, torch.Tensor]) -> None:
-        """Move towards `state`, the policy's adapter after one optimizer update."""
+        """Move towards `state`, the policy's weights after one optimizer update."""
         decay = min((1 + self.updates) / (10 + self.updates), self.decay)
         self.updates += 1
         for name, tensor in state.items():

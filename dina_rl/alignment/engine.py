@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dina_rl.backbones.lora import load_lora_state, lora_state, trainable
+from dina_rl.backbones.lora import trainable
+from dina_rl.backbones.trained import load_trained_state, trained_state
 from dina_rl.config import LearnerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,11 +32,11 @@ class Engine(Protocol):
         """Average over ranks, clip, update, clear. Returns the gradient norm before clipping."""
         ...
 
-    def adapter(self) -> dict[str, torch.Tensor]:
-        """The whole adapter, CPU fp32, on every rank. All ranks must call it."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole trained part, CPU fp32, on every rank. All ranks must call it."""
         ...
 
-    def load_adapter(self, state: dict[str, torch.Tensor]) -> None: ...
+    def load_weights(self, state: dict[str, torch.Tensor]) -> None: ...
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """`<parameter>.exp_avg`, `<parameter>.exp_avg_sq` in full size and one `step`, whatever the sharding."""
@@ -74,11 +75,11 @@ class TorchEngine:
         self._optimizer.zero_grad()
         return float(norm)
 
-    def adapter(self) -> dict[str, torch.Tensor]:
-        return lora_state(self.module)
+    def weights(self) -> dict[str, torch.Tensor]:
+        return trained_state(self.module)
 
-    def load_adapter(self, state: dict[str, torch.Tensor]) -> None:
-        load_lora_state(self.module, state)
+    def load_weights(self, state: dict[str, torch.Tensor]) -> None:
+        load_trained_state(self.module, state)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         tensors = {}

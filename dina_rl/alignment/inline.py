@@ -11,7 +11,7 @@ from dina_rl.alignment.loop import ScoredGroup
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.alignment.scoring import ScoringWorker
 from dina_rl.config import AlignRun
-from dina_rl.types import AdapterState, SampledGroup, TrainingGroup, WorkItem
+from dina_rl.types import PolicyWeights, SampledGroup, TrainingGroup, WorkItem
 
 
 def in_calls(items: Sequence[WorkItem], groups_per_call: int) -> list[list[WorkItem]]:
@@ -44,8 +44,8 @@ class InlineExperience:
             ]
         return scored
 
-    def publish(self, adapter: AdapterState) -> None:
-        self._worker.load_adapter(adapter)
+    def publish(self, weights: PolicyWeights) -> None:
+        self._worker.load_weights(weights)
 
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
         samples = [self._worker.evaluate(item) for item in items]

@@ -1,4 +1,4 @@
-"""The policy's side of the loop: scored groups in, a better adapter out. It runs the same on every engine and rank."""
+"""The policy's side of the loop: scored groups in, better weights out. It runs the same on every engine and rank."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -8,13 +8,13 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from dina_rl.alignment.ema import AdapterEMA
+from dina_rl.alignment.ema import WeightsEMA
 from dina_rl.alignment.engine import Engine
 from dina_rl.alignment.policy import Policy
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.seeding import generator
-from dina_rl.types import AdapterState, TrainingGroup
+from dina_rl.types import PolicyWeights, TrainingGroup
 
 Pass = TypeVar("Pass")  # one forward (of the policy and its reference) that ends in one backward
 
@@ -57,14 +57,14 @@ class PolicyLearner:
 
     Args:
         run: the run's configuration.
-        make_engine: wraps the policy with its adapter, e.g. `lambda module: TorchEngine(module, run.learner)`.
+        make_engine: wraps the trainable policy, e.g. `lambda module: TorchEngine(module, run.learner)`.
     """
 
     def __init__(self, run: AlignRun, make_engine: Callable[[nn.Module], Engine]) -> None:
         self.run = run
         self._policy = Policy(run, make_engine)
         self._objective = _objective(run, self._policy)
-        self._ema = AdapterEMA(self._policy.engine.adapter(), run.learner.ema_decay)
+        self._ema = WeightsEMA(self._policy.engine.weights(), run.learner.ema_decay)
         self.version = 0
 
     def update(self, step: int, groups: Sequence[TrainingGroup], kl_scale: float = 1.0) -> dict[str, float]:
@@ -142,7 +142,7 @@ class PolicyLearner:
         if not torch.isfinite(torch.tensor(norm)):
             raise RunStopped(f"the gradient norm is {norm} at policy version {self.version}; the update is void")
         self.version += 1
-        self._ema.update(self._policy.engine.adapter())
+        self._ema.update(self._policy.engine.weights())
         return norm
 
     def _averages(self, sums: dict[str, float]) -> dict[str, float]:
@@ -156,13 +156,13 @@ class PolicyLearner:
                 means[name] = whole[name] / whole[f"{prefix}{slash}terms"]
         return means
 
-    def policy(self) -> AdapterState:
-        """The adapter to sample with. All ranks must call it."""
-        return AdapterState(version=self.version, tensors=self._policy.engine.adapter())
+    def policy(self) -> PolicyWeights:
+        """The weights to sample with. All ranks must call it."""
+        return PolicyWeights(version=self.version, tensors=self._policy.engine.weights())
 
-    def average(self) -> AdapterState:
-        """The averaged adapter, to evaluate and export."""
-        return AdapterState(
+    def average(self) -> PolicyWeights:
+        """The averaged weights, to evaluate and export."""
+        return PolicyWeights(
             version=self.version, tensors={name: tensor.clone() for name, tensor in self._ema.state.items()}
         )
 
@@ -171,7 +171,7 @@ class PolicyLearner:
         return {
             "version": torch.tensor(self.version),
             "ema_updates": torch.tensor(self._ema.updates),
-            **{f"policy/{name}": tensor for name, tensor in self._policy.engine.adapter().items()},
+            **{f"policy/{name}": tensor for name, tensor in self._policy.engine.weights().items()},
             **{f"ema/{name}": tensor.clone() for name, tensor in self._ema.state.items()},
             **{f"optimizer/{name}": tensor for name, tensor in self._policy.engine.optimizer_state().items()},
         }
@@ -183,9 +183,9 @@ class PolicyLearner:
             return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
         self.version = int(state["version"])
-        self._policy.engine.load_adapter(under("policy/"))
+        self._policy.engine.load_weights(under("policy/"))
         self._policy.engine.load_optimizer_state(under("optimizer/"))
-        self._ema = AdapterEMA(under("ema/"), self.run.learner.ema_decay, int(state["ema_updates"]))
+        self._ema = WeightsEMA(under("ema/"), self.run.learner.ema_decay, int(state["ema_updates"]))
 
 
 def _objective(run: AlignRun, policy: Policy) -> Objective:

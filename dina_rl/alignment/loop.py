@@ -19,7 +19,7 @@ from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.scorers.mixture import group_weighted_sum, weighted_sum
 from dina_rl.seeding import generator
-from dina_rl.types import AdapterState, WorkItem
+from dina_rl.types import Weights, WorkItem
 
 Handle = TypeVar("Handle")  # a trajectory, or a reference to one that stays where it was made
 
@@ -34,15 +34,15 @@ class Experience(Protocol[Handle]):
     """Where rollouts, rewards and measurements come from."""
 
     def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[Handle]]:
-        """Roll out and score one group per item, in order, with the adapter published last."""
+        """Roll out and score one group per item, in order, with the weights published last."""
         ...
 
-    def publish(self, adapter: AdapterState) -> None:
-        """Sample with `adapter` from now on."""
+    def publish(self, weights: Weights) -> None:
+        """Sample with `weights` from now on."""
         ...
 
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
-        """Golden and proxy of the published adapter."""
+        """Golden and proxy of the published weights."""
         ...
 
 
@@ -53,9 +53,9 @@ class Learner(Protocol[Handle]):
         self, step: int, handles: Sequence[Handle], advantages: torch.Tensor, kl_scale: float
     ) -> dict[str, float]: ...
 
-    def policy(self) -> AdapterState: ...
+    def policy(self) -> Weights: ...
 
-    def average(self) -> AdapterState: ...
+    def average(self) -> Weights: ...
 
     def state(self) -> dict[str, torch.Tensor]: ...
 

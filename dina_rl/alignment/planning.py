@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from dina_rl.alignment.footprint import FP32, learner_footprint
 from dina_rl.config import AlignRun
 from dina_rl.runtime import open_pipeline
 
-FP32 = 4  # bytes
 ALGORITHMS = {"grpo": "Flow-GRPO", "refl": "ReFL"}
 
 
@@ -30,7 +30,7 @@ def _work(run: AlignRun) -> list[tuple[str, str]]:
         if rollout.window_range is not None:
             first, end = rollout.window_range
             window = f"{rollout.window_steps} steps drawn within {first} to {end - 1}"
-        steps = f"{rollout.num_steps} steps, {rollout.dynamics} and trained: {window}"
+        steps = f"{rollout.num_steps} steps, {run.dynamics} and trained: {window}"
     return [
         ("run", f"{ALGORITHMS[run.algorithm]}, {run.steps} iterations, {run.steps * samples:,} training images"),
         (
@@ -71,25 +71,29 @@ def _actors(run: AlignRun) -> list[tuple[str, str]]:
 
 
 def _memory(run: AlignRun) -> list[tuple[str, str]]:
-    """Weights and object store; activations are not in it."""
+    """Object store, and what each kind of actor holds."""
     try:
-        shape = open_pipeline(run.pipeline).latent_shape(run.pipeline.height, run.pipeline.width)
+        backbone = open_pipeline(run.pipeline)
+        shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+        learner = learner_footprint(run, backbone)
     except ValueError as error:
         return [("memory", f"unknown: {error}")]
     samples = run.rollout.prompts_per_step * run.rollout.group_size
     latent = shape[0] * shape[1] * shape[2] * FP32
     kept = run.rollout.window_steps + 2 if run.algorithm == "grpo" else 3  # ReFL: stopped, predicted, gradient
     rows = [("memory", f"{_bytes(samples * kept * latent)} of latents an iteration in the object store")]
+    rows.append(
+        (
+            "",
+            f"learner rank {_bytes(learner.total)}: weights {_bytes(learner.weights)}, gradients and moments "
+            f"{_bytes(learner.optimizer)}, activations of a micro-batch {_bytes(learner.activations)}",
+        )
+    )
     weights = _weights(Path(run.pipeline.location))
     if "transformer" in weights:
         rollout, transformer = sum(weights.values()), weights["transformer"]
-        rows.append(
-            (
-                "",
-                f"weights, without activations: rollout {_bytes(rollout)}, learner rank {_bytes(transformer)} and the "
-                f"adapter x 4, scorer at most {_bytes(transformer)} and its pixel models",
-            )
-        )
+        scorer = f"scorer at most {_bytes(transformer)} and its pixel models"
+        rows.append(("", f"weights on disk: rollout actor {_bytes(rollout)}, {scorer}"))
     return rows
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dina_rl.alignment.engine import Engine
-from dina_rl.backbones.lora import adapter_disabled, add_lora
+from dina_rl.backbones.lora import adapter_disabled
+from dina_rl.backbones.trained import make_trainable
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import guided
 from dina_rl.runtime import open_pipeline
@@ -26,13 +27,21 @@ class VelocityInputs:
 
 
 class Policy:
-    """The generator with its adapter, under a training engine."""
+    """The generator under a training engine, with an adapter or trained whole.
+
+    Trained whole, its weights are fp32 masters; below `pipeline.dtype` float32 its forwards run under autocast.
+    """
 
     def __init__(self, run: AlignRun, make_engine: Callable[[nn.Module], Engine]) -> None:
         self._backbone = open_pipeline(run.pipeline)
         self._module = self._backbone.load_transformer()
-        lora = run.learner.lora
-        add_lora(self._module, rank=lora.rank, alpha=lora.alpha, targets=self._backbone.lora_targets, seed=run.seed)
+        whole = run.learner.lora is None
+        # Without an adapter to switch off, the reference is a model of its own; who wants no KL need not hold it.
+        self._reference = self._backbone.load_transformer() if whole and run.kl_weight else None
+        if whole:
+            self._module.float()
+        make_trainable(self._module, run.learner.lora, targets=self._backbone.lora_targets, seed=run.seed)
+        self._mixed = whole and run.pipeline.dtype != "float32"
         if run.learner.gradient_checkpointing:
             self._module.enable_gradient_checkpointing()
         self.engine = make_engine(self._module)
@@ -40,19 +49,25 @@ class Policy:
 
     def velocity(self, inputs: VelocityInputs) -> torch.Tensor:
         """Velocity [B, C, H, W], conditional or guided, with a gradient; inputs are brought to `device`."""
+        with torch.autocast(torch.device(self.device).type, self._backbone.dtype, enabled=self._mixed):
+            return self._velocity(self.engine.module, inputs)
+
+    @torch.no_grad()
+    def reference_velocity(self, inputs: VelocityInputs) -> torch.Tensor:
+        """`velocity` of the base: the same module with its adapter off, or the copy that full fine-tuning keeps."""
+        if self._reference is not None:
+            return self._velocity(self._reference, inputs)
+        with adapter_disabled(self._module):
+            return self._velocity(self.engine.module, inputs)
+
+    def _velocity(self, module: nn.Module, inputs: VelocityInputs) -> torch.Tensor:
         latents = inputs.latents.to(self.device)
         sigma = inputs.sigma.to(self.device).expand(len(latents))
 
         def forward(text: PromptEmbeds) -> torch.Tensor:
-            return self._backbone.velocity(self.engine.module, latents, sigma, text.to(self.device))
+            return self._backbone.velocity(module, latents, sigma, text.to(self.device))
 
         conditional = forward(inputs.prompt)
         if inputs.negative is None:
             return conditional
         return guided(conditional, forward(inputs.negative.repeat(len(latents))), inputs.guidance_scale)
-
-    @torch.no_grad()
-    def reference_velocity(self, inputs: VelocityInputs) -> torch.Tensor:
-        """`velocity` of the base: the same module with its adapter off, so that no second model is held."""
-        with adapter_disabled(self._module):
-            return self.velocity(inputs)

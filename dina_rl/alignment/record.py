@@ -1,4 +1,4 @@
-"""Everything an alignment run leaves behind: TensorBoard, history, measurements, checkpoints, the exported adapter."""
+"""Everything an alignment run leaves behind: TensorBoard, history, measurements, checkpoints, the exported weights."""
 
 import json
 import shutil
@@ -21,11 +21,11 @@ from dina_rl.checkpoint import load_tensors, save_tensors, write_json, write_tex
 from dina_rl.config import AlignRun
 from dina_rl.report import image_grid, plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
-from dina_rl.types import AdapterState
+from dina_rl.types import PolicyWeights, Weights
 
 SHOWN_IMAGES = 16
-ADAPTER = "adapter"
-BEST = "best/adapter.safetensors"
+ADAPTER, TRANSFORMER = "adapter", "transformer"
+BEST = "best/weights.safetensors"
 BEST_STATE = "best/state.safetensors"
 LAYOUT = {
     "alignment": {
@@ -44,15 +44,13 @@ class Recorder:
     """Writes to `run_dir` as the loop reports; a resumed run continues every file where its checkpoint left it.
 
     Args:
-        export_adapter: writes an adapter in the format of stock diffusers (`Backbone.save_adapter`).
+        export: writes trained weights to a directory in the format of stock diffusers.
     """
 
-    def __init__(
-        self, run: AlignRun, run_dir: Path, export_adapter: Callable[[Path, dict[str, torch.Tensor]], Path]
-    ) -> None:
+    def __init__(self, run: AlignRun, run_dir: Path, export: Callable[[Path, dict[str, torch.Tensor]], Path]) -> None:
         self.run = run
         self.dir = run_dir
-        self._export_adapter = export_adapter
+        self._export = export
         self.seconds: dict[str, float] = defaultdict(float)
         self.history: list[dict] = []
         self._bar: tqdm | None = None
@@ -62,8 +60,13 @@ class Recorder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run in this directory has exported its adapter, the last thing it does."""
-        return any((self.dir / ADAPTER).glob("*.safetensors"))
+        """Whether the run in this directory has exported its weights, the last thing it does."""
+        return any(self.exported.glob("*.safetensors"))
+
+    @property
+    def exported(self) -> Path:
+        """Where the result lies: the adapter, or after full fine-tuning the transformer."""
+        return self.dir / (TRANSFORMER if self.run.learner.lora is None else ADAPTER)
 
     # --- state -------------------------------------------------------------------------------------------------
 
@@ -124,10 +127,10 @@ class Recorder:
         self._store("base", measurements)
         self._images("base", measurements, 0)
 
-    def measured(self, done: int, measurement: Measurement, average: AdapterState) -> None:
-        """A point of the proxy and golden curves after `done` iterations (dev prompts, averaged adapter).
+    def measured(self, done: int, measurement: Measurement, average: Weights) -> None:
+        """A point of the proxy and golden curves after `done` iterations (dev prompts, averaged weights).
 
-        The adapter is kept if it is the best in golden so far, and the divergence watch looks at the curves.
+        They are kept if they are the best in golden so far, and the divergence watch looks at the curves.
         """
         point = {
             "step": done,
@@ -217,9 +220,9 @@ class Recorder:
         before, after = self.stored("base", scale), self.stored("aligned", scale)
         plot_samples(before["images"], after["images"], self.dir / "samples.png")
 
-    def export(self, adapter: AdapterState) -> None:
-        """Write the adapter for stock diffusers and close TensorBoard."""
-        self._export_adapter(self.dir / ADAPTER, adapter.tensors)
+    def export(self, weights: Weights) -> None:
+        """Write the weights for stock diffusers and close TensorBoard."""
+        self._export(self.exported, weights.tensors)
         self._writer.close()
 
     # --- what the report reads -----------------------------------------------------------------------------------
@@ -245,7 +248,7 @@ class Recorder:
 
     @property
     def best_at(self) -> int:
-        """The first iteration whose adapter was best in golden on the dev prompts."""
+        """The first iteration whose weights were best in golden on the dev prompts."""
         return max(self.points(), key=lambda point: point["golden"])["step"]
 
     def keep_best(self, state: dict[str, torch.Tensor]) -> None:
@@ -268,10 +271,10 @@ class Recorder:
         """Whether the watch has ended the run."""
         return self.run.watch.action == "stop" and self.diverged_at is not None
 
-    def best(self) -> AdapterState:
-        """The averaged adapter that was best in golden on the dev prompts."""
+    def best(self) -> PolicyWeights:
+        """The averaged weights that were best in golden on the dev prompts."""
         tensors = load_tensors(self.dir / BEST)
-        return AdapterState(version=int(tensors.pop("version")), tensors=tensors)
+        return PolicyWeights(version=int(tensors.pop("version")), tensors=tensors)
 
     def iterations(self) -> list[dict]:
         return [entry for entry in self.history if entry["kind"] == "iteration"]

@@ -6,25 +6,22 @@ import torch
 
 from dina_rl.alignment.golden import EvaluationItem, EvaluationSamples, open_metric
 from dina_rl.alignment.pretraining import PretrainingDraws
-from dina_rl.backbones.lora import add_lora, load_lora_state
+from dina_rl.backbones.trained import check_names, copy_in, make_trainable, trained_parameters
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import Denoised, Velocity, denoise, denoise_until, guided, predict_clean
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import generator, normal
-from dina_rl.types import AdapterState, PromptEmbeds, StoppedGroup, Trajectory, WorkItem
+from dina_rl.types import PolicyWeights, PromptEmbeds, StoppedGroup, Trajectory, WorkItem
 
 
 class RolloutWorker:
-    """The policy as a sampler, with text encoder and VAE. Holds no state between calls but the adapter."""
+    """The policy as a sampler, with text encoder and VAE. Holds no state between calls but the weights."""
 
     def __init__(self, run: AlignRun) -> None:
         self._run = run
         self._backbone = open_pipeline(run.pipeline)
         self._transformer = self._backbone.load_transformer()
-        lora = run.learner.lora
-        add_lora(
-            self._transformer, rank=lora.rank, alpha=lora.alpha, targets=self._backbone.lora_targets, seed=run.seed
-        )
+        make_trainable(self._transformer, run.learner.lora, targets=self._backbone.lora_targets, seed=run.seed)
         self._transformer.requires_grad_(False)
         self._text = self._backbone.load_text_encoder()
         self._codec = self._backbone.load_codec()
@@ -32,17 +29,32 @@ class RolloutWorker:
         self._shape = self._backbone.latent_shape(run.pipeline.height, run.pipeline.width)
         wants_real = run.algorithm == "refl" and run.refl.pretraining_weight
         self._real = PretrainingDraws(run, self._shape) if wants_real else None
-        self._sigmas = self._backbone.sigmas(run.rollout.num_steps)
+        self._sigmas = self._backbone.sigmas(run.rollout.num_steps, run.pipeline.height, run.pipeline.width)
         self._version = 0
+        self._next_part = 0
+        self._loaded: set[str] = set()  # names of the weights that came in parts
 
-    def load_adapter(self, adapter: AdapterState) -> int:
-        """Sample with `adapter` from now on; returns its version."""
-        load_lora_state(self._transformer, adapter.tensors)
-        self._version = adapter.version
+    def load_weights(self, weights: PolicyWeights) -> int:
+        """Sample with `weights` from now on; they may come in parts, in order. Returns their version.
+
+        Raises:
+            ValueError: a part is missing, or the weights are not those of this policy.
+        """
+        if weights.part != self._next_part:
+            raise ValueError(f"part {weights.part} of the policy's weights came where {self._next_part} was due")
+        parameters = trained_parameters(self._transformer)
+        self._loaded = set(weights.tensors) | (self._loaded if weights.part else set())
+        check_names(self._loaded & set(parameters), self._loaded)
+        for name, tensor in weights.tensors.items():
+            copy_in(parameters[name], tensor)
+        self._next_part = (weights.part + 1) % weights.parts
+        if self._next_part == 0:
+            check_names(self._loaded, set(parameters))
+            self._version = weights.version
         return self._version
 
     def rollout(self, items: Sequence[WorkItem]) -> list[Trajectory] | list[StoppedGroup]:
-        """One rollout per group, all groups in one batch. Depends on the items and the adapter alone.
+        """One rollout per group, all groups in one batch. Depends on the items and the weights alone.
 
         All groups must belong to one iteration: they share its window or its stop step.
         """
@@ -66,7 +78,7 @@ class RolloutWorker:
                     policy_version=self._version,
                     sigmas=self._sigmas,
                     window_start=start,
-                    dynamics=run.dynamics,
+                    dynamics=self._run.dynamics,
                     noise_level=run.noise_level,
                     states=result.states[:, group].cpu().clone(),  # a view would be sent with its whole batch
                     log_probs=result.log_probs[:, group].cpu().clone(),
@@ -130,7 +142,7 @@ class RolloutWorker:
         return rows, PromptEmbeds.cat([rows.select(slice(i, i + 1)).repeat(size) for i, size in enumerate(sizes)])
 
     def _velocities(self, prompt: PromptEmbeds, guidance_scale: float) -> tuple[Velocity, Velocity | None]:
-        """The current adapter's conditional velocity and, under guidance, the empty prompt's."""
+        """The current policy's conditional velocity and, under guidance, the empty prompt's."""
 
         def velocity_for(text: PromptEmbeds) -> Velocity:
             return lambda latents, sigma: self._backbone.velocity(self._transformer, latents, sigma, text)
@@ -140,7 +152,7 @@ class RolloutWorker:
         return velocity_for(prompt), velocity_for(self._text([""]).repeat(len(prompt)))
 
     def evaluate(self, item: EvaluationItem) -> EvaluationSamples:
-        """ODE samples of the current adapter at fixed noise, decoded and measured by the golden metric."""
+        """ODE samples of the current policy at fixed noise, decoded and measured by the golden metric."""
         noise = torch.stack(
             [
                 normal(self._shape, "evaluation", item.split, prompt_id, sample_id)
@@ -177,7 +189,7 @@ class RolloutWorker:
             unconditional,
             guidance_scale=guidance_scale,
             window_start=window_start,
-            dynamics=self._run.rollout.dynamics,
+            dynamics=self._run.dynamics,
             noise_level=self._run.rollout.noise_level,
             window_noise=None if window_noise is None else window_noise.to(device),
             guided_density=self._run.learner.guidance_in_loss,

@@ -21,7 +21,8 @@ class Features:
 
     visual: tuple[torch.Tensor, ...]  # per tap [B, N_visual, width]
     text: tuple[torch.Tensor, ...]  # per tap [B, N_text, width]
-    time_embedding: torch.Tensor  # [B, width]
+    time_embedding: torch.Tensor  # [B, time_width]
+    text_mask: torch.Tensor | None = None  # [B, N_text], False where a row only pads its batch; None: nowhere
 
 
 class TextEncoder(Protocol):
@@ -43,12 +44,20 @@ class LatentCodec(Protocol):
 class Backbone(Protocol):
     """One diffusion family, opened on a pipeline directory or hub id. Parts load only when asked for."""
 
-    num_blocks: int  # joint blocks of the full transformer
+    dtype: torch.dtype  # of the frozen weights
+    num_blocks: int  # joint blocks of the full transformer, those over visual and text tokens
+    last_tap: int  # blocks 1 to this one have a visual and a text output
     width: int  # hidden width of a token
+    time_width: int  # width of the timestep embedding that modulates the blocks
+    prompt_shape: tuple[int, int, int]  # text tokens, their width, and that of the pooled embedding
     lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
 
     def load_transformer(self) -> nn.Module:
         """The denoiser, frozen and in eval mode."""
+        ...
+
+    def empty_transformer(self) -> nn.Module:
+        """The denoiser on torch's meta device: shapes and names without weights."""
         ...
 
     def load_text_encoder(self) -> TextEncoder: ...
@@ -59,8 +68,8 @@ class Backbone(Protocol):
         """(C, h, w) of the latent of an image of that size. Raises ValueError if the size does not fit."""
         ...
 
-    def sigmas(self, num_steps: int) -> torch.Tensor:
-        """The scheduler's sigma table [num_steps + 1], fp32, from 1 down to 0."""
+    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
+        """The scheduler's sigma table [num_steps + 1], fp32, from 1 down to 0, for images of that size in pixels."""
         ...
 
     def velocity(
@@ -70,7 +79,11 @@ class Backbone(Protocol):
         ...
 
     def truncated(self, transformer: nn.Module, num_blocks: int) -> nn.Module:
-        """An independent copy of the first `num_blocks` blocks and the embedders; nothing after them is kept."""
+        """An independent copy of the first `num_blocks` blocks and what feeds them; nothing after them is kept.
+
+        Raises:
+            ValueError: `num_blocks` is not between 1 and `last_tap`.
+        """
         ...
 
     def features(
@@ -84,6 +97,8 @@ class Backbone(Protocol):
         """Outputs of the 1-based blocks `taps` of a `truncated` transformer."""
         ...
 
-    def save_adapter(self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float) -> Path:
+    def save_adapter(
+        self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]
+    ) -> Path:
         """Write policy LoRA weights as the file that stock diffusers' `load_lora_weights` reads."""
         ...

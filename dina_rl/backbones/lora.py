@@ -1,10 +1,13 @@
-"""LoRA adapters on a diffusers transformer: add, read, write, switch off.
+"""LoRA adapters on a diffusers transformer: add, read, write, export, switch off.
 
 The base model doubles as the reference policy by switching the adapter off, so no second copy is ever held.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -12,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from dina_rl.seeding import derive_seed
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def add_lora(module: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
@@ -52,6 +57,35 @@ def load_lora_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
             f"{len(set(state) - expected)} unknown (first: {sorted(expected ^ set(state))[:1]})"
         )
     set_peft_model_state_dict(module, state)
+
+
+def export_adapter(
+    save_lora_weights: Callable[..., None],
+    directory: Path,
+    state: dict[str, torch.Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+) -> Path:
+    """Write a transformer's `lora_state` as the file that stock `load_lora_weights` reads; whole or not at all.
+
+    Args:
+        save_lora_weights: of the stock pipeline's class.
+
+    Returns:
+        The file in `directory`, which is made if need be.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as writing:
+        save_lora_weights(
+            writing,
+            transformer_lora_layers=state,
+            weight_name=LORA_FILE,
+            transformer_lora_adapter_metadata={"r": rank, "lora_alpha": alpha, "target_modules": list(targets)},
+        )
+        os.replace(Path(writing) / LORA_FILE, directory / LORA_FILE)
+    return directory / LORA_FILE
 
 
 @contextmanager

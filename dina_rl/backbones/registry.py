@@ -8,7 +8,11 @@ import torch
 
 from dina_rl.backbones.base import Backbone
 
-BACKBONES = {"StableDiffusion3Pipeline": "dina_rl.backbones.sd3:SD3"}
+BACKBONES = {
+    "FluxPipeline": "dina_rl.backbones.flux:Flux",
+    "StableDiffusion3Pipeline": "dina_rl.backbones.sd3:SD3",
+    "ZImagePipeline": "dina_rl.backbones.z_image:ZImage",
+}
 
 
 def pipeline_class(path: str | Path) -> str:
@@ -44,10 +48,11 @@ def open_backbone(
 
     Args:
         dtype: parameter dtype of everything loaded through it.
-        max_sequence_length: T5 tokens per prompt; the reward model and the policy must agree on it.
+        max_sequence_length: tokens per prompt (of T5, or of Z-Image's chat); the reward model and the policy must agree
+            on it.
 
     Raises:
-        ValueError: unknown path or a pipeline class without a backbone.
+        ValueError: unknown path, a pipeline class without a backbone, or a length beyond what it can read.
     """
     name = pipeline_class(path)
     if name not in BACKBONES:

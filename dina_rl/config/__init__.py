@@ -5,6 +5,7 @@ values live in `configs/`. Each rule that spans several fields has its own messa
 """
 
 from dina_rl.config.alignment import (
+    Dynamics,
     GRPOConfig,
     LearnerConfig,
     PromptsConfig,
@@ -13,7 +14,7 @@ from dina_rl.config.alignment import (
     WatchConfig,
     WorkersConfig,
 )
-from dina_rl.config.base import LoRAConfig, PipelineConfig
+from dina_rl.config.base import LoRAConfig, PipelineConfig, PolicyLoRAConfig
 from dina_rl.config.evaluation import EvaluateRun, ScoringWorkersConfig, SetConfig
 from dina_rl.config.fitting import (
     DatasetConfig,
@@ -33,7 +34,7 @@ from dina_rl.config.rewards import (
     ScorerConfig,
 )
 from dina_rl.config.runs import AlignRun, FitRun, LocalRun
-from dina_rl.config.scoring import PictureScorerConfig
+from dina_rl.config.scoring import PictureScorerConfig, ScoreRun
 
 __all__ = [
     "AlignRun",
@@ -41,6 +42,7 @@ __all__ = [
     "CLIPScoreConfig",
     "DatasetConfig",
     "DiNaScorerConfig",
+    "Dynamics",
     "EvaluateRun",
     "FilterConfig",
     "FitConfig",
@@ -53,11 +55,13 @@ __all__ = [
     "PickScoreConfig",
     "PictureScorerConfig",
     "PipelineConfig",
+    "PolicyLoRAConfig",
     "PromptsConfig",
     "ReFLConfig",
     "RewardModelConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "ScoreRun",
     "ScorerConfig",
     "ScoringWorkersConfig",
     "SetConfig",

@@ -7,12 +7,14 @@ from pydantic import Field, model_validator
 
 from dina_rl.config.base import (
     Fraction,
-    LoRAConfig,
     NonNegative,
+    PolicyLoRAConfig,
     Positive,
     Rate,
     Section,
 )
+
+Dynamics = Literal["flow_sde", "dance", "cps", "ode"]
 
 
 class PromptsConfig(Section):
@@ -33,8 +35,8 @@ class RolloutConfig(Section):
     """denoising steps"""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
     """classifier-free guidance of the rollout; see learner.guidance_in_loss for the log-probabilities"""
-    dynamics: Literal["flow_sde", "dance", "cps"] = "flow_sde"
-    """stochastic step of the window; see dina_rl/flow/sde.py"""
+    dynamics: Dynamics | Literal["auto"] = "auto"
+    """step of the window, see dina_rl/flow/sde.py; auto: flow_sde for grpo, ode for refl, which has no window"""
     noise_level: Annotated[float, Field(ge=0)] = 0.7
     """a of the dynamics: usually 0.7 for flow_sde, 0.8 for cps, 0.2 to 0.3 for dance"""
     window_start: NonNegative = 0
@@ -85,7 +87,7 @@ class GRPOConfig(Section):
     clip_range: Rate = 1e-4
     """bound on |ratio - 1| of the mean log-probability per latent dimension"""
     kl_weight: Annotated[float, Field(ge=0)] = 0.01
-    """weight of the KL to the adapter-off reference"""
+    """weight of the KL to the base: the adapter switched off, or a second transformer when all weights are trained"""
     guard: bool = False
     """GRPO-Guard's regulated clipping: ratios normalised per step and freed of their bias (flow_sde and dance)"""
     old_log_probs: Literal["auto", "rollout", "recompute"] = "auto"
@@ -103,7 +105,7 @@ class ReFLConfig(Section):
     reward_gradient: Literal["service", "learner"] = "service"
     """who differentiates the reward: the scorer actors, so that the learner never holds the reward model, or it"""
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
-    """weight of the KL to the adapter-off reference, of unit-variance Gaussians around the two velocities"""
+    """weight of the KL to the base, of unit-variance Gaussians around the two velocities"""
     pretraining_weight: Annotated[float, Field(ge=0)] = 0.0
     """weight of the flow-matching loss on preferred images, ReFL's pretraining loss"""
     pretraining_latents: str = "~/dina_rl/shapes_reward/latents"
@@ -117,7 +119,8 @@ class ReFLConfig(Section):
 class LearnerConfig(Section):
     """The optimizer's side."""
 
-    lora: LoRAConfig = LoRAConfig(rank=32, alpha=64.0)
+    lora: PolicyLoRAConfig | None = PolicyLoRAConfig(rank=32, alpha=64.0)
+    """None trains all weights of the transformer; they travel to the rollout actors in parts"""
     learning_rate: Rate = 3e-5
     """AdamW's rate"""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -131,7 +134,7 @@ class LearnerConfig(Section):
     micro_batch_size: Positive = 18
     """samples per forward of one rank"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """decay of the averaged adapter that is evaluated and exported, with warm-up min((1 + n) / (10 + n), decay)"""
+    """decay of the averaged weights that are evaluated and exported, with warm-up min((1 + n) / (10 + n), decay)"""
     guidance_in_loss: bool = False
     """train the guided velocity, at a second forward with gradient, instead of the conditional one alone"""
     gradient_checkpointing: bool = False
@@ -146,7 +149,7 @@ class WatchConfig(Section):
     """The divergence watch: golden falls while proxy rises."""
 
     action: Literal["none", "stop", "raise_kl", "roll_back"] = "none"
-    """what to do beside marking it: nothing; stop and export the adapter that was best in golden; multiply the KL
+    """what to do beside marking it: nothing; stop and export the weights that were best in golden; multiply the KL
     weight by kl_factor; or go on from the learner's state (policy, moments, average) at the best measurement"""
     patience: Positive = 2
     """measurements in a row that must be worse than the best one"""
@@ -179,5 +182,7 @@ class WorkersConfig(Section):
     """longest wait for actors to come up"""
     call_timeout_s: Rate = 1800.0
     """longest wait for one rollout, scoring or update call"""
+    weights_part_mib: Positive = 512
+    """size of the parts in which the policy's weights travel to the rollout actors, in MiB"""
     max_restarts: NonNegative = 3
     """dead or hung actors replaced per pool before the run stops"""

@@ -20,6 +20,7 @@ def _as_list(value: object) -> object:
 
 NoiseLevels = Annotated[tuple[NoiseLevel, ...], BeforeValidator(_as_list), Field(min_length=1)]
 Indices = Annotated[tuple[Positive, ...], BeforeValidator(_as_list), Field(min_length=1)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 Guidances = Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_as_list), Field(min_length=1)]
 
 
@@ -53,3 +54,8 @@ class LoRAConfig(Section):
     """rank of every adapter matrix"""
     alpha: Rate = 64.0
     """scale numerator: the update is (alpha / rank) B A"""
+
+
+class PolicyLoRAConfig(LoRAConfig):
+    targets: tuple[str, ...] | None = None
+    """linear layers to adapt, by the ends of their diffusers names, e.g. attn.to_q; None: all attention projections"""

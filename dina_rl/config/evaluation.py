@@ -107,7 +107,7 @@ class EvaluateRun(Section):
     """share of a set's records that may be malformed or have unreadable images before the run stops"""
     buckets: Literal["pipeline", "published"] | tuple[tuple[Positive, Positive], ...] | None = None
     """image sizes of latent scorers: pipeline: all stretched to the reward model's height x width; published: the 13 of
-    DiNa-LRM, both images of a pair in one; or [height, width]s; None: as in a run's fit, pipeline for other scorers"""
+    DiNa-LRM, both images of a pair in one; or [height, width]s; None: as in the fit"""
     encode_batch_size: Positive = 16
     """images per VAE forward"""
     batch_size: Positive = 32

@@ -49,6 +49,8 @@ class RewardModelConfig(Section):
 
     taps: Indices = (4, 8, 12)
     """1-based blocks whose outputs are read; blocks after the last one are neither kept nor computed"""
+    head_width: Annotated[int | None, Field(gt=0)] = None
+    """width of the scoring head; None: the backbone's. Where they differ the head projects the tokens first"""
     num_queries: Positive = 4
     """learnable query tokens"""
     num_heads: Positive = 8

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from dina_rl.config.alignment import (
+    Dynamics,
     GRPOConfig,
     LearnerConfig,
     PromptsConfig,
@@ -70,12 +71,16 @@ class AlignRun(_Run):
             )
         if self.algorithm == "grpo" and rollout.group_size < 2:
             raise ValueError("rollout.group_size 1 leaves nothing to compare: Flow-GRPO needs 2 or more")
+        if self.algorithm == "grpo" and rollout.dynamics == "ode":
+            raise ValueError("rollout.dynamics ode has no log-probability: Flow-GRPO needs flow_sde, dance or cps")
         if self.algorithm == "refl":
             first, last = self.refl.stop_range
             if not first <= last < rollout.num_steps:
                 raise ValueError(
                     f"refl.stop_range [{first}, {last}] must ascend and lie within the {rollout.num_steps} steps"
                 )
+            if rollout.dynamics not in ("auto", "ode"):
+                raise ValueError(f"refl denoises along the ODE; rollout.dynamics {rollout.dynamics} is for grpo")
             if self.refl.reward_gradient == "service" and learner.updates_per_step * learner.epochs > 1:
                 raise ValueError(
                     "refl.reward_gradient service gives the gradient at the rollout's predictions, which hold for one "
@@ -121,6 +126,13 @@ class AlignRun(_Run):
                 f"({learner.micro_batch_size}) x workers.learner_ranks ({self.workers.learner_ranks})"
             )
         return self
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """The step of the window: `rollout.dynamics`, with auto decided by the algorithm."""
+        if self.rollout.dynamics == "auto":
+            return "ode" if self.algorithm == "refl" else "flow_sde"
+        return self.rollout.dynamics
 
     @property
     def kl_weight(self) -> float:

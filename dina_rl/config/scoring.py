@@ -1,10 +1,11 @@
 """Settings of one scorer that is asked about pictures, outside a training run."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import model_validator
 
-from dina_rl.config.base import NoiseLevels, Positive, Section
+from dina_rl.config.base import NoiseLevels, Positive, Section, Texts
 from dina_rl.config.rewards import CLIPScoreConfig, DiNaScorerConfig, PickScoreConfig
 
 
@@ -33,9 +34,9 @@ class PictureScorerConfig(Section):
     max_sequence_length: Positive | None = None
     """T5 tokens per prompt; None: as many as in the fit (another number is another input)"""
     height: Positive | None = None
-    """height in pixels to which image files are resized for dina; None: the fit's"""
+    """dina: height in pixels to which image files are stretched; None: sized as in the fit"""
     width: Positive | None = None
-    """width in pixels to which image files are resized for dina; None: the fit's"""
+    """dina: width in pixels to which image files are stretched; None: sized as in the fit"""
 
     @model_validator(mode="after")
     def _settings_apply(self) -> Self:
@@ -61,3 +62,27 @@ class PictureScorerConfig(Section):
         section = PickScoreConfig if self.kind == "pickscore" else CLIPScoreConfig
         given = {"path": self.path, "processor": self.processor}
         return section(**{name: value for name, value in given.items() if value is not None})
+
+
+class ScoreRun(Section):
+    """Score pictures."""
+
+    scorer: PictureScorerConfig = PictureScorerConfig()
+    images: Texts = ()
+    """image files, .safetensors files of one latent, directories of them, manifests (.jsonl or .csv: image, prompt)"""
+    prompt: str | None = None
+    """prompt of every picture for which no manifest gives one"""
+    root: Path | None = None
+    """directory that a manifest's images may not leave; None: the manifest's own"""
+    out: Path | None = None
+    """.csv or .json file to write; None: a table on standard output"""
+    batch_size: Positive = 8
+    """pictures per forward"""
+    seed: int = 0
+    """seed of the noise"""
+
+    @model_validator(mode="after")
+    def _format_is_known(self) -> Self:
+        if self.out is not None and self.out.suffix not in (".csv", ".json"):
+            raise ValueError(f"out: {self.out} must end in .csv or .json")
+        return self

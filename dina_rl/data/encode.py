@@ -94,13 +94,14 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
 def check_fit(run: FitRun, backbone: Backbone) -> None:
     """Raises ValueError if the image size or the reward model does not fit the pipeline."""
     backbone.latent_shape(run.pipeline.height, run.pipeline.width)
-    if run.reward.taps[-1] >= backbone.num_blocks:
+    if run.reward.taps[-1] > backbone.last_tap:
         raise ValueError(
             f"reward.taps {run.reward.taps} do not fit {run.pipeline.path}: of its {backbone.num_blocks} blocks 1 to "
-            f"{backbone.num_blocks - 1} can be tapped"
+            f"{backbone.last_tap} can be tapped"
         )
-    if backbone.width % run.reward.num_heads:
-        raise ValueError(f"reward.num_heads ({run.reward.num_heads}) must divide the width {backbone.width}")
+    width = run.reward.head_width or backbone.width
+    if width % run.reward.num_heads:
+        raise ValueError(f"reward.num_heads ({run.reward.num_heads}) must divide the width {width}")
 
 
 def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeWork) -> LatentStore:

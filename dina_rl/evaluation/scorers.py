@@ -9,6 +9,7 @@ from dina_rl.data.filters import bucketing
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.scores import ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet
+from dina_rl.reward.card import RewardCard
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.scoring import dina_pipeline
 
@@ -32,11 +33,11 @@ class NamedScorer:
         return ScoringJob(scorer=self.config, bucketing=self.bucketing, data=data, views=views)
 
 
-def named_scorer(name: str, config: PictureScorerConfig, sizes: DatasetConfig) -> NamedScorer:
+def named_scorer(name: str, config: PictureScorerConfig, sizes: DatasetConfig | None) -> NamedScorer:
     """Read what there is to know of a scorer without loading it.
 
     Args:
-        sizes: how images get their size, its buckets and smallest area.
+        sizes: how images get their size, its buckets and smallest area; None: as the reward model's card says.
 
     Raises:
         ValueError: no such reward model, or it does not say at which size it scores.
@@ -54,5 +55,11 @@ def named_scorer(name: str, config: PictureScorerConfig, sizes: DatasetConfig) -
         main=View(levels=config.levels or (reward.single_level,)),
         ensemble=None if config.levels else View(levels=reward.ensemble_levels),
         thurstone=reward.thurstone,
-        bucketing=bucketing(sizes, dina_pipeline(config, card)),
+        bucketing=_bucketing(config, card, sizes),
     )
+
+
+def _bucketing(config: PictureScorerConfig, card: RewardCard, sizes: DatasetConfig | None) -> Bucketing:
+    if sizes is None and card.buckets and config.height is None:
+        return Bucketing(buckets=card.buckets, stretch=False)
+    return bucketing(sizes or DatasetConfig(), dina_pipeline(config, card))

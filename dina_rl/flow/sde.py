@@ -20,14 +20,13 @@ noise back afresh, so that x_next carries exactly the noise that sigma_next asks
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from dina_rl.config import Dynamics
+
 NEARLY_ONE = 1 - 1e-4
 """A table's first sigma counts as 1 above this: some shifts make it 0.9999999 in fp32."""
-
-Dynamics = Literal["flow_sde", "dance", "cps"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +45,10 @@ def step_law(dynamics: Dynamics, sigmas: torch.Tensor, step: int, noise_level: f
     """The law of the stochastic step from `sigmas[step]` to `sigmas[step + 1]`.
 
     Raises:
-        ValueError: the last step (sigma_next = 0) has no usable density, and noise level 0 has none at all.
+        ValueError: the last step (sigma_next = 0) has no usable density; noise level 0 and the ODE have none at all.
     """
+    if dynamics == "ode":
+        raise ValueError("a step of the ODE is deterministic: it has no law")
     sigma, sigma_next = float(sigmas[step]), float(sigmas[step + 1])
     if sigma_next <= 0 or noise_level <= 0:
         raise ValueError(f"step {step} to sigma {sigma_next} at noise level {noise_level} has no log-probability")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dina_rl.backbones.lora import load_lora_state, lora_state
 from dina_rl.config import PipelineConfig, RewardModelConfig
+from dina_rl.data.buckets import Size
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.revision import pipeline_revision
 
@@ -30,15 +31,17 @@ class RewardCard(BaseModel):
 
     format: Literal["dina_rl.reward"] = "dina_rl.reward"
     version: Literal[1, 2] = 2
-    """1 had no revision, dtype and image_size"""
+    """1 had no revision, dtype, image_size and buckets"""
     pipeline: str
     """pipeline whose transformer is the backbone: a directory or a hub id"""
     revision: str | None = None
     """which weights that pipeline had, see `revision.pipeline_revision`; None: unknown"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """of the backbone's weights during the fit; None: unknown"""
-    image_size: tuple[int, int] | None = None
-    """nominal (height, width) in pixels of the images of the fit; None: unknown"""
+    image_size: Size | None = None
+    """(height, width) in pixels to which the images of the fit were stretched; None: unknown"""
+    buckets: tuple[Size, ...] | None = None
+    """sizes by aspect that they had instead, image_size being nominal; None: all were stretched"""
     max_sequence_length: int
     """T5 tokens per prompt during the fit; scoring with another number is scoring another input"""
     width: int
@@ -46,13 +49,14 @@ class RewardCard(BaseModel):
     reward: RewardModelConfig
 
 
-def make_card(model: LatentRewardModel, pipeline: PipelineConfig) -> RewardCard:
-    """The card of a model on the backbone that `pipeline` opens."""
+def make_card(model: LatentRewardModel, pipeline: PipelineConfig, buckets: Sequence[Size] | None) -> RewardCard:
+    """The card of a model on the backbone that `pipeline` opens; `buckets` are the sizes of its fit, if several."""
     return RewardCard(
         pipeline=pipeline.path,
         revision=pipeline_revision(pipeline.location),
         dtype=pipeline.dtype,
         image_size=(pipeline.height, pipeline.width),
+        buckets=buckets and tuple(buckets),
         max_sequence_length=pipeline.max_sequence_length,
         width=model.backbone.width,
         reward=model.config,

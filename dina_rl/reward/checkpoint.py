@@ -11,6 +11,7 @@ are those of the published checkpoint (`published.py`). A directory appears whol
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from dina_rl.backbones.base import Backbone
 from dina_rl.checkpoint import replaced_directory
 from dina_rl.config import PipelineConfig
+from dina_rl.data.buckets import Size
 from dina_rl.reward import published
 from dina_rl.reward.card import (
     CARD_FILE,
@@ -35,14 +37,17 @@ from dina_rl.reward.model import LatentRewardModel
 HEAD_FILE = "head.safetensors"
 
 
-def save_reward(model: LatentRewardModel, directory: Path, *, pipeline: PipelineConfig) -> None:
+def save_reward(
+    model: LatentRewardModel, directory: Path, *, pipeline: PipelineConfig, buckets: Sequence[Size] | None = None
+) -> None:
     """Write `model`'s current weights to `directory`, replacing a reward model that lies there.
 
     Args:
         pipeline: what `model.backbone` was opened on; recorded in the card.
+        buckets: sizes of the images of the fit; None: all were stretched to the pipeline's. Recorded likewise.
     """
     with replaced_directory(directory) as fresh:
-        (fresh / CARD_FILE).write_text(make_card(model, pipeline).model_dump_json(indent=2) + "\n")
+        (fresh / CARD_FILE).write_text(make_card(model, pipeline, buckets).model_dump_json(indent=2) + "\n")
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in model.head.state_dict().items()}
         save_file(head, fresh / HEAD_FILE)
         if model.config.lora is not None:

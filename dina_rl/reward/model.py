@@ -23,7 +23,7 @@ class LatentRewardModel(nn.Module):
     with respect to the latents. Noise is always given by the caller, who alone knows what it must be shared with.
 
     Raises:
-        ValueError: taps beyond the backbone, or heads that do not divide its width.
+        ValueError: taps beyond the backbone, or attention heads that do not divide the scoring head's width.
     """
 
     def __init__(self, backbone: Backbone, config: RewardModelConfig, *, seed: int) -> None:
@@ -44,7 +44,9 @@ class LatentRewardModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "reward-head"))
             self.head = RewardHead(
-                backbone.width,
+                config.head_width or backbone.width,
+                token_width=backbone.width,
+                time_width=backbone.time_width,
                 num_taps=len(config.taps),
                 num_queries=config.num_queries,
                 num_heads=config.num_heads,

@@ -1,8 +1,12 @@
 """The published layout, that of `liuhuohuo/DiNa-LRM-SD35M-12layers`: read here, and written by `save_published`.
 
     config.json                                               the released code's training configuration
-    checkpoint/backbone_lora/adapter_{config.json,model.safetensors}   peft's
+    checkpoint/backbone_lora/adapter_config.json              peft's
+    checkpoint/backbone_lora/adapter_model.safetensors        peft's: base_model.model.transformer_blocks.{i}....
     checkpoint/rm_head.pt                                     torch state dict of the head
+
+SD3.5's is the only checkpoint published. The released code's FLUX variant has the same layout, but conditions the
+blocks on time otherwise than FLUX does, so that its weights would mean something else here.
 
 Field names of config.json are those that the released code (HKUST-C4G/diffusion-rm) reads; everything it does not need
 to rebuild and score the model (data, paths, logging, optimiser) is ignored, and not written. The section `dina_rl` is
@@ -18,7 +22,7 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from dina_rl.checkpoint import replaced_directory
 from dina_rl.config import LoRAConfig, PipelineConfig, RewardModelConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.data.buckets import PUBLISHED, Size
 from dina_rl.reward.card import (
     CARD_FILE,
     LORA_CONFIG_FILE,
@@ -148,13 +153,14 @@ def card(config: Mapping[str, Any], directory: Path) -> RewardCard:
     released = _Config.model_validate(config)
     model, head, taps = released.model, released.model.reward_head, released.model.visual_head_idx
     width = _width(directory, frozen=model.freeze_backbone)
+    own_width = None if head.width in (-1, width) else head.width
     for wrong, what in (
         (model.model_type not in FLOORS, f"model.model_type {model.model_type}"),
         (model.use_logistic, "model.use_logistic (its parameters are not saved)"),
         (not (model.use_lora or model.freeze_backbone), "a fully fine-tuned backbone (model.use_lora false)"),
         (model.text_head_idx != taps, f"text taps {list(model.text_head_idx)} other than the visual {list(taps)}"),
         (model.num_transformer_layers != taps[-1], f"{model.num_transformer_layers} layers read at {list(taps)}"),
-        (head.use_proj_in or head.width not in (-1, width), "a head of another width than the backbone's"),
+        (head.use_proj_in and own_width is None, "a projection to the same width (model.reward_head.use_proj_in)"),
         (head.out_dim != 1, f"model.reward_head.out_dim {head.out_dim}"),
         (not released.training.add_noise, "training.add_noise false"),
     ):
@@ -164,10 +170,12 @@ def card(config: Mapping[str, Any], directory: Path) -> RewardCard:
         pipeline=model.backbone_model_id,
         dtype="bfloat16",
         image_size=REFERENCE_SIZE,
+        buckets=PUBLISHED,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         width=width,
         reward=RewardModelConfig(
             taps=taps,
+            head_width=own_width,
             num_queries=head.num_queries,
             num_heads=head.num_attn_heads,
             lora=None if model.freeze_backbone else _lora(directory),
@@ -191,17 +199,20 @@ def load_weights(model: LatentRewardModel, directory: Path) -> None:
         load_adapter(model, directory / CHECKPOINT_DIRECTORY / LORA_DIRECTORY)
 
 
-def save_published(model: LatentRewardModel, directory: Path, *, pipeline: PipelineConfig) -> None:
+def save_published(
+    model: LatentRewardModel, directory: Path, *, pipeline: PipelineConfig, buckets: Sequence[Size] | None = None
+) -> None:
     """Write `model`'s current weights, fp32, in the published layout, replacing what lies in `directory`.
 
     Args:
         pipeline: what `model.backbone` was opened on.
+        buckets: sizes of the images of the fit; None: all were stretched to the pipeline's.
     """
     with replaced_directory(directory) as fresh:
         checkpoint = fresh / CHECKPOINT_DIRECTORY
         checkpoint.mkdir()
-        config = _released_config(model.config, pipeline)
-        config[OUR_SECTION] = make_card(model, pipeline).model_dump(mode="json")
+        config = _released_config(model, pipeline)
+        config[OUR_SECTION] = make_card(model, pipeline, buckets).model_dump(mode="json")
         (fresh / CARD_FILE).write_text(json.dumps(config, indent=4) + "\n")
         head = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
         torch.save(head, checkpoint / HEAD_FILE)
@@ -209,8 +220,8 @@ def save_published(model: LatentRewardModel, directory: Path, *, pipeline: Pipel
             save_adapter(model, checkpoint / LORA_DIRECTORY, targets=LORA_TARGETS)
 
 
-def _released_config(reward: RewardModelConfig, pipeline: PipelineConfig) -> dict[str, Any]:
-    lora, timestep = reward.lora, reward.timestep
+def _released_config(model: LatentRewardModel, pipeline: PipelineConfig) -> dict[str, Any]:
+    reward, lora, timestep = model.config, model.config.lora, model.config.timestep
     scheme, parameter = {
         "uniform": ("uniform", 0.0),
         "fixed": ("constant", timestep.fixed),
@@ -230,8 +241,8 @@ def _released_config(reward: RewardModelConfig, pipeline: PipelineConfig) -> dic
             "text_head_idx": list(reward.taps),
             "use_t_embed": True,
             "reward_head": {
-                "use_proj_in": False,
-                "width": -1,
+                "use_proj_in": reward.head_width not in (None, model.backbone.width),
+                "width": reward.head_width or -1,
                 "out_dim": 1,
                 "num_queries": reward.num_queries,
                 "num_attn_heads": reward.num_heads,
@@ -282,7 +293,12 @@ def _lora(directory: Path) -> LoRAConfig:
 def _width(directory: Path, *, frozen: bool) -> int:
     """Token width of the backbone, which the configuration does not say: that of a tensor."""
     if frozen:
-        return _load_head(directory / CHECKPOINT_DIRECTORY / HEAD_FILE)["query_tokens"].shape[-1]
+        file = directory / CHECKPOINT_DIRECTORY / HEAD_FILE
+        head, adapter = _load_head(file), "layer_adapters_visual.0"
+        for name in (f"{adapter}.proj_in.weight", f"{adapter}.layer_embed"):
+            if name in head:
+                return head[name].shape[-1]
+        raise ValueError(f"{file} has no {adapter}.layer_embed")
     file = directory / CHECKPOINT_DIRECTORY / LORA_DIRECTORY / LORA_FILE
     name = f"{PEFT_PREFIX}transformer_blocks.0.attn.to_q.lora_A.weight"
     try:

@@ -6,6 +6,9 @@ normal noise of standard deviation tau, the higher one is preferred (Thurstone's
 the best possible accuracy on the labels is known: the share of pairs in which the golden scores themselves
 agree with the label (`ceiling`).
 
+`--domain out` draws the same prompts with defects that the crawl does not have, and with other settings of the
+generator: a set to evaluate on, whose defects a reward model has not met.
+
 Beside HPDv3's files lie `golden.json` (golden score of every image, for the ceiling only) and `stats.json`.
 """
 
@@ -19,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -26,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dina_rl.seeding import generator
+from dina_rl.shapes.foreign import foreign_crawl
 from dina_rl.shapes.golden import golden_score
 from dina_rl.shapes.grammar import Split, prompts, spec_tensor
 from dina_rl.shapes.pipeline import SHIPPED_PIPELINE
@@ -33,12 +38,16 @@ from dina_rl.shapes.render import crawl
 from dina_rl.shapes.sampling import Studio, draw, open_studio
 
 GROUP = 4  # images of one prompt
-SETTINGS = ((10, 1.0), (10, 2.0), (6, 2.0), (8, 1.0))  # (steps, guidance) of the generator's images
+Domain = Literal["in", "out"]
+SETTINGS: dict[Domain, tuple[tuple[int, float], ...]] = {  # (steps, guidance) of the generator's images
+    "in": ((10, 1.0), (10, 2.0), (6, 2.0), (8, 1.0)),
+    "out": ((4, 1.0), (20, 3.0)),
+}
 CAPTION_ERROR_RATE = 0.45  # of the renders: more than the crawl's, so that the reward model sees wrong pictures
 CHUNK = 1000  # images drawn at once: the progress bar moves
 TRAIN_PAIRS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))  # all pairs of a group
 TEST_PAIRS = ((0, 1), (2, 3))  # disjoint, so that test pairs are independent
-RENDER_NAME = "render"
+RENDER_NAMES: dict[Domain, str] = {"in": "render", "out": "foreign-render"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +69,7 @@ class PreferenceStats:
 
     train: SplitStats
     test: SplitStats
+    domain: Domain
     seed: int
     thurstone_tau: float
     seconds: float
@@ -74,6 +84,7 @@ def write_preferences(
     seed: int,
     thurstone_tau: float = 0.05,
     generator_fraction: float = 0.35,
+    domain: Domain = "in",
     progress: bool = True,
 ) -> PreferenceStats:
     """Write a preference set of the training prompts (all 6 pairs of a group) and the test prompts (2 disjoint pairs).
@@ -87,6 +98,7 @@ def write_preferences(
         seed: same seed, same files.
         thurstone_tau: standard deviation of an annotator's noise on one golden score.
         generator_fraction: share of the images that the generator draws.
+        domain: the crawl's defects and the usual settings, or others.
 
     Raises:
         ValueError: `out_dir` is in use, a number is out of range, or there is no pipeline at `pipeline_dir`.
@@ -111,14 +123,14 @@ def write_preferences(
     stats, golden = {}, {}
     with tqdm(total=GROUP * (train_groups + test_groups), desc="preferences", disable=not progress) as bar:
         for split, groups, pairs in plan:
-            pictures = _picture_groups(studio, split, groups, seed, generator_fraction, bar)
+            pictures = _picture_groups(studio, split, groups, seed, generator_fraction, domain, bar)
             paths = _write_images(unfinished, split, pictures.pixels)
             scores = golden_score(pictures.pixels.float() / 255, pictures.captions).score
             records, stats[split] = _label(pictures, paths, scores, pairs, thurstone_tau, seed, split)
             _write_json(unfinished / f"{split}.json", records)
             golden |= dict(zip(paths, scores.tolist(), strict=True))
     result = PreferenceStats(
-        **stats, seed=seed, thurstone_tau=thurstone_tau, seconds=round(time.monotonic() - started, 1)
+        **stats, domain=domain, seed=seed, thurstone_tau=thurstone_tau, seconds=round(time.monotonic() - started, 1)
     )
     _write_json(unfinished / "golden.json", golden)
     _write_json(unfinished / "stats.json", asdict(result))
@@ -131,26 +143,29 @@ class _Pictures:
     captions: list[str]  # GROUP in a row share a caption
     pixels: Tensor  # [B, 3, 32, 32] uint8, as stored
     models: list[str]
+    rendered: Tensor  # [B] bool; the others are the generator's
 
 
 def _picture_groups(
-    studio: Studio, split: Split, groups: int, seed: int, generator_fraction: float, bar: tqdm
+    studio: Studio, split: Split, groups: int, seed: int, generator_fraction: float, domain: Domain, bar: tqdm
 ) -> _Pictures:
-    draws = generator(seed, "shapes preferences", split)
+    key = (seed, "shapes preferences", split) if domain == "in" else (seed, "shapes preferences", domain, split)
+    draws = generator(*key)
     pool = prompts(split)
     rows = torch.randint(0, len(pool), (groups,), generator=draws).repeat_interleave(GROUP)
     captions = [pool[row] for row in rows.tolist()]
     generated = torch.rand(len(captions), generator=draws) < generator_fraction
     order = torch.randperm(len(captions), generator=draws)
-    by_setting = order[generated[order]].tensor_split(len(SETTINGS))
+    by_setting = order[generated[order]].tensor_split(len(SETTINGS[domain]))
 
     pixels = torch.zeros(len(captions), 3, 32, 32, dtype=torch.uint8)
-    models = [RENDER_NAME] * len(captions)
+    models = [RENDER_NAMES[domain]] * len(captions)
+    make = crawl if domain == "in" else foreign_crawl
     specs = spec_tensor(captions)
     for chosen in _chunks((~generated).nonzero()[:, 0]):
-        pixels[chosen] = _quantised(crawl(specs[chosen], draws, caption_error_rate=CAPTION_ERROR_RATE))
+        pixels[chosen] = _quantised(make(specs[chosen], draws, caption_error_rate=CAPTION_ERROR_RATE))
         bar.update(len(chosen))
-    for (num_steps, guidance), members in zip(SETTINGS, by_setting, strict=True):
+    for (num_steps, guidance), members in zip(SETTINGS[domain], by_setting, strict=True):
         for chosen in _chunks(members):
             wanted = [captions[index] for index in chosen.tolist()]
             drawn = draw(studio, wanted, num_steps=num_steps, guidance=guidance, generator=draws)
@@ -158,7 +173,7 @@ def _picture_groups(
             for index in chosen.tolist():
                 models[index] = f"shapes-sd3-{num_steps}steps-cfg{guidance:g}"
             bar.update(len(chosen))
-    return _Pictures(captions=captions, pixels=pixels, models=models)
+    return _Pictures(captions=captions, pixels=pixels, models=models, rendered=~generated)
 
 
 def _label(
@@ -193,7 +208,7 @@ def _label(
         }
         for first, second, confidence in zip(winner.tolist(), loser.tolist(), sure.tolist(), strict=True)
     ]
-    rendered = torch.tensor([model == RENDER_NAME for model in pictures.models])
+    rendered = pictures.rendered
     stats = SplitStats(
         images=len(paths),
         generated=int((~rendered).sum()),
@@ -245,6 +260,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of images and labels (default 0)")
     parser.add_argument("--thurstone-tau", type=float, default=0.05, help="annotator noise (default 0.05)")
     parser.add_argument("--generator-fraction", type=float, default=0.35, help="generated share (default 0.35)")
+    parser.add_argument("--domain", choices=("in", "out"), default="in", help="usual or foreign defects (default in)")
     options = parser.parse_args()
     try:
         stats = write_preferences(
@@ -255,6 +271,7 @@ def main() -> int:
             seed=options.seed,
             thurstone_tau=options.thurstone_tau,
             generator_fraction=options.generator_fraction,
+            domain=options.domain,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dina_rl.backbones.base import LatentCodec
-from dina_rl.backbones.sd3 import SD3Codec
+from dina_rl.backbones.codec import KLCodec
 from dina_rl.seeding import generator
 from dina_rl.shapes.card import measure, score_samples, write_card
 from dina_rl.shapes.grammar import prompts, spec_tensor
@@ -207,7 +207,7 @@ def _standardise_latents(vae: AutoencoderKL, seed: int) -> None:
     draws = generator(seed, "shapes latent statistics")
     specs = spec_tensor(prompts("train"))
     chosen = specs[torch.randint(0, len(specs), (1000,), generator=draws)]
-    raw = encode(SD3Codec(vae), crawl(chosen, draws))  # the factors are still 0 and 1
+    raw = encode(KLCodec(vae), crawl(chosen, draws))  # the factors are still 0 and 1
     vae.register_to_config(shift_factor=raw.mean().item(), scaling_factor=1 / raw.std().item())
 
 

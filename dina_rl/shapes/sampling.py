@@ -56,7 +56,7 @@ def draw(
     empty = studio.text_encoder([""])
     shape = studio.backbone.latent_shape(IMAGE_SIZE, IMAGE_SIZE)
     noise = torch.randn(len(captions), *shape, generator=generator)
-    sigmas = studio.backbone.sigmas(num_steps)
+    sigmas = studio.backbone.sigmas(num_steps, IMAGE_SIZE, IMAGE_SIZE)
     finished = [
         denoise(
             noise[rows],

@@ -18,7 +18,7 @@ from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import load_tensors
 from dina_rl.config import AlignRun
-from jobs.align import adapter_exporter, align_generator
+from jobs.align import align_generator, exporter
 from tests.tiny_run import tiny_run
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow]
@@ -27,14 +27,16 @@ pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     history: list[dict]
-    adapter: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
 
 
-def outcome(run: AlignRun, recorder: Recorder) -> Outcome:
-    return Outcome(
-        history=recorder.history,
-        adapter=load_tensors(run.run_dir / "adapter" / "pytorch_lora_weights.safetensors"),
-    )
+def outcome(recorder: Recorder) -> Outcome:
+    (file,) = recorder.exported.glob("*.safetensors")
+    return Outcome(history=recorder.history, weights=load_tensors(file))
+
+
+def finish(run: AlignRun) -> Outcome:
+    return outcome(align_generator(run, load_prompts(run.prompts), run.run_dir))
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +52,13 @@ def make_run(tiny_pipeline, tiny_reward) -> Callable[..., AlignRun]:
 @pytest.fixture(scope="module")
 def inline(make_run, tmp_path_factory) -> Outcome:
     run = make_run(tmp_path_factory.mktemp("inline"), inline=True)
-    return outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir))
+    return finish(run)
 
 
 def assert_same(ours: Outcome, theirs: Outcome) -> None:
     assert ours.history == theirs.history
-    assert set(ours.adapter) == set(theirs.adapter)
-    assert all(torch.equal(ours.adapter[name], theirs.adapter[name]) for name in theirs.adapter)
+    assert set(ours.weights) == set(theirs.weights)
+    assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in theirs.weights)
 
 
 class Killer(threading.Thread):
@@ -106,8 +108,8 @@ class Sabotaged:
 
 def assert_close(ours: Outcome, theirs: Outcome) -> None:
     """Equal up to the order of sums, which ranks change."""
-    for name, tensor in theirs.adapter.items():
-        torch.testing.assert_close(ours.adapter[name], tensor, atol=1e-6, rtol=0)
+    for name, tensor in theirs.weights.items():
+        torch.testing.assert_close(ours.weights[name], tensor, atol=1e-6, rtol=0)
     assert len(ours.history) == len(theirs.history)
     for mine, other in zip(ours.history, theirs.history, strict=True):
         numbers = {name: value for name, value in other.items() if isinstance(value, float)}
@@ -122,30 +124,27 @@ REFL = {
 }
 
 
-@pytest.fixture(scope="module")
-def inline_refl(make_run, tmp_path_factory) -> Outcome:
-    run = make_run(tmp_path_factory.mktemp("refl"), inline=True, learner={"updates_per_step": 1}, **REFL)
-    return outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir))
-
-
-@pytest.mark.parametrize("stage", [0, 3])  # 2 is Flow-GRPO's below; the engine's own test has all three
+# Stage 2 is Flow-GRPO's below; the engine's own test has all three. All weights are about 10 MiB: they travel in parts.
+@pytest.mark.parametrize(("stage", "lora"), [(0, {"rank": 2, "alpha": 4}), (3, None)], ids=["lora", "all-weights"])
 def test_refl_on_deepspeed_ranks_with_gradients_of_the_scorers_equals_the_in_process_run(
-    make_run, inline_refl, tmp_path, stage
+    make_run, tmp_path, stage, lora
 ):
-    learner = {"updates_per_step": 1, "zero_stage": stage}
-    run = make_run(tmp_path, learner=learner, workers={"learner_ranks": 2, "scorers": 2}, **REFL)
-    assert_close(outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir)), inline_refl)
+    learner = {"updates_per_step": 1, "lora": lora}
+    inline = finish(make_run(tmp_path / "inline", inline=True, learner=learner, **REFL))
+    workers = {"learner_ranks": 2, "scorers": 2, "weights_part_mib": 1}
+    run = make_run(tmp_path / "ranks", learner={**learner, "zero_stage": stage}, workers=workers, **REFL)
+    assert_close(finish(run), inline)
 
 
 def test_ray_equals_the_in_process_run(make_run, inline, tmp_path):
     run = make_run(tmp_path, learner={"engine": "torch"})
-    assert_same(outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir)), inline)
+    assert_same(finish(run), inline)
 
 
 def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path):
     workers = {"rollout_workers": 2, "scorers": 2, "max_restarts": 1}
     run = make_run(tmp_path, learner={"engine": "torch"}, workers=workers)
-    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    recorder = Recorder(run, run.run_dir, exporter(run))
     with open_actors(run) as (experience, learner):
         sabotaged = Sabotaged(experience, learner)
         align(run, load_prompts(run.prompts), sabotaged, sabotaged, recorder)
@@ -153,9 +152,9 @@ def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path):
         assert experience.rollouts.restarts == 1
         assert experience.scorers.restarts == 1
         assert learner.restarts == 1
-    assert_same(outcome(run, recorder), inline)
+    assert_same(outcome(recorder), inline)
 
 
 def test_deepspeed_ranks_equal_the_in_process_run(make_run, inline, tmp_path):
     run = make_run(tmp_path, learner={"zero_stage": 2}, workers={"learner_ranks": 2})
-    assert_close(outcome(run, align_generator(run, load_prompts(run.prompts), run.run_dir)), inline)
+    assert_close(finish(run), inline)

@@ -35,7 +35,7 @@ def config(stage: int) -> LearnerConfig:
     return LearnerConfig(zero_stage=stage, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5)
 
 
-def policy() -> nn.Module:
+def policy(*, whole: bool = False) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         transformer = SD3Transformer2DModel(
@@ -53,7 +53,8 @@ def policy() -> nn.Module:
             qk_norm="rms_norm",
             dual_attention_layers=(0,),
         )
-    add_lora(transformer, rank=4, alpha=8, targets=SD3.lora_targets, seed=3)
+    if not whole:
+        add_lora(transformer, rank=4, alpha=8, targets=SD3.lora_targets, seed=3)
     return transformer
 
 
@@ -91,20 +92,20 @@ def reference_output(engine: Engine, module: nn.Module) -> torch.Tensor:
 class Rank(GangMember):
     """Holds a policy under DeepSpeed and trains it on its share of the micro-batches."""
 
-    def build(self, stage: int) -> None:
+    def build(self, stage: int, whole: bool = False) -> None:
         from actors.engine import DeepSpeedEngine
 
-        self.policy = policy()
+        self.policy = policy(whole=whole)
         self.engine = DeepSpeedEngine(self.policy, config(stage), persistence_threshold=0)
 
     def train(self, steps: range) -> list[float]:
         return train(self.engine, self.policy, steps)
 
     def state(self) -> tuple[State, State]:
-        return self.engine.adapter(), self.engine.optimizer_state()
+        return self.engine.weights(), self.engine.optimizer_state()
 
     def load(self, adapter: State, optimizer: State) -> None:
-        self.engine.load_adapter(adapter)
+        self.engine.load_weights(adapter)
         self.engine.load_optimizer_state(optimizer)
 
     def reference_output(self) -> torch.Tensor:
@@ -129,9 +130,9 @@ def plain() -> Run:
     module = policy()
     engine = TorchEngine(module, config(0))
     norms = train(engine, module, range(INTERRUPTED_AFTER))
-    interrupted = engine.adapter(), engine.optimizer_state()
+    interrupted = engine.weights(), engine.optimizer_state()
     norms += train(engine, module, range(INTERRUPTED_AFTER, STEPS))
-    return Run(norms=norms, adapter=engine.adapter(), optimizer=engine.optimizer_state(), interrupted=interrupted)
+    return Run(norms=norms, adapter=engine.weights(), optimizer=engine.optimizer_state(), interrupted=interrupted)
 
 
 Call = Callable[..., object]
@@ -219,6 +220,24 @@ def test_the_reference_is_the_base_model_after_training_too(stage, ranks):
     ranks("build", stage)
     ranks("train", range(1))
     torch.testing.assert_close(ranks("reference_output"), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def plain_whole() -> tuple[list[float], State, State]:
+    module = policy(whole=True)
+    engine = TorchEngine(module, config(0))
+    return train(engine, module, range(2)), engine.weights(), engine.optimizer_state()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_all_weights_equals_plain_torch(stage, plain_whole, ranks):
+    norms, weights, moments = plain_whole
+    ranks("build", stage, True)
+    assert ranks("train", range(2)) == pytest.approx(norms, abs=1e-5)
+    ours, optimizer = ranks("state")
+    assert_close(ours, weights)
+    assert_close(optimizer, moments)
+    assert len(ours) == sum(1 for _ in policy(whole=True).parameters())
 
 
 def test_metrics_are_reduced_over_ranks(ranks, request):

@@ -23,7 +23,7 @@ def make(tmp_path, tiny_pipeline, tiny_reward):
         run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
         worker = RolloutWorker(run)
         learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
-        worker.load_adapter(learner.policy())
+        worker.load_weights(learner.policy())
         items = [WorkItem(step=step, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
         trajectories = [trajectory for item in items for trajectory in worker.rollout([item])]
         trajectories = [replace(each, log_probs=each.log_probs + disturb) for each in trajectories]

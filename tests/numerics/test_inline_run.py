@@ -13,13 +13,13 @@ from dina_rl.alignment.loop import ScoredGroup, align, plan
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import load_tensors
-from jobs.align import adapter_exporter
+from jobs.align import exporter
 from tests.tiny_run import tiny_run
 
 
 def perform(run, experience=None):
     """Run the loop in this process; returns its recorder."""
-    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), experience or InlineExperience(run), InlineLearner(run), recorder)
     return recorder
 
@@ -146,7 +146,7 @@ def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(tmp_path, tin
     exported = adapter_of(run)
     same = all(any(torch.equal(tensor, other) for other in exported.values()) for tensor in best.tensors.values())
     assert same == (action == "stop")
-    again = Recorder(run, run.run_dir, adapter_exporter(run))
+    again = Recorder(run, run.run_dir, exporter(run))
     again.restore()
     assert again.diverged_at == 3
 
@@ -179,7 +179,7 @@ def test_rolled_back_to_the_base_the_run_begins_anew(tmp_path, tiny_pipeline, ti
     changes = {"golden": {"every": 1}, "watch": {"action": "roll_back"}, "steps": 2}
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
     experience, learner = OnlyFalls(run), InlineLearner(run)
-    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), experience, learner, recorder)
     assert (recorder.best_at, recorder.alarms) == (0, [2])
     fresh = InlineLearner(run)

@@ -17,7 +17,7 @@ from dina_rl.reward.checkpoint import load_reward
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import TrainingGroup, WorkItem
-from jobs.align import adapter_exporter
+from jobs.align import exporter
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_run import tiny_run
 
@@ -175,9 +175,10 @@ def test_a_rollout_stops_on_the_ode_and_predicts_its_end(make):
     backbone = open_pipeline(run.pipeline)
     transformer = backbone.load_transformer()
     prompt = group.prompt.repeat(3)
-    whole = denoise(noise, backbone.sigmas(4), lambda x, sigma: backbone.velocity(transformer, x, sigma, prompt))
+    sigmas = backbone.sigmas(4, 32, 32)
+    whole = denoise(noise, sigmas, lambda x, sigma: backbone.velocity(transformer, x, sigma, prompt))
     torch.testing.assert_close(group.latents, whole.latents, atol=1e-5, rtol=1e-5)
-    assert group.sigma == float(backbone.sigmas(4)[3])
+    assert group.sigma == float(sigmas[3])
 
 
 def test_stop_steps_are_drawn_from_the_whole_range(make):
@@ -187,7 +188,7 @@ def test_stop_steps_are_drawn_from_the_whole_range(make):
 
 def test_a_refl_run_goes_from_start_to_export(make):
     run = make(steps=2, rollout={"group_size": 1, "prompts_per_step": 6, "groups_per_call": 3}, refl={"kl_weight": 0.1})
-    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
     assert recorder.finished
     first, second = recorder.iterations()

@@ -15,7 +15,7 @@ from dina_rl.data.latents import LatentStore, StoredPair, StoreInfo
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import WorkItem
-from jobs.align import adapter_exporter
+from jobs.align import exporter
 from tests.tiny_run import tiny_run
 
 SHAPE = (16, 8, 8)
@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_flow_matching():
 
 def test_the_learner_reports_the_base_models_loss_before_its_first_update(make):
     run = make(1.0, steps=1)
-    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
     worker, backbone = RolloutWorker(run), open_pipeline(run.pipeline)
     transformer = backbone.load_transformer()
@@ -94,7 +94,7 @@ def test_the_learner_reports_the_base_models_loss_before_its_first_update(make):
 def test_under_a_large_weight_the_loss_falls(make):
     """On the same few images over and over, with the reward's gradient drowned."""
     run = make(1e4, steps=8)
-    recorder = Recorder(run, run.run_dir, adapter_exporter(run))
+    recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
     losses = [entry["pretraining_loss"] for entry in recorder.iterations()]
     assert sum(losses[4:]) < sum(losses[:4])

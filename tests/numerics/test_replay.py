@@ -13,7 +13,7 @@ from dina_rl.flow.sampler import denoise, replay_step
 from dina_rl.flow.sde import step_law
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import generator, normal
-from dina_rl.types import AdapterState, PromptEmbeds, TrainingGroup, WorkItem
+from dina_rl.types import PolicyWeights, PromptEmbeds, TrainingGroup, WorkItem
 from tests.tiny_run import tiny_run
 
 PROMPT = "a small red circle on blue"
@@ -30,7 +30,7 @@ def moved_adapter(tiny_pipeline):
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=noise)
         for name, tensor in lora_state(transformer).items()
     }
-    return AdapterState(version=0, tensors=state)
+    return PolicyWeights(version=0, tensors=state)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def run(tmp_path_factory, tiny_pipeline, tiny_reward):
 def test_replayed_log_probs_equal_the_sampled_ones_bit_for_bit(run, moved_adapter, dynamics):
     run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"dynamics": dynamics})})
     worker = RolloutWorker(run)
-    worker.load_adapter(moved_adapter)
+    worker.load_weights(moved_adapter)
     item = WorkItem(step=0, prompt_id=7, prompt=PROMPT, group_size=3)
     trajectory = worker.rollout([item])[0]
 
@@ -63,7 +63,7 @@ def test_first_update_has_ratio_exactly_one_and_changes_the_policy(run):
     worker = RolloutWorker(run)
     items = [WorkItem(step=0, prompt_id=i, prompt=PROMPT, group_size=3) for i in range(4)]
     learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
-    worker.load_adapter(learner.policy())
+    worker.load_weights(learner.policy())
     trajectories = [t for item in items for t in worker.rollout([item])]
     advantages = torch.tensor([1.0, 0.0, -1.0])
     before = learner.policy()
@@ -118,7 +118,7 @@ def test_our_ode_equals_diffusers(tiny_pipeline, guidance_scale):
 
     ours = denoise(
         noise,
-        backbone.sigmas(6),
+        backbone.sigmas(6, 32, 32),
         velocity_for(text([PROMPT] * 2)),
         velocity_for(text([""] * 2)),
         guidance_scale=guidance_scale,
@@ -132,7 +132,7 @@ def test_exported_adapter_gives_stock_diffusers_the_same_velocity(tmp_path, tiny
     policy = backbone.load_transformer()
     add_lora(policy, rank=2, alpha=4, targets=backbone.lora_targets, seed=0)
     load_lora_state(policy, moved_adapter.tensors)
-    backbone.save_adapter(tmp_path, moved_adapter.tensors, rank=2, alpha=4)
+    backbone.save_adapter(tmp_path, moved_adapter.tensors, rank=2, alpha=4, targets=backbone.lora_targets)
     stock = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline, dtype=torch.float32)
     stock.load_lora_weights(tmp_path)
     prompt = backbone.load_text_encoder()([PROMPT]).repeat(2)

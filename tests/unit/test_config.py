@@ -7,7 +7,7 @@ import yaml
 
 from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import load
-from dina_rl.config import AlignRun, FitRun, LocalRun
+from dina_rl.config import AlignRun, FitRun, LocalRun, ScoreRun
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = {"local": LocalRun, "shapes_reward": FitRun, "shapes": AlignRun, "sd35m": AlignRun}
@@ -36,6 +36,13 @@ def test_overrides_reach_every_depth(tmp_path):
     assert not run.learner.gradient_checkpointing
 
 
+def test_text_is_taken_literally():
+    argv = ["--prompt", "a: b, [c", "--images", "1.png", "yes", "~", "--root", "7", "--scorer.path", "on", "--out=None"]
+    run = load(ScoreRun, argv, program="test")
+    assert (run.prompt, run.images, run.root) == ("a: b, [c", ("1.png", "yes", "~"), Path("7"))
+    assert (run.scorer.path, run.out) == ("on", None)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -57,6 +64,11 @@ def test_overrides_reach_every_depth(tmp_path):
         (["--learner.guidance_in_loss"], "rollout.guidance_scale is 1"),
         (["--rewards.dina.uncertainty_weight", "1"], "needs a spread: draws is 1"),
         (["--learner.updates_per_step", "5"], "must divide rollout.prompts_per_step"),
+        (["--rollout.dynamics", "ode"], "rollout.dynamics ode has no log-probability"),
+        (
+            ["--algorithm", "refl", "--rollout.dynamics", "cps", "--rollout.num-steps", "40"],
+            "refl denoises along the ODE",
+        ),
         (["--learner.zero_stage", "4"], "learner.zero_stage: Input should be less than or equal to 3"),
         (["--learner.zero_stage", "3", "--pipeline.dtype", "bfloat16"], "learner.zero_stage 3 rounds a bfloat16"),
         (["--workers.gpus_per_rank", "0.5"], "may put two of the 2 learner ranks on one GPU"),

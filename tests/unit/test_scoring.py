@@ -1,5 +1,6 @@
 """The shared way to score pictures: the reward model's own numbers, keyed noise, files, latents, pixel scorers."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dina_rl.config import PictureScorerConfig
+from dina_rl.config import PictureScorerConfig, PipelineConfig
+from dina_rl.reward.checkpoint import save_reward
+from dina_rl.runtime import open_pipeline
 from dina_rl.scoring import NORMALISATIONS, NoiseKey, open_scorer
 from dina_rl.seeding import generator, normal
 from tests.tiny_clip import save_tiny_clip
-from tests.tiny_reward import PROMPTS, latents
+from tests.tiny_reward import PROMPTS, latents, stirred_model
 
 KEYS = [NoiseKey(group=("set", index // 2), member=index) for index in range(4)]
 FOUR = [*PROMPTS, PROMPTS[0]]
@@ -91,11 +94,28 @@ def test_latent_files_and_pictures_of_several_sizes_in_one_call(scorer, files, t
     save_file({"anything": latents(1)[0].bfloat16()}, tmp_path / "d.safetensors")
     paths = [files[0], tmp_path / "c.safetensors", files[1], tmp_path / "d.safetensors"]
     together = scorer.score(paths, [PROMPTS[0]] * 4)
-    apart = torch.cat([scorer.score([path], [PROMPTS[0]]) for path in paths])
+    apart = scorer.score(paths, [PROMPTS[0]] * 4, batch_size=1)
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(together[1], together[3], rtol=0.01, atol=0.01)  # one of them rounded to bfloat16
     assert abs(together[0] - together[2]) > 1e-3
     assert abs(together[0] - together[1]) > 1e-3
+
+
+def test_pictures_meet_the_size_that_the_fit_gave_their_aspect(tiny_pipeline, tmp_path):
+    pipeline = PipelineConfig(path=str(tiny_pipeline))
+    model = stirred_model(open_pipeline(pipeline))
+    save_reward(model, tmp_path / "reward", pipeline=pipeline, buckets=((32, 32), (48, 32), (64, 64)))
+    scorer = open_scorer(tmp_path / "reward")
+    for name, size in (("tall", (91, 60)), ("square", (40, 40)), ("large", (90, 90)), ("flat", (30, 60))):
+        Image.new("RGB", size[::-1]).save(tmp_path / f"{name}.png")
+    shapes = [scorer.read(tmp_path / f"{name}.png").tensor.shape[1:] for name in ("tall", "square", "large")]
+    assert shapes == [(48, 32), (32, 32), (64, 64)]
+    with pytest.raises(ValueError, match=r"flat\.png: none of the fit's 3 sizes has the aspect of 30x60; give height"):
+        scorer.read(tmp_path / "flat.png")
+    scores = scorer.score([tmp_path / "tall.png", tmp_path / "square.png"], PROMPTS[:2])
+    assert scores.isfinite().all()
+    stretched = open_scorer(PictureScorerConfig(path=str(tmp_path / "reward"), height=32, width=64))
+    assert stretched.read(tmp_path / "flat.png").tensor.shape == (3, 32, 64)
 
 
 def test_pixel_scorers_see_the_picture_as_it_is_and_decode_latents(tiny_pipeline, tmp_path, files):
@@ -144,6 +164,22 @@ def test_unreadable_files_are_named(scorer, tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"{name}.*{reason}"):
             scorer.score([tmp_path / name], PROMPTS[:1])
+
+
+def test_a_missing_pipeline_is_named_with_the_way_out(tiny_pipeline, tmp_path):
+    gone = shutil.copytree(tiny_pipeline, tmp_path / "gone")
+    pipeline = PipelineConfig(path=str(gone))
+    save_reward(stirred_model(open_pipeline(pipeline)), tmp_path / "reward", pipeline=pipeline)
+    shutil.rmtree(gone)
+    with pytest.raises(ValueError, match=r"gone does not exist \(reward model .*reward was fitted on it; a copy may"):
+        open_scorer(tmp_path / "reward")
+    assert open_scorer(tmp_path / "reward", pipeline=tiny_pipeline).space == "latents"
+
+
+def test_prompts_must_match_and_nothing_is_a_list_too(scorer):
+    with pytest.raises(ValueError, match="1 pictures and 0 prompts do not match"):
+        scorer.score(["a.png"], [])
+    assert scorer.score([], []).shape == (0,)
 
 
 def test_another_backbone_is_noticed(tiny_reward, tmp_path, caplog):

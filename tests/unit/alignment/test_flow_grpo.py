@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dina_rl.alignment.ema import AdapterEMA
+from dina_rl.alignment.ema import WeightsEMA
 from dina_rl.alignment.flow_grpo import clipped_policy_loss, ratio_gate, regulated_log_ratio
 from dina_rl.flow.sde import log_prob as step_log_prob
 
@@ -34,7 +34,7 @@ def test_gradient_at_ratio_one_is_the_plain_policy_gradient():
 
 def test_ema_follows_the_recursion_with_warm_up():
     values = np.random.default_rng(0).normal(size=(30, 3))
-    ema = AdapterEMA({"a": torch.zeros(3, dtype=torch.float64)}, decay=0.7)
+    ema = WeightsEMA({"a": torch.zeros(3, dtype=torch.float64)}, decay=0.7)
     expected = np.zeros(3)
     for n, value in enumerate(values):
         decay = min((1 + n) / (10 + n), 0.7)
@@ -46,7 +46,7 @@ def test_ema_follows_the_recursion_with_warm_up():
 
 def test_ema_does_not_alias_the_policy():
     policy = {"a": torch.ones(2)}
-    ema = AdapterEMA(policy, decay=0.9)
+    ema = WeightsEMA(policy, decay=0.9)
     policy["a"].add_(5)
     assert ema.state["a"].tolist() == pytest.approx([1.0, 1.0])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dina_rl.config import DatasetConfig, EvaluateRun, PictureScorerConfig
+from dina_rl.config import EvaluateRun, PictureScorerConfig
 from dina_rl.evaluation.images import read_image
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import measured
@@ -38,7 +38,7 @@ def evaluation(cache: Path, dataset: Path, **values) -> EvaluateRun:
 def scored(run: EvaluateRun, scorer: PictureScorerConfig, *views: View) -> tuple[ScoreStore, ScoringJob]:
     """The store with the scores of all views on the run's set."""
     (data,) = read_sets(run.sets, seed=run.seed)
-    store, job = ScoreStore(run), named_scorer("scorer", scorer, DatasetConfig()).job(data, views)
+    store, job = ScoreStore(run), named_scorer("scorer", scorer, None).job(data, views)
     store.fill(store.missing([job]), InlineWorkers())
     return store, job
 
@@ -148,7 +148,7 @@ def test_a_sample_uses_the_latents_of_its_set(tmp_path, dataset, dina) -> None:
     assert len(sample.records) == 3
     assert sample.sample(9, seed=1).whole is data
     store = ScoreStore(run)
-    scorer = named_scorer("scorer", dina, DatasetConfig())
+    scorer = named_scorer("scorer", dina, None)
     jobs = [scorer.job(each, (SINGLE,)) for each in (data, sample)]
     store.fill(store.missing(jobs), InlineWorkers())
     assert len(list((tmp_path / "latents").iterdir())) == 1

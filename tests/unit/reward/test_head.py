@@ -50,19 +50,40 @@ def test_published_checkpoint_fits() -> None:
 
 
 def test_film_starts_without_modulation() -> None:
-    adapter, tokens = FiLMAdapter(8), normal(2, 5, 8)
+    adapter, tokens = FiLMAdapter(8, token_width=8, time_width=8), normal(2, 5, 8)
     expected = adapter.proj(tokens + adapter.layer_embed)
     torch.testing.assert_close(adapter(tokens, normal(2, 8, key=1)), expected)
     torch.testing.assert_close(adapter(tokens, normal(2, 8, key=2)), expected)
 
 
 def test_film_shifts_and_scales_by_the_time_embedding() -> None:
-    adapter, tokens, time = FiLMAdapter(8), normal(2, 5, 8), normal(2, 8, key=1)
+    adapter, tokens, time = FiLMAdapter(8, token_width=8, time_width=8), normal(2, 5, 8), normal(2, 8, key=1)
     torch.nn.init.normal_(adapter.cond_mlp[-1].weight, generator=generator("film"))
     gamma, beta = adapter.cond_mlp(time)[:, None].chunk(2, -1)
     expected = adapter.proj(tokens * (1 + gamma) + beta + adapter.layer_embed)
     torch.testing.assert_close(adapter(tokens, time), expected)
     assert not torch.allclose(adapter(tokens, time), adapter(tokens, 2 * time))
+
+
+def test_film_projects_tokens_of_another_width_first() -> None:
+    adapter, tokens, time = FiLMAdapter(8, token_width=12, time_width=5), normal(2, 5, 12), normal(2, 5, key=1)
+    torch.nn.init.normal_(adapter.cond_mlp[-1].weight, generator=generator("film"))
+    plain = FiLMAdapter(8, token_width=8, time_width=5)
+    plain.load_state_dict({name: t for name, t in adapter.state_dict().items() if not name.startswith("proj_in")})
+    torch.testing.assert_close(adapter(tokens, time), plain(adapter.proj_in(tokens), time))
+
+
+def test_masked_text_is_as_good_as_absent() -> None:
+    """Also where a sample's levels lie side by side, each with the same padding."""
+    head, short = RewardHead(16, num_taps=2, num_queries=4, num_heads=2), features()
+    padded = Features(
+        visual=short.visual,
+        text=tuple(torch.cat([t, normal(2, 2, 16, key=20)], 1) for t in short.text),
+        time_embedding=short.time_embedding,
+        text_mask=(torch.arange(5) < 3).expand(2, -1),
+    )
+    torch.testing.assert_close(head(padded), head(short))
+    torch.testing.assert_close(head(padded, num_levels=2), head(short, num_levels=2))
 
 
 def test_gates_start_at_one_half() -> None:

@@ -27,7 +27,9 @@ from dina_rl.reward.thurstone import comparison_variance, preference_probability
 from dina_rl.scorers.dina import open_dina
 from dina_rl.scoring import NoiseKey, open_scorer
 from dina_rl.seeding import generator
+from jobs.align import preflight
 from tests.tiny_reward import PROMPTS, latents
+from tests.tiny_run import tiny_run
 
 WIDTH, RANK, BLOCKS = 32, 4, 12
 
@@ -200,6 +202,7 @@ def test_the_card_says_what_the_released_code_does(published):
     assert (card.reward.taps, card.reward.num_queries, card.reward.num_heads) == ((4, 8, 12), 4, 8)
     assert card.reward.lora == LoRAConfig(rank=RANK, alpha=2 * RANK)
     assert card.reward.timestep.distribution == "uniform"
+    assert len(card.buckets) == 13
 
 
 @pytest.mark.parametrize("model_type", ["thurstone", "thurstone-constant"])
@@ -226,10 +229,17 @@ def test_training_noise_levels(published, scheme, parameter, expected):
     assert {name: dict(timestep)[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, alpha=3)])
-def test_a_model_of_ours_keeps_what_the_released_configuration_has_no_name_for(backbone, tmp_path, lora):
+@pytest.mark.parametrize(
+    ("lora", "head_width"), [(None, 16), (LoRAConfig(rank=2, alpha=3), WIDTH), (LoRAConfig(rank=2, alpha=3), None)]
+)
+def test_a_model_of_ours_keeps_what_the_released_configuration_has_no_name_for(backbone, tmp_path, lora, head_width):
     config = RewardModelConfig(
-        taps=(2, 5), num_heads=4, lora=lora, single_level=0.3, thurstone=ThurstoneConfig(sigma_u=0.4)
+        taps=(2, 5),
+        num_heads=4,
+        lora=lora,
+        head_width=head_width,
+        single_level=0.3,
+        thurstone=ThurstoneConfig(sigma_u=0.4),
     )
     model = LatentRewardModel(backbone, config, seed=3)
     save_published(model, tmp_path / "ours", pipeline=PipelineConfig(path=backbone.path))
@@ -241,8 +251,11 @@ def test_a_model_of_ours_keeps_what_the_released_configuration_has_no_name_for(b
     foreign = json.loads((tmp_path / "ours" / "config.json").read_text())
     del foreign["dina_rl"]  # as a reader without our section sees it
     (tmp_path / "ours" / "config.json").write_text(json.dumps(foreign))
-    assert read_card(tmp_path / "ours").reward.lora == lora
-    assert math.isclose(read_card(tmp_path / "ours").reward.thurstone.sigma_u ** 2, 0.05, rel_tol=1e-4)
+    card = read_card(tmp_path / "ours")
+    assert (card.reward.lora, card.width) == (lora, WIDTH)
+    assert card.reward.head_width == (16 if head_width == 16 else None)
+    assert math.isclose(card.reward.thurstone.sigma_u**2, 0.05, rel_tol=1e-4)
+    load_reward(tmp_path / "ours", backbone)
 
 
 def test_every_place_that_takes_a_reward_directory_takes_it(backbone, published):
@@ -252,6 +265,13 @@ def test_every_place_that_takes_a_reward_directory_takes_it(backbone, published)
     assert scorer.score_latents(latents(3), PROMPTS, keys).isfinite().all()  # in bfloat16, as published
     dina = open_dina(DiNaScorerConfig(path=str(published)), backbone)
     assert torch.equal(scores(dina.model, backbone), scores(load_reward(published, backbone), backbone))
+
+
+def test_alignment_takes_it_at_its_own_text_length(backbone, published, tmp_path):
+    run = tiny_run(tmp_path, Path(backbone.path), published)
+    with pytest.raises(ValueError, match=r"width 32 and 128 text tokens; .* has 32 and 8"):
+        preflight(run)
+    preflight(run.model_copy(update={"pipeline": PipelineConfig(path=backbone.path, max_sequence_length=128)}))
 
 
 def test_a_hub_id_is_read_from_the_cache(backbone, published, tmp_path, monkeypatch):
@@ -332,7 +352,7 @@ def test_a_broken_head_is_one_line(backbone, published, content):
         ("model", {"use_lora": False}, "fully fine-tuned backbone"),
         ("model", {"text_head_idx": [4, 8]}, r"text taps \[4, 8\] other than the visual"),
         ("model", {"num_transformer_layers": 13}, "13 layers read at"),
-        ("model", {"reward_head": {"width": 64}}, "a head of another width"),
+        ("model", {"reward_head": {"use_proj_in": True}}, "a projection to the same width"),
         ("model", {"visual_head_idx": None}, "model.visual_head_idx Input should be a valid tuple"),
         ("training", {"add_noise": False}, "add_noise false is not supported"),
         ("training", {"t_weighting_scheme": "beta"}, "t_weighting_scheme beta is not supported"),

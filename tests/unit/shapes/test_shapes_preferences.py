@@ -157,7 +157,7 @@ def test_models_are_named_after_their_settings(written):
     models = {r["path1"]: r["model1"] for r in _records(directory, "train")}
     models |= {r["path2"]: r["model2"] for r in _records(directory, "train")}
     counts = Counter(models.values())
-    assert set(counts) == {"render"} | {f"shapes-sd3-{n}steps-cfg{g:g}" for n, g in SETTINGS}
+    assert set(counts) == {"render"} | {f"shapes-sd3-{n}steps-cfg{g:g}" for n, g in SETTINGS["in"]}
     assert counts["render"] == stats.train.images - stats.train.generated
     assert 0.02 < stats.train.generated / stats.train.images < 0.2
 
@@ -190,3 +190,15 @@ def test_the_command_line_reports_a_missing_pipeline_in_one_line(tmp_path, monke
     monkeypatch.setattr("sys.argv", arguments)
     assert main() == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_out_of_domain_pictures_come_from_other_defects_and_settings(untrained, tmp_path):
+    arguments = {"train_groups": 2, "test_groups": 20, "seed": 0, "generator_fraction": 0.3, "progress": False}
+    stats = write_preferences(untrained, tmp_path / "out", domain="out", **arguments)
+    write_preferences(untrained, tmp_path / "in", **arguments)
+    models = {record[side] for record in _records(tmp_path / "out", "test") for side in ("model1", "model2")}
+    assert models == {"foreign-render"} | {f"shapes-sd3-{n}steps-cfg{g:g}" for n, g in SETTINGS["out"]}
+    assert not set(SETTINGS["out"]) & set(SETTINGS["in"])
+    assert stats.domain == "out"
+    held_out = {record["prompt"] for record in _records(tmp_path / "out", "test")}
+    assert held_out <= set(prompts("test"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dina_rl.seeding import generator
+from dina_rl.shapes.foreign import FOREIGN_DEFECTS, add_foreign_defects, foreign_crawl
 from dina_rl.shapes.golden import GoldenParts, golden_score
 from dina_rl.shapes.grammar import ATTRIBUTE_COUNTS, COLOUR, GROUND, SHAPE, SIZE, all_prompts, spec_tensor
 from dina_rl.shapes.render import DEFECTS, crawl, render, with_wrong_attribute
@@ -146,3 +147,24 @@ def test_bad_input_is_refused():
         golden_score(images[:, :1], PROMPTS[:2])
     with pytest.raises(ValueError, match="outside the shapes grammar"):
         golden_score(images, ["a cat", PROMPTS[0]])
+
+
+@pytest.mark.parametrize("kind", FOREIGN_DEFECTS)
+def test_the_golden_score_sees_foreign_defects_too(kind):
+    clean = render(SPECS, generator(3))
+    severities = torch.zeros(len(SPECS), len(FOREIGN_DEFECTS))
+    scores = []
+    for severity in (0.0, 0.1, 1.0):
+        severities[:, FOREIGN_DEFECTS.index(kind)] = severity
+        scores.append(golden_score(add_foreign_defects(clean, severities, generator(4, kind)), PROMPTS).score.mean())
+    assert scores[0] > 0.95
+    assert scores[0] > scores[1] + 0.02
+    assert scores[1] > scores[2] + 0.05
+
+
+def test_some_out_of_domain_pictures_are_clean():
+    images = foreign_crawl(SPECS, generator(0), caption_error_rate=0.0)
+    scores = golden_score(images, PROMPTS).score
+    assert 0.03 < (scores > 0.9).float().mean() < 0.4
+    assert images.min() >= 0
+    assert images.max() <= 1
