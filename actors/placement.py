@@ -8,7 +8,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dina_rl.config import WorkersConfig
+from dina_rl.config import ScoringWorkersConfig, WorkersConfig
 from dina_rl.errors import RunStopped
 
 log = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 30.0
 
 
-def actor_options(workers: WorkersConfig, *, num_gpus: float) -> dict[str, object]:
+def actor_options(workers: WorkersConfig | ScoringWorkersConfig, *, num_gpus: float) -> dict[str, object]:
     """Options of one rollout, scorer or learner actor.
 
     Ray itself never restarts or retries: an actor that it restarts would answer with the weights of its `__init__`.

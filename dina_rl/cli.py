@@ -22,6 +22,8 @@ Run = TypeVar("Run", bound=BaseModel)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what shells use for Ctrl-C
 EXIT_STOPPED = 1
+NAME = "NAME"
+"""Stands in a dotted key for a name that the user chooses: `sets.NAME.path`."""
 
 
 def fail(message: str) -> NoReturn:
@@ -150,13 +152,15 @@ def _annotation(model: type[BaseModel], key: str) -> object:
     """The annotation of the field at a known dotted key."""
     first, _, rest = key.partition(".")
     annotation = model.model_fields[first].annotation
+    if is_named(annotation):
+        _, _, rest = rest.partition(".")  # the user's name
     return _annotation(section_of(annotation), rest) if rest else annotation
 
 
 def _assign(model: type[BaseModel], values: dict, key: str, words: list[str]) -> None:
     """Set a dotted key in nested `values`; an unknown one is refused with the nearest known key."""
     known = known_keys(model)
-    if key not in known:
+    if _without_names(model, key) not in known:
         close = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"--{key}: unknown key" + (f"; did you mean --{close[0]}?" if close else ""))
     *parents, leaf = key.split(".")
@@ -173,13 +177,34 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
         section = section_of(field.annotation)
-        if section is not None:
+        if section is not None and is_named(field.annotation):
+            keys.append(f"{prefix}{name}.{NAME}")
+            keys.extend(known_keys(section, f"{prefix}{name}.{NAME}."))
+        elif section is not None:
             keys.extend(known_keys(section, f"{prefix}{name}."))
     return keys
 
 
+def is_named(annotation: object) -> bool:
+    """Whether a field is a mapping of sections by names that the user chooses."""
+    return get_origin(annotation) is dict
+
+
+def _without_names(model: type[BaseModel], key: str) -> str:
+    """A dotted key with NAME in place of the names that the user chose."""
+    first, dot, rest = key.partition(".")
+    field = model.model_fields.get(first)
+    section = None if field is None else section_of(field.annotation)
+    if not dot or section is None:
+        return key
+    if not is_named(field.annotation):
+        return f"{first}.{_without_names(section, rest)}"
+    _, dot, rest = rest.partition(".")
+    return f"{first}.{NAME}{dot}{_without_names(section, rest) if dot else ''}"
+
+
 def section_of(annotation: object) -> type[BaseModel] | None:
-    """The model class behind a field annotation `Section` or `Section | None`; None for a plain value."""
+    """The model class behind a field annotation `Section`, `Section | None` or `dict[str, Section]`, else None."""
     candidates = [annotation, *get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 

@@ -15,6 +15,7 @@ from dina_rl.config.alignment import (
     WorkersConfig,
 )
 from dina_rl.config.base import LoRAConfig, PipelineConfig, PolicyLoRAConfig
+from dina_rl.config.evaluation import EvaluateRun, ScoringWorkersConfig, SetConfig
 from dina_rl.config.fitting import (
     DatasetConfig,
     FilterConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "DatasetConfig",
     "DiNaScorerConfig",
     "Dynamics",
+    "EvaluateRun",
     "FilterConfig",
     "FitConfig",
     "FitRun",
@@ -61,6 +63,8 @@ __all__ = [
     "RolloutConfig",
     "ScoreRun",
     "ScorerConfig",
+    "ScoringWorkersConfig",
+    "SetConfig",
     "ThurstoneConfig",
     "TimestepConfig",
     "WatchConfig",

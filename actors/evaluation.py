@@ -1,0 +1,71 @@
+"""The evaluator's workers on Ray: `EvaluationWorker` in processes of their own, in a pool that replaces lost ones."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
+
+from actors.placement import actor_options
+from actors.pool import Pool
+from dina_rl.config import ScoringWorkersConfig
+from dina_rl.evaluation.requests import EncodeRequest, PartScores, ScoreRequest
+from dina_rl.evaluation.worker import EvaluationWorker
+from dina_rl.runtime import configure_process
+
+Request = TypeVar("Request")
+Result = TypeVar("Result")
+
+
+class EvaluationActor:
+    def __init__(self, threads: int) -> None:
+        configure_process(threads)
+        self._worker = EvaluationWorker()
+
+    def encode(self, request: EncodeRequest) -> int:
+        return self._worker.encode(request)
+
+    def score(self, request: ScoreRequest) -> PartScores:
+        return self._worker.score(request)
+
+
+class RayWorkers:
+    """`Workers` on a pool of actors. Latent stores must lie on storage that all nodes share."""
+
+    def __init__(self, config: ScoringWorkersConfig) -> None:
+        self._timeout_s = config.call_timeout_s
+        options = actor_options(config, num_gpus=config.gpus_per_actor)
+        self._pool = Pool(
+            lambda number: ray.remote(**options)(EvaluationActor).remote(config.threads_per_actor),
+            config.num_workers,
+            name="scoring workers",
+            start_timeout_s=config.start_timeout_s,
+            call_timeout_s=config.call_timeout_s,
+            max_restarts=config.max_restarts,
+        )
+
+    def encode(self, requests: Iterable[EncodeRequest]) -> Iterator[tuple[int, int]]:
+        yield from self._stream(requests, lambda actor, request: actor.encode.remote(request))
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[tuple[int, PartScores]]:
+        yield from self._stream(requests, lambda actor, request: actor.score.remote(request))
+
+    def shutdown(self) -> None:
+        self._pool.shutdown()
+
+    def _stream(
+        self, requests: Iterable[Request], call: Callable[[ActorHandle, Request], ray.ObjectRef]
+    ) -> Iterator[tuple[int, Result]]:
+        """Results as they finish.
+
+        Raises:
+            ValueError: a worker says so: a scorer or set that cannot be opened.
+        """
+        try:
+            for number, ref in self._pool.stream(requests, call):
+                yield number, ray.get(ref, timeout=self._timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise error.cause from None
+            raise

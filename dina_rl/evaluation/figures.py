@@ -1,0 +1,118 @@
+"""The evaluator's pictures, drawn by Agg without pyplot: no display, safe in any process."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dina_rl.checkpoint import write_bytes
+from dina_rl.evaluation.calibration import Calibration
+from dina_rl.evaluation.tables import Cell, Table
+
+STYLES = ("-", "--", ":")
+PANELS_PER_ROW = 3
+COLOURS = ("#2f6f9f", "#c9a227", "#7a4f9a", "#3f8f5f", "#b5523b", "#6b7a86")
+FAINT = "#8a8a8a"
+Line = Sequence[tuple[float, Cell]]
+"""(x, value) from left to right."""
+
+
+def plot_table(table: Table, path: Path) -> None:
+    """A table's numbers as dots, one line per row and one colour per column; error bars are spread or interval."""
+    figure = Figure(figsize=(8, 1.2 + 0.38 * len(table.rows)), layout="constrained")
+    axes = figure.subplots()
+    scale = 100 if table.percent else 1
+    for number, column in enumerate(table.columns):
+        shift = 0.5 * ((number + 0.5) / len(table.columns) - 0.5)
+        points = [(place, row.cells[column]) for place, row in enumerate(table.rows) if row.cells[column] is not None]
+        if not points:
+            continue
+        below, above = zip(*(_error(cell) for _, cell in points), strict=True)
+        axes.errorbar(
+            [scale * cell.mean for _, cell in points],
+            [place + shift for place, _ in points],
+            xerr=[[scale * value for value in below], [scale * value for value in above]],
+            fmt="o",
+            markersize=4,
+            linewidth=1,
+            color=COLOURS[number % len(COLOURS)],
+            label=column,
+        )
+    axes.set_yticks(range(len(table.rows)), [", ".join(filter(None, row.labels)) for row in table.rows])
+    axes.invert_yaxis()
+    axes.set_title(table.title, loc="left", fontsize=10)
+    axes.set_xlabel("percent" if table.percent else "")
+    _plain(axes, "x")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _save(figure, path)
+
+
+def plot_lines(panels: Mapping[str, Mapping[str, Line]], path: Path, *, title: str, percent: bool) -> None:
+    """Values over the noise level, one panel per key and one line per inner key; bands are spread or interval."""
+    columns = min(len(panels), PANELS_PER_ROW)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(1 + 3.4 * columns, 3.2 * rows + 0.2), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for empty in places[len(panels) :]:
+        empty.remove()
+    scale = 100 if percent else 1
+    for axes, (name, lines) in zip(places, panels.items(), strict=False):
+        for number, (label, line) in enumerate(lines.items()):
+            colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+            x, y = [point for point, _ in line], [scale * cell.mean for _, cell in line]
+            axes.plot(x, y, style, color=colour, marker="o", markersize=3, label=label)
+            ends = [(cell.mean, *_error(cell)) for _, cell in line]
+            low, high = [scale * (m - b) for m, b, _ in ends], [scale * (m + a) for m, _, a in ends]
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("noise level t")
+        axes.set_ylabel("percent" if percent else "")
+        _plain(axes, "y")
+    figure.suptitle(title, fontsize=10)
+    figure.axes[-1].legend(fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+def plot_reliability(curves: Mapping[str, Calibration], path: Path) -> None:
+    """Reliability curves: the share of comparisons in which people agree, over the predicted winner's probability."""
+    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], color=FAINT, linestyle="--", linewidth=1)
+    for number, (label, curve) in enumerate(curves.items()):
+        points = [(c, a) for c, a in zip(curve.confidence, curve.accuracy, strict=True) if c is not None]
+        axes.plot(
+            *zip(*points, strict=True),
+            color=COLOURS[number % len(COLOURS)],
+            marker="o",
+            markersize=4,
+            label=f"{label}: ECE {curve.ece:.3f}",
+        )
+    axes.set_xlabel("probability of the predicted winner")
+    axes.set_ylabel("share of people's decisions for it")
+    _plain(axes, "both")
+    axes.legend(fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+def _error(cell: Cell) -> tuple[float, float]:
+    """(below, above) the mean; 0 where nothing is known."""
+    if cell.std is not None:
+        return cell.std, cell.std
+    if cell.low is not None and cell.high is not None:
+        return max(0.0, cell.mean - cell.low), max(0.0, cell.high - cell.mean)
+    return 0.0, 0.0
+
+
+def _plain(axes: Axes, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#e5e5e5")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=130)
+    write_bytes(path, buffer.getvalue())

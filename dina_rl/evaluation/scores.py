@@ -1,0 +1,311 @@
+"""Scores of scorers on sets, each computed once and kept in files.
+
+    sizes/SET.json                            (height, width) of every image, where buckets are asked for
+    latents/KEY/                              LatentStore of a set's images for one pipeline
+    scores/KEY/task.json                      what KEY is the digest of: all that decides the numbers
+    scores/KEY/part-00000.safetensors         `scores` [draws, images] of consecutive records; metadata: problems
+
+KEY is a digest of the scorer's weights, its pipeline, the set's records, noise, levels and batch geometry: another
+table over the same cache finds its scores. Image files are trusted not to change under their names.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from dina_rl.checkpoint import write_bytes, write_json
+from dina_rl.config import EvaluateRun, PictureScorerConfig
+from dina_rl.data.buckets import Bucketing, Size
+from dina_rl.data.latents import LatentStore, StoreInfo
+from dina_rl.data.records import PreferenceRecord, PreferenceSet
+from dina_rl.evaluation.identity import Identities, digest
+from dina_rl.evaluation.layout import Layout, lay_out
+from dina_rl.evaluation.requests import EncodeRequest, Problem, ScoreRequest, View, Workers
+from dina_rl.evaluation.sets import EvaluationSet
+from dina_rl.runtime import open_pipeline
+
+PROBLEMS = "problems"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringJob:
+    """Some views of one scorer on one set."""
+
+    scorer: PictureScorerConfig
+    bucketing: Bucketing | None  # sizes at which a latent scorer sees the images; None: it reads the files
+    data: EvaluationSet
+    views: tuple[View, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedImage:
+    """An image that could not be scored."""
+
+    record: int
+    image: str
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetScores:
+    """One scorer's scores of one set in one view."""
+
+    records: tuple[PreferenceRecord, ...]  # with the images that have a score, where those are two or more
+    scores: Mapping[int, torch.Tensor]  # `PreferenceRecord.index` -> [draws, images of the record above]
+    dropped: tuple[DroppedImage, ...]
+    dropped_pairs: int  # comparisons that the dropped images take part in
+
+    def draw(self, number: int) -> dict[int, torch.Tensor]:
+        """Scores [images] of one noise draw, by record."""
+        return {index: scores[number] for index, scores in self.scores.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissingPart:
+    """Scores of some records of a job that nobody has computed."""
+
+    job: ScoringJob
+    records: tuple[PreferenceRecord, ...]
+    files: Mapping[View, Path]  # where they belong, by view
+
+    @property
+    def images(self) -> int:
+        """Images to be scored, once per view and draw."""
+        return sum(len(record.images) for record in self.records) * sum(view.draws for view in self.files)
+
+
+class ScoreStore:
+    """The cache. `missing` says what `fill` has to compute; `read` gives what is there."""
+
+    def __init__(self, run: EvaluateRun) -> None:
+        self._run = run
+        self._root = run.cache_dir
+        self._layouts: dict[tuple[str, Bucketing], Layout] = {}
+        self._unreadable: dict[Path, dict[int, str]] = {}  # latent store -> row -> reason
+        self._identities = Identities()
+        self._tasks: dict[tuple[PictureScorerConfig, str, View], str] = {}
+
+    def missing(self, jobs: Sequence[ScoringJob]) -> list[MissingPart]:
+        """The scores of `jobs` that are not there yet, in the jobs' order."""
+        parts = []
+        for job in jobs:
+            for number, records in enumerate(self._parts(job.data)):
+                files = {view: self._part(job, view, number) for view in job.views}
+                absent = {view: file for view, file in files.items() if not file.exists()}
+                if absent:
+                    parts.append(MissingPart(job=job, records=records, files=absent))
+        return parts
+
+    def fill(self, parts: Sequence[MissingPart], workers: Workers) -> None:
+        """Compute the missing scores and keep them.
+
+        Raises:
+            ValueError: a scorer or a set that cannot be read, or parts that do not fit together.
+        """
+        self._encode([part.job for part in parts if part.job.bucketing is not None], workers)
+        with tqdm(total=sum(part.images for part in parts), desc="score", unit="img") as bar:
+            for index, scored in workers.score(self._request(part) for part in parts):
+                for file, scores in zip(parts[index].files.values(), scored.scores, strict=True):
+                    _write_part(file, scores, scored.problems)
+                bar.update(parts[index].images)
+
+    def read(self, job: ScoringJob, view: View) -> SetScores:
+        """The scores of a job that `fill` has seen."""
+        records, kept, dropped, lost = [], {}, [], 0
+        for number, part in enumerate(self._parts(job.data)):
+            scores, problems = _read_part(self._part(job, view, number))
+            first = 0
+            for record in part:
+                count = len(record.images)
+                good = [position for position in range(count) if first + position not in problems]
+                dropped += [
+                    DroppedImage(record=record.index, image=image, problem=problems[first + position])
+                    for position, image in enumerate(record.images)
+                    if first + position in problems
+                ]
+                lost += len(list(combinations(range(count), 2))) - len(list(combinations(good, 2)))
+                if len(good) > 1:
+                    records.append(_restricted(record, good))
+                    kept[record.index] = scores[:, [first + position for position in good]]
+                first += count
+        return SetScores(records=tuple(records), scores=kept, dropped=tuple(dropped), dropped_pairs=lost)
+
+    def _encode(self, jobs: Sequence[ScoringJob], workers: Workers) -> None:
+        """Encode what the jobs need and nobody has encoded."""
+        requests, images = [], 0
+        for directory, job in {self._store_directory(job): job for job in jobs}.items():
+            store = self._open_store(job)
+            for shard in store.missing_shards():
+                images += len(store.info.shard(shard)[1])
+                requests.append(
+                    EncodeRequest(scorer=self._asked(job.scorer), source=job.data.config, store=directory, shard=shard)
+                )
+        if requests:
+            with tqdm(total=images, desc="encode", unit="img") as bar:
+                for _, count in workers.encode(requests):
+                    bar.update(count)
+
+    def _request(self, part: MissingPart) -> ScoreRequest:
+        job, records = part.job, part.records
+        store, rows, problems = None, (), {}
+        if job.bucketing is not None:
+            store = self._store_directory(job)
+            rows, problems = self._rows(job, records)
+        return ScoreRequest(
+            scorer=self._asked(job.scorer),
+            seed=self._run.seed,
+            source=job.data.config,
+            records=records,
+            store=store,
+            rows=rows,
+            problems=problems,
+            views=tuple(part.files),
+            batch_size=self._run.batch_size,
+        )
+
+    def _rows(
+        self, job: ScoringJob, records: Sequence[PreferenceRecord]
+    ) -> tuple[tuple[int | None, ...], dict[int, Problem]]:
+        """Row of every image of the records, one after the other, and why some have none."""
+        directory, layout = self._store_directory(job), self._layout(job)
+        if directory not in self._unreadable:
+            self._unreadable[directory] = LatentStore(directory).unreadable()
+        unreadable = self._unreadable[directory]
+        rows: list[int | None] = []
+        problems: dict[int, Problem] = {}
+        for record in records:
+            for position, row in enumerate(layout.rows[record.index]):
+                if row is None:
+                    problems[len(rows)] = layout.problems[record.index][position]
+                elif row in unreadable:
+                    problems[len(rows)] = Problem(reason=unreadable[row], broken=True)
+                rows.append(None if len(rows) in problems else row)
+        return tuple(rows), problems
+
+    def _parts(self, data: EvaluationSet) -> list[tuple[PreferenceRecord, ...]]:
+        size = self._run.records_per_part
+        return [data.records[first : first + size] for first in range(0, len(data.records), size)]
+
+    def _part(self, job: ScoringJob, view: View, number: int) -> Path:
+        key = job.scorer, job.data.digest, view
+        if key not in self._tasks:
+            self._tasks[key] = self._task(job, view)
+        return self._root / "scores" / self._tasks[key] / f"part-{number:05d}.safetensors"
+
+    def _task(self, job: ScoringJob, view: View) -> str:
+        """The digest of everything that decides the scores of a job in a view; written down beside them."""
+        run = self._run
+        task: dict[str, object] = {
+            "scorer": self._identities.of_scorer(job.scorer),
+            "set": [job.data.config.kind, job.data.config.path, job.data.config.split],
+            "records": job.data.digest,
+            "batch_size": run.batch_size,
+            "records_per_part": run.records_per_part,
+        }
+        if job.bucketing is not None:
+            task |= {
+                "latents": self._store_directory(job).name,
+                "levels": view.levels,
+                "draws": [view.draws, job.scorer.draws],
+                "noise": run.noise,
+                "seed": run.seed,
+            }
+        name = digest(task)
+        file = self._root / "scores" / name / "task.json"
+        if not file.exists():
+            write_json(file, task)
+        return name
+
+    def _asked(self, scorer: PictureScorerConfig) -> PictureScorerConfig:
+        """The scorer as workers open it: views bring their own levels."""
+        return scorer.model_copy(update={"levels": None, "noise": self._run.noise})
+
+    def _layout(self, job: ScoringJob) -> Layout:
+        """Rows of the images of the whole set that the job's records are of."""
+        assert job.bucketing is not None
+        data, bucketing = job.data.whole, job.bucketing
+        key = data.digest, bucketing
+        if key not in self._layouts:
+            sizes = {} if bucketing.stretch else self._sizes(data)
+            self._layouts[key] = lay_out(data.records, bucketing, sizes.__getitem__)
+        return self._layouts[key]
+
+    def _sizes(self, data: EvaluationSet) -> dict[str, Size | str]:
+        """(height, width) of every image of a set, or why it has none; read from the files once."""
+        file = self._root / "sizes" / f"{data.digest}.json"
+        if not file.exists():
+            images = list(dict.fromkeys(image for record in data.records for image in record.images))
+            source = data.source
+            write_json(file, {image: _size(source, image) for image in tqdm(images, desc="sizes", unit="img")})
+        stored = json.loads(file.read_text())
+        return {image: size if isinstance(size, str) else (size[0], size[1]) for image, size in stored.items()}
+
+    def _store_directory(self, job: ScoringJob) -> Path:
+        identity = {
+            "records": job.data.whole.digest,
+            "pipeline": self._identities.of_pipeline(job.scorer),
+            "buckets": [job.bucketing.buckets, job.bucketing.stretch],
+            "rows_per_shard": self._run.encode_batch_size,
+        }
+        return self._root / "latents" / digest(identity)
+
+    def _open_store(self, job: ScoringJob) -> LatentStore:
+        """The store of a job's images, begun if it is not there.
+
+        Raises:
+            ValueError: image sizes that the pipeline does not fit.
+        """
+        layout, bucketing = self._layout(job), job.bucketing
+        pipeline = self._identities.pipeline(job.scorer)
+        backbone = open_pipeline(pipeline)
+        info = StoreInfo(
+            dataset=job.data.config.path,
+            pipeline=pipeline.path,
+            buckets=bucketing.buckets,
+            latent_shapes=tuple(backbone.latent_shape(*size) for size in bucketing.buckets),
+            rows=tuple(len(images) for images in layout.images),
+            rows_per_shard=self._run.encode_batch_size,
+        )
+        images = (image for bucket in layout.images for image in bucket)
+        return LatentStore.create(self._store_directory(job), info, images)
+
+
+def _restricted(record: PreferenceRecord, positions: Sequence[int]) -> PreferenceRecord:
+    """The record with the images at `positions` alone."""
+    if len(positions) == len(record.images):
+        return record
+
+    def pick(values: Sequence) -> tuple:
+        return tuple(values[position] for position in positions)
+
+    return replace(
+        record,
+        images=pick(record.images),
+        ranks=pick(record.ranks),
+        models=None if record.models is None else pick(record.models),
+    )
+
+
+def _size(source: PreferenceSet, image: str) -> Size | str:
+    try:
+        return source.size(image)
+    except ValueError as error:
+        return str(error)
+
+
+def _write_part(file: Path, scores: torch.Tensor, problems: Mapping[int, Problem]) -> None:
+    metadata = {PROBLEMS: json.dumps({str(place): asdict(problem) for place, problem in problems.items()})}
+    write_bytes(file, save({"scores": scores.contiguous()}, metadata))
+
+
+def _read_part(file: Path) -> tuple[torch.Tensor, dict[int, Problem]]:
+    with safe_open(file, "pt") as content:
+        problems = json.loads(content.metadata()[PROBLEMS])
+        return content.get_tensor("scores"), {int(place): Problem(**problem) for place, problem in problems.items()}

@@ -1,0 +1,91 @@
+"""The preference sets of an evaluation: read once by the driver, with what is unusable counted and listed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import torch
+
+from dina_rl.config import SetConfig
+from dina_rl.data.records import PreferenceRecord, PreferenceSet, SkippedRecord
+from dina_rl.data.registry import open_set
+from dina_rl.seeding import generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSet:
+    """A set's records, ready to be scored."""
+
+    name: str
+    config: SetConfig
+    records: tuple[PreferenceRecord, ...]
+    skipped: tuple[SkippedRecord, ...]  # malformed records
+    digest: str  # of the records and of where their images lie
+    parent: "EvaluationSet | None" = None  # the set that this is a sample of
+
+    @property
+    def source(self) -> PreferenceSet:
+        return open_source(self.config)
+
+    @property
+    def whole(self) -> "EvaluationSet":
+        """The set whose images are encoded: a sample uses those of its parent."""
+        return self.parent or self
+
+    def sample(self, pairs: int, seed: int) -> "EvaluationSet":
+        """Random records with at least `pairs` comparisons that people decide; all of them if there are not so many."""
+        order = torch.randperm(len(self.records), generator=generator(seed, "sample-of-set", self.config.split))
+        chosen, count = [], 0
+        for position in order.tolist():
+            if count >= pairs:
+                break
+            chosen.append(position)
+            count += len(self.records[position].ordered_pairs())
+        sample = _evaluation_set(self.name, self.config, [self.records[p] for p in sorted(chosen)], self.skipped)
+        return replace(sample, parent=self.whole)
+
+
+def open_source(config: SetConfig) -> PreferenceSet:
+    """The reader of a set.
+
+    Raises:
+        ValueError: an unknown kind, or nothing of that kind there.
+    """
+    return open_set(config.kind, config.location)
+
+
+def read_sets(configs: Mapping[str, SetConfig], *, seed: int) -> list[EvaluationSet]:
+    """Records of all sets, a seeded random sample where `max_records` says so.
+
+    Raises:
+        ValueError: a set that cannot be read, or without a usable record.
+    """
+    return [read_set(name, config, seed=seed) for name, config in configs.items()]
+
+
+def read_set(name: str, config: SetConfig, *, seed: int) -> EvaluationSet:
+    """Records of one set; raises like `read_sets`."""
+    config = config.model_copy(update={"path": str(config.location.resolve())})  # workers have directories of their own
+    records: list[PreferenceRecord] = []
+    skipped: list[SkippedRecord] = []
+    for record in open_source(config).records(config.split):
+        (records if isinstance(record, PreferenceRecord) else skipped).append(record)
+    if not any(record.ordered_pairs() for record in records):
+        raise ValueError(
+            f"set {name}: {config.path} has no comparison in split {config.split} ({len(records)} records, "
+            f"{len(skipped)} malformed)"
+        )
+    if config.max_records is not None and config.max_records < len(records):
+        order = torch.randperm(len(records), generator=generator(seed, "records-of-set", config.split))
+        records = [records[position] for position in sorted(order[: config.max_records].tolist())]
+    return _evaluation_set(name, config, records, tuple(skipped))
+
+
+def _evaluation_set(
+    name: str, config: SetConfig, records: list[PreferenceRecord], skipped: tuple[SkippedRecord, ...]
+) -> EvaluationSet:
+    digest = blake2b(f"{config.kind}\n{config.path}\n{config.split}\n".encode(), digest_size=16)
+    for record in records:
+        digest.update(json.dumps([record.index, record.prompt, record.images, record.ranks]).encode())
+    return EvaluationSet(name=name, config=config, records=tuple(records), skipped=skipped, digest=digest.hexdigest())

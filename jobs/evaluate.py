@@ -1,0 +1,172 @@
+"""Measure scorers on preference sets: `python -m jobs.evaluate --runs DIR --sets.NAME.path DIR`, also `ray job submit`.
+
+Without --paper, an audit of the reward models of fit runs and of further scorers; with it, a table or figure of the
+paper, made of fit runs. Run directory:
+    config.yaml, versions.json      the resolved configuration
+    cache/                          encoded images and scores (elsewhere with --cache, for several evaluations to share)
+    dropped.jsonl                   malformed records and images without a score, and why (absent if there are none)
+    table2.csv .md .png             with --paper table2, and accuracies.csv: every number in all conventions
+    report.json report.md ...       without --paper, see dina_rl/evaluation/audit.py
+On a cluster the cache and the sets must lie on storage that all nodes share.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dina_rl.checkpoint import open_run_dir, write_text
+from dina_rl.cli import fail, interruptible, load
+from dina_rl.config import DatasetConfig, EvaluateRun
+from dina_rl.evaluation.audit import audit, audit_jobs, write_report
+from dina_rl.evaluation.paper import Plan, notes_on, plan_table, read_runs
+from dina_rl.evaluation.requests import Workers
+from dina_rl.evaluation.results import (
+    accuracy_table,
+    measured,
+    uncertainty_of,
+    uncertainty_table,
+    write_accuracies,
+    write_table,
+)
+from dina_rl.evaluation.scorers import NamedScorer, named_scorer
+from dina_rl.evaluation.scores import ScoreStore, ScoringJob
+from dina_rl.evaluation.sets import EvaluationSet, read_sets
+from dina_rl.runtime import configure_process
+
+MAY_CHANGE = ("inline", "workers", "cache")
+DROPPED_FILE = "dropped.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a run works on, read and checked."""
+
+    scorers: tuple[NamedScorer, ...]  # of runs and others, by the names that results carry
+    sets: tuple[EvaluationSet, ...]
+    plan: Plan | None  # None: an audit
+    notes: tuple[str, ...]  # on what the rows of the table are
+
+
+def preflight(run: EvaluateRun) -> Inputs:
+    """All that can be wrong with the inputs, found before anything starts.
+
+    Raises:
+        ValueError: nothing to evaluate, or a set, run or scorer that cannot be read.
+    """
+    if not run.sets:
+        raise ValueError("no set to evaluate on: give one as --sets.NAME.kind KIND --sets.NAME.path DIR")
+    if not run.runs and not run.scorers:
+        raise ValueError("nothing to evaluate: give --runs DIR ..., or --scorers.NAME.path DIR")
+    runs = read_runs(run.runs)
+    sizes = None if run.buckets is None else DatasetConfig(buckets=run.buckets)
+    others = [named_scorer(name, config, sizes) for name, config in run.scorers.items()]
+    fitted = [named_scorer(each.name, each.scorer, sizes or each.run.dataset) for each in runs]
+    twice = {scorer.name for scorer in others} & {scorer.name for scorer in fitted}
+    if twice:
+        raise ValueError(f"scorers.{twice.pop()} has the name of a run; choose another")
+    return Inputs(
+        scorers=(*others, *fitted),
+        sets=tuple(read_sets(run.sets, seed=run.seed)),
+        plan=None if run.paper is None else plan_table(run, others, runs),
+        notes=() if run.paper is None else notes_on(runs),
+    )
+
+
+def evaluate(run: EvaluateRun, inputs: Inputs, run_dir: Path) -> str:
+    """The whole job after `preflight`; returns what to show.
+
+    Raises:
+        ValueError: a model that cannot be loaded, a set without comparisons, or too much of it broken.
+    """
+    store = ScoreStore(run)
+    jobs = audit_jobs(run, inputs.scorers, inputs.sets) if inputs.plan is None else paper_jobs(run, inputs)
+    missing = store.missing([job for _, job in jobs])
+    if missing:
+        with open_workers(run) as workers:
+            store.fill(missing, workers)
+    write_dropped(store, jobs, run_dir / DROPPED_FILE)
+    if inputs.plan is None:
+        return write_report(audit(run, store, jobs), jobs, run_dir)
+    assert run.paper is not None
+    scored = [(scorer.name, job, view) for scorer, job in jobs for view in job.views]
+    if run.paper == "table4":
+        spreads = {(name, job.data.name, view): uncertainty_of(store.read(job, view)) for name, job, view in scored}
+        table = uncertainty_table(inputs.plan, spreads, inputs.sets, inputs.notes)
+    else:
+        results = [measured(run, store, name, job, view) for name, job, view in scored]
+        write_accuracies(results, run_dir / "accuracies.csv")
+        table = accuracy_table(inputs.plan, results, inputs.sets, run.convention, inputs.notes)
+    return write_table(table, run_dir, run.paper)
+
+
+def paper_jobs(run: EvaluateRun, inputs: Inputs) -> list[tuple[NamedScorer, ScoringJob]]:
+    """What the plan's rows need, scorer by scorer."""
+    assert inputs.plan is not None
+    jobs = []
+    for scorer in inputs.scorers:
+        views = tuple(dict.fromkeys(entry.view for entry in inputs.plan.entries if entry.scorer == scorer.name))
+        for data in inputs.sets:
+            if run.paper == "table4":
+                assert run.uncertainty is not None
+                data = data.sample(run.uncertainty.pairs, run.seed)
+            jobs.append((scorer, scorer.job(data, views)))
+    return jobs
+
+
+def write_dropped(store: ScoreStore, jobs: Sequence[tuple[NamedScorer, ScoringJob]], file: Path) -> None:
+    """List malformed records and images without a score, each once per set and reason."""
+    lines: dict[str, None] = {}  # an ordered set
+    for _, job in jobs:
+        name = {"set": job.data.name}
+        listed = [name | asdict(record) for record in job.data.skipped]
+        for view in job.views:
+            listed += [
+                name | {"record": image.record, "image": image.image} | asdict(image.problem)
+                for image in store.read(job, view).dropped
+            ]
+        lines |= {json.dumps(line): None for line in listed}
+    if lines:
+        write_text(file, "\n".join(lines) + "\n")
+        print(f"{len(lines)} malformed records and dropped images are listed in {file}", flush=True)
+
+
+@contextmanager
+def open_workers(run: EvaluateRun) -> Iterator[Workers]:
+    """Workers in this process with `inline`, else a pool of Ray actors."""
+    if run.inline:
+        from dina_rl.evaluation.worker import InlineWorkers
+
+        configure_process(run.workers.threads_per_actor)
+        yield InlineWorkers()
+        return
+    from actors.evaluation import RayWorkers
+    from jobs.cluster import start_ray
+
+    start_ray()
+    workers = RayWorkers(run.workers)
+    try:
+        yield workers
+    finally:
+        workers.shutdown()
+
+
+def main(argv: Sequence[str]) -> None:
+    run = load(EvaluateRun, argv, program="python -m jobs.evaluate")
+    try:
+        inputs = preflight(run)
+        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
+    except ValueError as error:
+        fail(str(error))
+    with interruptible(run_dir):
+        try:
+            shown = evaluate(run, inputs, run_dir)
+        except ValueError as error:
+            fail(str(error))
+    print(f"\n{shown}\nwritten to {run_dir}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

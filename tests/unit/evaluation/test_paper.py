@@ -1,0 +1,154 @@
+"""The paper's rows, derived from what the runs say they are; no weights are read."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dina_rl.config import EvaluateRun, FitRun, PictureScorerConfig, ThurstoneConfig
+from dina_rl.evaluation.paper import FittedRun, notes_on, plan_table, read_runs, variance_label
+from dina_rl.evaluation.requests import View
+from dina_rl.evaluation.scorers import PLAIN, NamedScorer
+
+
+def fitted(name: str, seed: int = 0, *, run: dict | None = None, **reward) -> FittedRun:
+    values = {"seed": seed, "run_dir": f"runs/{name}", "reward": reward, **(run or {})}
+    return FittedRun(name=name, directory=Path(f"/runs/{name}"), run=FitRun.model_validate(values))
+
+
+def request(paper: str, **values) -> EvaluateRun:
+    return EvaluateRun.model_validate({"paper": paper, "sets": {"test": {"path": "somewhere"}}, **values})
+
+
+FIXED = {"variance": "fixed", "sigma_u": 0.5}
+
+
+def test_table2_orders_schedules_and_collects_seeds() -> None:
+    runs = [
+        fitted("ln", timestep={"distribution": "logit_normal", "mean": -0.8}),
+        fitted("uniform-1", 1),
+        fitted("uniform-0", 0),
+        fitted("t07", timestep={"distribution": "fixed", "fixed": 0.7}, thurstone=FIXED),
+        fitted("t0", timestep={"distribution": "fixed", "fixed": 0.0}, thurstone=FIXED),
+        fitted("uniform-fixed", thurstone=FIXED),
+    ]
+    plan = plan_table(request("table2"), [], runs)
+    assert plan.labels == ("Timestep schedule", "Var.", "Inference")
+    assert list(dict.fromkeys(entry.labels for entry in plan.entries)) == [
+        (schedule, variance, inference)
+        for schedule, variance in (
+            ("t = 0", "Fixed"),
+            ("t = 0.7", "Fixed"),
+            ("Uniform", "Fixed"),
+            ("Uniform", "NC"),
+            ("LN(-0.8, 1)", "NC"),
+        )
+        for inference in ("single", "ensemble")
+    ]
+    seeds = [(entry.scorer, entry.view) for entry in plan.entries if entry.labels == ("Uniform", "NC", "ensemble")]
+    assert seeds == [(f"uniform-{seed}", View(levels=(0.2, 0.5, 0.7))) for seed in (0, 1)]
+
+
+def test_a_run_is_asked_at_its_own_levels() -> None:
+    plan = plan_table(request("table2"), [], [fitted("a", single_level=0.3, ensemble_levels=(0.1, 0.6))])
+    assert [entry.view.levels for entry in plan.entries] == [(0.3,), (0.1, 0.6)]
+
+
+def test_rows_that_differ_elsewhere_say_in_what() -> None:
+    runs = [fitted("short", run={"fit": {"steps": 10}}), fitted("long"), fitted("frozen", lora=None)]
+    plan = plan_table(request("table3"), [], runs)
+    assert plan.labels == ("Training strategy", "Differs in")
+    assert {entry.scorer: entry.labels for entry in plan.entries} == {
+        "short": ("LoRA fine-tuning", "fit.steps 10"),
+        "long": ("LoRA fine-tuning", "fit.steps 12500"),
+        "frozen": ("Freeze backbone", ""),
+    }
+
+
+def test_places_and_processes_do_not_make_rows() -> None:
+    runs = [
+        fitted("a", 0, run={"dataset": {"path": "x"}, "fit": {"num_workers": 2}}),
+        fitted("b", 1, run={"dataset": {"path": "y"}, "fit": {"num_workers": 4, "checkpoint_every": 9}}),
+    ]
+    assert {entry.labels for entry in plan_table(request("table3"), [], runs).entries} == {("LoRA fine-tuning",)}
+    assert notes_on(runs) == ("Fit runs: a (seed 0), b (seed 1).", "Fitted on 2 preference sets: x, y.")
+
+
+def test_one_fit_is_not_counted_twice() -> None:
+    with pytest.raises(ValueError, match="/runs/a and /runs/b have one configuration and seed"):
+        plan_table(request("table3"), [], [fitted("a"), fitted("b")])
+
+
+def test_table4_and_figure2_go_through_their_levels() -> None:
+    runs = [fitted("a", 0), fitted("b", 1)]
+    spread = plan_table(request("table4", uncertainty={"levels": [0.01, 0.4], "draws": 5}), [], runs)
+    assert spread.labels == ("Model", "Backbone", "t")
+    assert [(entry.labels[-1], entry.scorer, entry.view.draws) for entry in spread.entries] == [
+        ("0.01", "a", 5),
+        ("0.01", "b", 5),
+        ("0.4", "a", 5),
+        ("0.4", "b", 5),
+    ]
+    sweep = plan_table(request("figure2", levels=[0.1, 0.7]), [], runs[:1])
+    assert [(entry.labels, entry.view) for entry in sweep.entries] == [
+        (("Uniform", "NC", "0.1"), View(levels=(0.1,))),
+        (("Uniform", "NC", "0.7"), View(levels=(0.7,))),
+    ]
+
+
+def test_table5_and_table6() -> None:
+    runs = [fitted("deep", taps=(4, 8, 12, 16)), fitted("usual"), fitted("one", taps=(12,))]
+    labels = [entry.labels for entry in plan_table(request("table5"), [], runs).entries]
+    assert labels == [("12 layers (taps 4, 8, 12)",), ("12 layers (taps 12)",), ("16 layers (taps 4, 8, 12, 16)",)]
+    other = fitted("flux", run={"pipeline": {"path": "black-forest-labs/FLUX.1-dev"}}, taps=(8, 19))
+    labels = [entry.labels for entry in plan_table(request("table6"), [], [fitted("usual"), other]).entries]
+    assert labels == [("FLUX.1-dev (19 layers)",), ("shapes (12 layers)",)]
+
+
+def test_table1_has_scorers_and_runs() -> None:
+    clip = NamedScorer(
+        name="pick", config=PictureScorerConfig(kind="pickscore"), backbone="CLIP", main=PLAIN, ensemble=None,
+        thurstone=None, bucketing=None,
+    )  # fmt: skip
+    plan = plan_table(request("table1"), [clip], [fitted("a", 0), fitted("b", 1)])
+    assert list(dict.fromkeys(entry.labels for entry in plan.entries)) == [
+        ("pick", "CLIP"),
+        ("DiNa-LRM", "shapes"),
+        ("DiNa-LRM *", "shapes"),
+    ]
+
+
+def test_variances_say_their_unusual_constants() -> None:
+    assert variance_label(ThurstoneConfig(variance="fixed", sigma_u=0.5)) == "Fixed"
+    assert variance_label(ThurstoneConfig(variance="fixed")) == "Fixed (sigma_u 0.1)"
+    assert variance_label(ThurstoneConfig(k=1.0)) == "NC (k 1, sigma_u 0.1)"
+
+
+def write_run(directory: Path, *, finished: bool = True, **values) -> Path:
+    directory.mkdir(parents=True)
+    run = FitRun.model_validate(values)
+    (directory / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    if finished:
+        (directory / "reward").mkdir()
+    return directory
+
+
+def test_runs_are_read_from_their_directories(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "a" / "fit", seed=3), write_run(tmp_path / "b" / "fit", seed=4)
+    runs = read_runs([str(first), str(second)])
+    assert [(run.run.seed, run.name) for run in runs] == [(3, str(first)), (4, str(second))]
+    assert [run.name for run in read_runs([str(first)])] == ["fit"]
+
+
+def test_what_is_no_finished_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no config.yaml"):
+        read_runs([str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="no reward model yet"):
+        read_runs([str(write_run(tmp_path / "unfinished", finished=False))])
+    other = write_run(tmp_path / "align")
+    (other / "config.yaml").write_text("rollout: {num_steps: 3}\n")
+    with pytest.raises(ValueError, match="not a fit run: rollout: unknown key"):
+        read_runs([str(other)])
+    good = str(write_run(tmp_path / "good"))
+    with pytest.raises(ValueError, match="named twice"):
+        read_runs([good, good])

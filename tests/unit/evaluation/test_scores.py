@@ -1,0 +1,173 @@
+"""Scoring, its cache and what is dropped: real classes on the miniature SD3.5, in this process."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dina_rl.config import EvaluateRun, PictureScorerConfig
+from dina_rl.evaluation.images import read_image
+from dina_rl.evaluation.requests import View
+from dina_rl.evaluation.results import measured
+from dina_rl.evaluation.scorers import PLAIN, named_scorer
+from dina_rl.evaluation.scores import ScoreStore, ScoringJob
+from dina_rl.evaluation.sets import EvaluationSet, read_sets
+from dina_rl.evaluation.worker import InlineWorkers
+from dina_rl.scoring import NoiseKey, open_scorer
+from tests.tiny_clip import save_tiny_clip
+from tests.tiny_reward import write_preferences
+
+SINGLE, REPEATED = View(levels=(0.4,)), View(levels=(0.2, 0.6), draws=3)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("preferences") / "tiny"
+    write_preferences(directory, train=1, test=5)
+    return directory
+
+
+def evaluation(cache: Path, dataset: Path, **values) -> EvaluateRun:
+    defaults = {"records_per_part": 2, "batch_size": 4, "encode_batch_size": 4, "max_broken": 0.5}
+    return EvaluateRun.model_validate({"cache": cache, "sets": {"test": {"path": str(dataset)}}, **defaults, **values})
+
+
+def scored(run: EvaluateRun, scorer: PictureScorerConfig, *views: View) -> tuple[ScoreStore, ScoringJob]:
+    """The store with the scores of all views on the run's set."""
+    (data,) = read_sets(run.sets, seed=run.seed)
+    store, job = ScoreStore(run), named_scorer("scorer", scorer, None).job(data, views)
+    store.fill(store.missing([job]), InlineWorkers())
+    return store, job
+
+
+def flat(store: ScoreStore, job: ScoringJob, view: View) -> torch.Tensor:
+    """Scores [draws, records, 2]."""
+    scores = store.read(job, view)
+    return torch.stack([scores.scores[record.index] for record in scores.records], 1)
+
+
+@pytest.fixture
+def dina(tiny_reward: Path) -> PictureScorerConfig:
+    return PictureScorerConfig(path=str(tiny_reward))
+
+
+def test_scores_are_the_scorers_own(tmp_path, dataset, dina) -> None:
+    store, job = scored(evaluation(tmp_path, dataset), dina, SINGLE, REPEATED)
+    record = job.data.records[3]
+    scorer = open_scorer(dina)
+    latents = scorer.encode(torch.stack([read_image(job.data.source, key, size=(32, 32)) for key in record.images]))
+    for view in (SINGLE, REPEATED):
+        kept = store.read(job, view).scores[record.index]
+        assert kept.shape == (view.draws, 2)
+        for draw in range(view.draws):
+            keys = [NoiseKey(group=("hpdv3", "test", record.index, draw), member=member) for member in range(2)]
+            expected = scorer.at(view.levels).score_latents(latents, [record.prompt] * 2, keys)
+            torch.testing.assert_close(kept[draw], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_and_parts_do_not_change_scores(tmp_path, dataset, dina) -> None:
+    first = flat(*scored(evaluation(tmp_path / "a", dataset), dina, REPEATED), REPEATED)
+    other = evaluation(tmp_path / "b", dataset, records_per_part=5, batch_size=3, encode_batch_size=7)
+    torch.testing.assert_close(flat(*scored(other, dina, REPEATED), REPEATED), first, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_scored_twice(tmp_path, dataset, dina) -> None:
+    run = evaluation(tmp_path, dataset)
+    _, job = scored(run, dina, SINGLE)
+    part = next((tmp_path / "scores").glob("*/part-00001.safetensors"))
+    content = part.read_bytes()
+    part.unlink()
+    again = ScoreStore(run)
+    (missing,) = again.missing([job])
+    assert [record.index for record in missing.records] == [2, 3]  # the interrupted part alone
+    before = part.parent.joinpath("part-00000.safetensors").stat().st_mtime_ns
+    again.fill([missing], InlineWorkers())
+    assert part.parent.joinpath("part-00000.safetensors").stat().st_mtime_ns == before
+    assert part.read_bytes() == content
+    assert again.missing([job]) == []
+
+
+def test_what_decides_the_numbers_decides_the_cache(tmp_path, dataset, dina, tiny_reward) -> None:
+    run = evaluation(tmp_path, dataset)
+    _, job = scored(run, dina, SINGLE)
+    changed = shutil.copytree(tiny_reward, tmp_path / "reward")
+    (changed / "extra.txt").write_text("other content")
+    for other in (
+        run.model_copy(update={"seed": 1}),
+        run.model_copy(update={"noise": "independent"}),
+        run.model_copy(update={"batch_size": 5}),
+    ):
+        assert len(ScoreStore(other).missing([job])) == 3
+    assert len(ScoreStore(run).missing([replace(job, views=(View(levels=(0.5,)),))])) == 3
+    assert len(ScoreStore(run).missing([replace(job, scorer=PictureScorerConfig(path=str(changed)))])) == 3
+    sampled = read_sets({"test": run.sets["test"].model_copy(update={"max_records": 4})}, seed=0)[0]
+    assert len(ScoreStore(run).missing([replace(job, data=sampled)])) == 2
+    assert ScoreStore(run.model_copy(update={"run_dir": Path("elsewhere")})).missing([job]) == []
+
+
+def test_shared_noise_is_shared_and_independent_noise_is_not(tmp_path, dina) -> None:
+    write_preferences(tmp_path / "set", train=1, test=3)
+    for index in range(3):  # both images of a pair are the same picture
+        images = tmp_path / "set" / "images"
+        shutil.copy(images / f"test-{index}-bright.png", images / f"test-{index}-dark.png")
+    shared = flat(*scored(evaluation(tmp_path / "a", tmp_path / "set"), dina, SINGLE), SINGLE)
+    torch.testing.assert_close(shared[..., 0], shared[..., 1], rtol=1e-5, atol=1e-6)
+    run = evaluation(tmp_path / "b", tmp_path / "set", noise="independent")
+    independent = flat(*scored(run, dina, SINGLE), SINGLE)
+    assert ((independent[..., 0] - independent[..., 1]).abs() > 1e-4).all()
+
+
+@pytest.mark.parametrize("kind", ["dina", "pickscore"])
+def test_unreadable_images_are_dropped_with_their_reason(kind, tmp_path, dataset, dina) -> None:
+    broken = shutil.copytree(dataset, tmp_path / "set")
+    (broken / "images" / "test-1-dark.png").write_bytes(b"not an image")
+    scorer, view = dina, SINGLE
+    if kind == "pickscore":
+        clip = str(save_tiny_clip(tmp_path / "clip"))
+        scorer, view = PictureScorerConfig(kind="pickscore", path=clip, processor=clip), PLAIN
+    run = evaluation(tmp_path / "cache", broken)
+    store, job = scored(run, scorer, view)
+    scores = store.read(job, view)
+    assert [record.index for record in scores.records] == [0, 2, 3, 4]
+    assert all(torch.isfinite(values).all() for values in scores.scores.values())
+    assert [(image.record, image.image) for image in scores.dropped] == [(1, "images/test-1-dark.png")]
+    assert "unreadable image" in scores.dropped[0].problem.reason
+    result = measured(run, store, "scorer", job, view)
+    assert (result.dropped_images, result.dropped_pairs, result.accuracy.pairs) == (1, 1, 4)
+    with pytest.raises(ValueError, match="set test: 1 of 5 records .* max_broken = 0.1 allows"):
+        measured(run.model_copy(update={"max_broken": 0.1}), store, "scorer", job, view)
+
+
+def test_a_sample_uses_the_latents_of_its_set(tmp_path, dataset, dina) -> None:
+    run = evaluation(tmp_path, dataset)
+    (data,) = read_sets(run.sets, seed=0)
+    sample = data.sample(3, seed=0)
+    assert len(sample.records) == 3
+    assert sample.sample(9, seed=1).whole is data
+    store = ScoreStore(run)
+    scorer = named_scorer("scorer", dina, None)
+    jobs = [scorer.job(each, (SINGLE,)) for each in (data, sample)]
+    store.fill(store.missing(jobs), InlineWorkers())
+    assert len(list((tmp_path / "latents").iterdir())) == 1
+    whole, part = (store.read(job, SINGLE).scores for job in jobs)
+    for index, scores in part.items():
+        torch.testing.assert_close(scores, whole[index], rtol=1e-4, atol=1e-5)
+
+
+def test_sets_are_read_sampled_and_refused(tmp_path, dataset) -> None:
+    def read(**values) -> EvaluationSet:
+        run = evaluation(tmp_path, dataset, sets={"x": {"path": str(dataset), **values}})
+        return read_sets(run.sets, seed=run.seed)[0]
+
+    assert len(read().records) == 5
+    assert len(read(max_records=3).records) == 3
+    assert read(max_records=3).records == read(max_records=3).records
+    with pytest.raises(ValueError, match="validation"):
+        read(split="validation")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "test.json").write_text(json.dumps([]))
+    with pytest.raises(ValueError, match="set x: .* has no comparison in split test"):
+        read(path=str(tmp_path / "empty"))
