@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dina_rl.config.base import (
     Fraction,
@@ -22,6 +22,14 @@ OWN_TEST = "test"
 """Among a fit's held-out sets, the test pairs of the store that it trains on."""
 
 SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts"]
+
+
+def _as_mapping(value: object) -> object:
+    """`name directory name directory` from a command line, as a mapping."""
+    return dict(zip(value[::2], value[1::2], strict=True)) if isinstance(value, list) and len(value) % 2 == 0 else value
+
+
+Directories = Annotated[dict[str, str], BeforeValidator(_as_mapping)]
 
 
 class ThurstoneConfig(Section):
@@ -166,7 +174,7 @@ class FitConfig(Section):
     """steps between checkpoints"""
     evaluate_every: NonNegative = 0
     """steps between evaluations on the held-out sets; the best weights so far are kept too; 0: only at the end"""
-    held_out: dict[str, str] = {}
+    held_out: Directories = {}
     """name -> directory of further encoded pairs: their test split is evaluated beside the fit's own, called `test`"""
     evaluation_batch_size: Positive = 64
     """pairs per forward of one worker in evaluations"""
