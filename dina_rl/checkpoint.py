@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def replaced_directory(directory: Path) -> Iterator[Path]:
+    """An empty directory to fill, which then takes the place of `directory`: it appears whole or not at all."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as writing:
+        fresh = Path(writing) / "fresh"
+        fresh.mkdir()
+        yield fresh
+        if directory.exists():
+            os.replace(directory, Path(writing) / "replaced")
+        os.replace(fresh, directory)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

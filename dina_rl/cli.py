@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from types import NoneType
+from typing import Literal, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
@@ -52,8 +53,8 @@ def load(model: type[Run], argv: Sequence[str], *, program: str, default_config:
     try:
         config_file, overrides, wants_help = _split(list(argv))
         values = read_yaml(config_file or default_config) if config_file or default_config else {}
-        for key, value in overrides:
-            _assign(model, values, key, value)
+        for key, words in overrides:
+            _assign(model, values, key, words)
         config = model.model_validate(values)
     except ValidationError as error:
         for line in explain(error)[:-1]:
@@ -99,8 +100,8 @@ def explain(error: ValidationError) -> list[str]:
     return lines
 
 
-def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, object]], bool]:
-    """(config file, [(dotted key, value)], help wanted). A key takes the words up to the next `--`."""
+def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, list[str]]], bool]:
+    """(config file, [(dotted key, its words)], help wanted). A key takes the words up to the next `--`."""
     config_file, overrides, wants_help = None, [], False
     position = 0
     while position < len(argv):
@@ -123,20 +124,36 @@ def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, object]], bool]
             config_file = words[0]
         elif not words and key.rpartition(".")[2].startswith("no_"):
             parent, dot, leaf = key.rpartition(".")
-            overrides.append((parent + dot + leaf.removeprefix("no_"), False))
+            overrides.append((parent + dot + leaf.removeprefix("no_"), ["false"]))
         else:
-            overrides.append((key, _value(words)))
+            overrides.append((key, words))
     return config_file, overrides, wants_help
 
 
-def _value(words: list[str]) -> object:
+def _value(words: list[str], *, text: bool) -> object:
+    """The value that the words of an override mean; as `text` they are not YAML: a prompt may hold a colon."""
     if not words:
         return True
-    parsed = [None if word == "None" else yaml.safe_load(word) for word in words]
+    parsed = [None if word == "None" else word if text else yaml.safe_load(word) for word in words]
     return parsed[0] if len(parsed) == 1 else parsed
 
 
-def _assign(model: type[BaseModel], values: dict, key: str, value: object) -> None:
+def _is_text(annotation: object) -> bool:
+    """Whether a field holds text or paths, one or several, and nothing else."""
+    parts = get_args(annotation)
+    if not parts:
+        return annotation in (str, Path, NoneType, Ellipsis)
+    return get_origin(annotation) not in (Literal, dict) and all(_is_text(part) for part in parts)
+
+
+def _annotation(model: type[BaseModel], key: str) -> object:
+    """The annotation of the field at a known dotted key."""
+    first, _, rest = key.partition(".")
+    annotation = model.model_fields[first].annotation
+    return _annotation(section_of(annotation), rest) if rest else annotation
+
+
+def _assign(model: type[BaseModel], values: dict, key: str, words: list[str]) -> None:
     """Set a dotted key in nested `values`; an unknown one is refused with the nearest known key."""
     known = known_keys(model)
     if key not in known:
@@ -147,7 +164,7 @@ def _assign(model: type[BaseModel], values: dict, key: str, value: object) -> No
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
-    values[leaf] = value
+    values[leaf] = _value(words, text=_is_text(_annotation(model, key)))
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -163,8 +180,6 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def section_of(annotation: object) -> type[BaseModel] | None:
     """The model class behind a field annotation `Section` or `Section | None`; None for a plain value."""
-    from typing import get_args
-
     candidates = [annotation, *get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 

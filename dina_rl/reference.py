@@ -7,12 +7,13 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from dina_rl.cli import section_of
-from dina_rl.config import AlignRun, FitRun, LocalRun
+from dina_rl.config import AlignRun, FitRun, LocalRun, ScoreRun
 
 RUNS: dict[str, type[BaseModel]] = {
     "python -m dina_rl.local": LocalRun,
     "python -m jobs.fit_reward (and jobs.encode)": FitRun,
     "python -m jobs.align": AlignRun,
+    "python -m jobs.score": ScoreRun,
 }
 
 
@@ -44,13 +45,14 @@ def _kind(annotation: object) -> str:
     """A readable type: choices as `a, b`, tuples as `list of float`."""
     if get_origin(annotation) is Literal:
         return ", ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
     if get_origin(annotation) is Union or isinstance(annotation, UnionType):
         return " or ".join(_kind(choice) for choice in get_args(annotation))
     if annotation is NoneType:
         return "None"
     if get_origin(annotation) is tuple:
-        inner = get_args(annotation)[0]
-        return f"list of {_kind(get_args(inner)[0] if get_origin(inner) is Annotated else inner)}"
+        return f"list of {_kind(get_args(annotation)[0])}"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 

@@ -33,6 +33,7 @@ from dina_rl.config.rewards import (
     ScorerConfig,
 )
 from dina_rl.config.runs import AlignRun, FitRun, LocalRun
+from dina_rl.config.scoring import PictureScorerConfig, ScoreRun
 
 __all__ = [
     "AlignRun",
@@ -50,6 +51,7 @@ __all__ = [
     "LoRAConfig",
     "LocalRun",
     "PickScoreConfig",
+    "PictureScorerConfig",
     "PipelineConfig",
     "PolicyLoRAConfig",
     "PromptsConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "RewardModelConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "ScoreRun",
     "ScorerConfig",
     "ThurstoneConfig",
     "TimestepConfig",

@@ -20,6 +20,7 @@ def _as_list(value: object) -> object:
 
 NoiseLevels = Annotated[tuple[NoiseLevel, ...], BeforeValidator(_as_list), Field(min_length=1)]
 Indices = Annotated[tuple[Positive, ...], BeforeValidator(_as_list), Field(min_length=1)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 Guidances = Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_as_list), Field(min_length=1)]
 
 

@@ -27,7 +27,7 @@ class DiNaScorerConfig(ScorerConfig):
     """The fitted DiNa-LRM."""
 
     path: str = "~/dina_rl/shapes_reward/reward"
-    """directory that fit_reward wrote"""
+    """directory or hub id of a reward model: what fit_reward writes, or the published layout"""
     levels: NoiseLevels = (0.4,)
     """one level: Eq. 12; several: the noise ensemble of Eq. 13, concatenated inside the head"""
     noise: Literal["shared", "independent"] = "shared"

@@ -1,5 +1,6 @@
 """What the rest of the system needs to know of a reward."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +16,16 @@ class Conditions:
     prompts: tuple[str, ...]  # B of them
     embeds: PromptEmbeds  # B rows, the generator's own encoding
     noise: torch.Tensor  # [B, draws, C, H, W] the latent scorers'; draws is 0 where none of them is in use
+
+    @staticmethod
+    def of_images(prompts: Sequence[str]) -> "Conditions":
+        """What scorers of images read: the prompts alone."""
+        rows = len(prompts)
+        return Conditions(
+            prompts=tuple(prompts),
+            embeds=PromptEmbeds(embeds=torch.empty(rows, 0, 0), pooled=torch.empty(rows, 0)),
+            noise=torch.empty(rows, 0),
+        )
 
     def select(self, rows: torch.Tensor) -> "Conditions":
         """The conditions of the samples `rows` [M], in that order."""

@@ -5,26 +5,36 @@ import torch
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import DiNaScorerConfig
 from dina_rl.reward.checkpoint import load_reward
+from dina_rl.reward.model import LatentRewardModel
 from dina_rl.scorers.base import Conditions
 
 
 class DiNaScorer:
-    """`Scorer` in latent space: nothing is decoded."""
+    """`Scorer` in latent space: nothing is decoded. The model's weights may be shared with other scorers."""
 
     space = "latents"
 
-    def __init__(self, config: DiNaScorerConfig, backbone: Backbone) -> None:
-        self._config = config
-        self._device = backbone.device
-        self._model = load_reward(config.location, backbone)
+    def __init__(self, config: DiNaScorerConfig, model: LatentRewardModel) -> None:
+        self.config = config
+        self.model = model
 
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        embeds, levels = conditions.embeds.to(self._device), self._config.levels
+        device = next(self.model.parameters()).device
+        samples, embeds = samples.to(device), conditions.embeds.to(device)
         draws = [
-            self._model.score_clean(samples, embeds, levels, draw.to(self._device)).float()
+            self.model.score_clean(samples, embeds, self.config.levels, draw.to(device)).float()
             for draw in conditions.noise.unbind(1)
         ]
-        return cautious_mean(torch.stack(draws), self._config.uncertainty_weight)
+        return cautious_mean(torch.stack(draws), self.config.uncertainty_weight)
+
+
+def open_dina(config: DiNaScorerConfig, backbone: Backbone) -> DiNaScorer:
+    """The scorer of the reward model at `config.path`, loaded onto the backbone's device.
+
+    Raises:
+        ValueError: a reward model that cannot be read or does not fit the backbone.
+    """
+    return DiNaScorer(config, load_reward(config.location, backbone))
 
 
 def cautious_mean(draws: torch.Tensor, uncertainty_weight: float) -> torch.Tensor:

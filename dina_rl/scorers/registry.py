@@ -1,7 +1,7 @@
 """The configured scorers. Adding one is a file beside `clip.py`, a section of `RewardsConfig` and a line here."""
 
 from dina_rl.backbones.base import Backbone
-from dina_rl.config import RewardsConfig
+from dina_rl.config import CLIPModelConfig, RewardsConfig
 from dina_rl.scorers.base import Scorer
 
 
@@ -13,12 +13,21 @@ def open_scorers(rewards: RewardsConfig, backbone: Backbone) -> dict[str, Scorer
     """
     scorers: dict[str, Scorer] = {}
     if rewards.dina is not None:
-        from dina_rl.scorers.dina import DiNaScorer
+        from dina_rl.scorers.dina import open_dina
 
-        scorers["dina"] = DiNaScorer(rewards.dina, backbone)
+        scorers["dina"] = open_dina(rewards.dina, backbone)
     for name, config in (("pickscore", rewards.pickscore), ("clip_score", rewards.clip_score)):
         if config is not None:
-            from dina_rl.scorers.clip import CLIPScorer
-
-            scorers[name] = CLIPScorer(config, learned_scale=name == "pickscore", device=backbone.device)
+            scorers[name] = open_image_scorer(name, config, device=backbone.device)
     return scorers
+
+
+def open_image_scorer(name: str, config: CLIPModelConfig, *, device: str) -> Scorer:
+    """A scorer of images by name, which needs no backbone.
+
+    Raises:
+        ValueError: a model that cannot be read.
+    """
+    from dina_rl.scorers.clip import CLIPScorer
+
+    return CLIPScorer(config, learned_scale=name == "pickscore", device=device)

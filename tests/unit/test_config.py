@@ -14,6 +14,7 @@ from dina_rl.config import (
     FitRun,
     LocalRun,
     RewardModelConfig,
+    ScoreRun,
     ThurstoneConfig,
     TimestepConfig,
 )
@@ -44,6 +45,13 @@ def test_overrides_reach_every_depth(tmp_path):
     assert run.run_dir == Path("there")
     assert run.resume
     assert not run.learner.gradient_checkpointing
+
+
+def test_text_is_taken_literally():
+    argv = ["--prompt", "a: b, [c", "--images", "1.png", "yes", "~", "--root", "7", "--scorer.path", "on", "--out=None"]
+    run = load(ScoreRun, argv, program="test")
+    assert (run.prompt, run.images, run.root) == ("a: b, [c", ("1.png", "yes", "~"), Path("7"))
+    assert (run.scorer.path, run.out) == ("on", None)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from dina_rl.backbones.registry import open_backbone
-from dina_rl.config import PipelineConfig
+from dina_rl.config import PictureScorerConfig, PipelineConfig
 from dina_rl.reward.checkpoint import CARD_FILE, HEAD_FILE, load_reward, read_card, save_reward
 from dina_rl.reward.model import LatentRewardModel
+from dina_rl.reward.revision import pipeline_revision
+from dina_rl.scoring import NoiseKey, open_scorer
 from tests.tiny_reward import PROMPTS, TINY_REWARD, latents, stirred_model
 
 
@@ -74,6 +76,24 @@ def test_card_says_what_it_was_fitted_on(saved, tiny_pipeline) -> None:
     assert card.reward == TINY_REWARD
 
 
+def test_the_card_says_which_weights_the_backbone_had(saved, tiny_pipeline) -> None:
+    card = read_card(saved[1])
+    assert card.revision == pipeline_revision(str(tiny_pipeline))
+    assert (card.dtype, card.image_size, card.buckets) == ("float32", (32, 32), None)
+
+
+def test_a_card_of_version_1_still_loads(backbone, saved, tiny_pipeline) -> None:
+    model, directory = saved
+    card = json.loads((directory / CARD_FILE).read_text())
+    kept = ("format", "pipeline", "max_sequence_length", "width", "reward")
+    (directory / CARD_FILE).write_text(json.dumps({name: card[name] for name in kept} | {"version": 1}))
+    assert torch.equal(load_reward(directory, backbone).head.head.weight, model.head.head.weight)
+    with pytest.raises(ValueError, match="does not say its image size; give height and width"):
+        open_scorer(directory)
+    sized = open_scorer(PictureScorerConfig(path=str(directory), height=32, width=32))
+    assert sized.score_latents(latents(1), PROMPTS[:1], [NoiseKey(group=(0,), member=0)]).isfinite().all()
+
+
 def test_saving_again_replaces(backbone, saved, tiny_pipeline) -> None:
     model, directory = saved
     with torch.no_grad():
@@ -96,7 +116,7 @@ def test_another_backbone_width(backbone, saved) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"version": 2}, {"format": "other"}, {"width": "wide"}, {"surprise": 1}, {"reward": {"tap": [1]}}]
+    "damage", [{"version": 3}, {"format": "other"}, {"width": "wide"}, {"surprise": 1}, {"reward": {"tap": [1]}}]
 )
 def test_foreign_card(backbone, saved, damage: dict) -> None:
     card = json.loads((saved[1] / CARD_FILE).read_text())

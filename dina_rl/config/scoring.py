@@ -1,0 +1,88 @@
+"""Settings of one scorer that is asked about pictures, outside a training run."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from dina_rl.config.base import NoiseLevels, Positive, Section, Texts
+from dina_rl.config.rewards import CLIPScoreConfig, DiNaScorerConfig, PickScoreConfig
+
+
+class PictureScorerConfig(Section):
+    """A scorer of pictures: a DiNa-LRM, or a CLIP model."""
+
+    kind: Literal["dina", "pickscore", "clip_score"] = "dina"
+    """dina: a reward model directory, of this project or in the published layout; the others: a CLIP model"""
+    path: str | None = None
+    """directory or hub id; None: what `fit_reward` writes by default, or the published CLIP model"""
+    processor: str | None = None
+    """pickscore, clip_score: directory or hub id of tokenizer and image processor; None: the published ones"""
+    levels: NoiseLevels | None = None
+    """dina: one level (Eq. 12) or an ensemble (Eq. 13); None: the reward model's own single level"""
+    draws: Positive = 1
+    """dina: noise draws whose scores are averaged"""
+    noise: Literal["shared", "independent"] = "shared"
+    """dina: the pictures that are compared with each other share their noise, or each has its own"""
+    normalisation: Literal["raw", "readme", "grpo_reward"] = "raw"
+    """what becomes of a score s: raw: s; readme: (s + 10) / 10; grpo_reward: (s + 12) / 10"""
+    pipeline: str | None = None
+    """pipeline directory, hub id or `shapes`, in place of the one that the reward model names; a CLIP model needs one
+    only to decode latents"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """parameter dtype of the frozen weights; None: the one the reward model was fitted with"""
+    max_sequence_length: Positive | None = None
+    """T5 tokens per prompt; None: as many as in the fit (another number is another input)"""
+    height: Positive | None = None
+    """dina: height in pixels to which image files are stretched; None: sized as in the fit"""
+    width: Positive | None = None
+    """dina: width in pixels to which image files are stretched; None: sized as in the fit"""
+
+    @model_validator(mode="after")
+    def _settings_apply(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width go together")
+        if self.kind == "dina":
+            if self.processor is not None:
+                raise ValueError("processor belongs to a CLIP model; kind is dina")
+            return self
+        wrong = [name for name in ("levels", "max_sequence_length", "height") if dict(self)[name] is not None]
+        wrong += ["draws"] if self.draws > 1 else []
+        wrong += ["normalisation"] if self.normalisation != "raw" else []
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: only a dina scorer has that; kind is {self.kind}")
+        return self
+
+    @property
+    def reward(self) -> DiNaScorerConfig | PickScoreConfig | CLIPScoreConfig:
+        """The registry's section for this scorer."""
+        if self.kind == "dina":
+            given = {"path": self.path, "levels": self.levels, "draws": self.draws, "noise": self.noise}
+            return DiNaScorerConfig(**{name: value for name, value in given.items() if value is not None})
+        section = PickScoreConfig if self.kind == "pickscore" else CLIPScoreConfig
+        given = {"path": self.path, "processor": self.processor}
+        return section(**{name: value for name, value in given.items() if value is not None})
+
+
+class ScoreRun(Section):
+    """Score pictures."""
+
+    scorer: PictureScorerConfig = PictureScorerConfig()
+    images: Texts = ()
+    """image files, .safetensors files of one latent, directories of them, manifests (.jsonl or .csv: image, prompt)"""
+    prompt: str | None = None
+    """prompt of every picture for which no manifest gives one"""
+    root: Path | None = None
+    """directory that a manifest's images may not leave; None: the manifest's own"""
+    out: Path | None = None
+    """.csv or .json file to write; None: a table on standard output"""
+    batch_size: Positive = 8
+    """pictures per forward"""
+    seed: int = 0
+    """seed of the noise"""
+
+    @model_validator(mode="after")
+    def _format_is_known(self) -> Self:
+        if self.out is not None and self.out.suffix not in (".csv", ".json"):
+            raise ValueError(f"out: {self.out} must end in .csv or .json")
+        return self

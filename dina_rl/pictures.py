@@ -1,0 +1,113 @@
+"""Lists of pictures to score: files, directories, and manifests that give every picture its prompt.
+
+A manifest is a `.jsonl` file of {"image": ..., "prompt": ...} or a `.csv` file with these columns; others are ignored.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".safetensors")
+MANIFESTS = (".csv", ".jsonl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One picture and what it is scored against."""
+
+    image: str  # as it was named
+    path: Path
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A picture that is not scored, and why."""
+
+    image: str
+    reason: str
+
+
+def list_pictures(names: Sequence[str], *, prompt: str | None, root: Path | None) -> list[Picture | Skipped]:
+    """The pictures behind `names`, in order: files, pictures in directories (by name), entries of manifests.
+
+    Args:
+        prompt: of every picture that has none of its own.
+        root: directory that a manifest's pictures may not leave; None: the manifest's own.
+
+    Raises:
+        ValueError: no names, an empty directory, a broken manifest, or a picture without a prompt.
+    """
+    if not names:
+        raise ValueError("--images: name at least one picture, directory or manifest")
+    pictures: list[Picture | Skipped] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.suffix in MANIFESTS:
+            pictures += _manifest(path, prompt, root)
+            continue
+        files = _pictures_in(path) if path.is_dir() else [path]
+        if prompt is None:
+            raise ValueError(f"{name} has no prompt; give --prompt, or a manifest (.jsonl or .csv) with prompts")
+        pictures += [Picture(image=str(file), path=file, prompt=prompt) for file in files]
+    return pictures
+
+
+def _pictures_in(directory: Path) -> list[Path]:
+    found = sorted(file for file in directory.iterdir() if file.suffix.lower() in PICTURES)
+    if not found:
+        raise ValueError(f"directory {directory} holds no pictures")
+    return found
+
+
+def _manifest(file: Path, prompt: str | None, root: Path | None) -> list[Picture | Skipped]:
+    if not file.is_file():
+        raise ValueError(f"manifest {file} does not exist")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"manifest {file} is not UTF-8: {error}") from error
+    root = (file.parent if root is None else root.expanduser()).resolve()
+    rows = _jsonl(text) if file.suffix == ".jsonl" else _csv(text, file)
+    pictures = [_entry(f"{file}:{line}", row, file.parent, prompt, root) for line, row in rows]
+    if not pictures:
+        raise ValueError(f"manifest {file} is empty")
+    return pictures
+
+
+def _jsonl(text: str) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold its others
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError:
+                yield number, None
+
+
+def _csv(text: str, file: Path) -> Iterator[tuple[int, object]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if "image" not in (reader.fieldnames or ()):
+        raise ValueError(f"manifest {file} has no column `image`, but {reader.fieldnames}")
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"manifest {file} is not valid CSV: {error}") from error
+
+
+def _entry(place: str, row: object, directory: Path, prompt: str | None, root: Path) -> Picture | Skipped:
+    if not isinstance(row, Mapping) or not isinstance(row.get("image"), str) or not row["image"]:
+        return Skipped(image=place, reason="not an entry with an `image`")
+    own = row.get("prompt") or prompt
+    if not isinstance(own, str):
+        return Skipped(image=place, reason=f"{row['image']} has no prompt")
+    try:
+        path = (directory / row["image"]).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of symlinks, a name no file can have
+        return Skipped(image=row["image"], reason=str(error))
+    if not path.is_relative_to(root):
+        return Skipped(image=row["image"], reason=f"lies outside {root}")
+    return Picture(image=row["image"], path=path, prompt=own)
