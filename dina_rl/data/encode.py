@@ -26,6 +26,7 @@ from dina_rl.data.images import load_image
 from dina_rl.data.latents import SPLITS, LatentStore, Split, StoreInfo
 from dina_rl.data.parquet import write_lines
 from dina_rl.data.plan import CHUNK, EncodePlan, Measured, SplitRetention
+from dina_rl.data.preprocessed_set import PreprocessedSet, copy_latents
 from dina_rl.data.records import PreferenceRecord, PreferenceSet
 from dina_rl.data.registry import open_set
 
@@ -126,7 +127,9 @@ def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeW
         _check_kept(plan.retention(sizes.buckets), run_dir, dataset)
         store = _open_store(run, run_dir, plan, sizes, backbone)
         missing = store.missing_shards()
-        if missing:
+        if missing and dataset.kind == "preprocessed":
+            copy_latents(PreprocessedSet(dataset.location), store, missing)
+        elif missing:
             work.encode(run, store, missing)
         if missing or not store.complete():
             _finish(plan, store, run_dir, dataset)
