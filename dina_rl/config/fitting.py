@@ -21,7 +21,7 @@ from dina_rl.config.base import (
 OWN_TEST = "test"
 """Among a fit's held-out sets, the test pairs of the store that it trains on."""
 
-SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts"]
+SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts", "preprocessed"]
 
 
 def _as_mapping(value: object) -> object:
@@ -106,7 +106,7 @@ class DatasetConfig(Section):
     """A preference set, and how it is encoded to latents."""
 
     kind: SetKind = "hpdv3"
-    """whose published layout `path` is in; the miniature world writes HPDv3's"""
+    """whose published layout `path` is in (the miniature world writes HPDv3's); preprocessed: the authors' latents"""
     path: str = "~/dina_rl/shapes_preferences"
     """directory of the set"""
     train: str | None = "train"

@@ -22,7 +22,7 @@ from dina_rl.data.registry import open_store
 from dina_rl.reward.fit import METRICS_FILE, FitResult, RewardFit, StepReport, fit
 from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents, unseen_pairs
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import HeldOutSets, result_of, run_fit
+from dina_rl.reward.session import result_of, run_fit
 from dina_rl.runtime import open_pipeline
 
 
@@ -53,7 +53,7 @@ def fit_inline(run: FitRun) -> FitResult:
             RewardFit(LatentRewardModel(backbone, run.reward, seed=run.seed), run.fit),
             training_batches(run, store),
             encoder,
-            HeldOutSets(store, run.fit.held_out),
+            store,
             run,
             run_dir,
             on_step=show,

@@ -278,7 +278,7 @@ def test_taps_beyond_the_pipeline(small_config, tmp_path, dataset, tiny_pipeline
 def test_too_many_malformed_records(small_config, tmp_path, dataset, tiny_pipeline, capsys) -> None:
     argv = small_config + arguments(tmp_path / "run", dataset, tiny_pipeline)
     message = refused(fit_reward.main, argv, capsys)
-    assert "1 of 20 records" in message
+    assert "1 of 26 records" in message
     assert "dataset.max_skipped = 0.01" in message
 
 
