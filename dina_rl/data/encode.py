@@ -86,10 +86,8 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
     check_fit(run, backbone)
     for height, width in bucketing(dataset, pipeline).buckets:
         backbone.latent_shape(height, width)
-    if pipeline.path != "shapes" and Path(pipeline.location).is_dir():
-        pipeline = pipeline.model_copy(update={"path": str(Path(pipeline.location).resolve())})
     dataset = dataset.model_copy(update={"path": str(dataset.location.resolve())})
-    return run.model_copy(update={"pipeline": pipeline, "dataset": dataset})
+    return run.model_copy(update={"pipeline": pipeline.absolute(), "dataset": dataset})
 
 
 def check_fit(run: FitRun, backbone: Backbone) -> None:

@@ -40,7 +40,7 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
         run = check_inputs(run, backbone)
     else:
         check_fit(run, backbone)
-        run = run.model_copy(update={"latents": Path(_absolute(run.latents))})
+        run = run.model_copy(update={"latents": Path(_absolute(run.latents)), "pipeline": run.pipeline.absolute()})
         check_store(run.latents, needed, run, backbone)
     for directory in held_out.values():
         check_store(Path(directory), ("test",), run, backbone)

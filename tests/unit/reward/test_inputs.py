@@ -1,6 +1,7 @@
 """A fit on latent stores made before: what is refused before anything starts, and with which line."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ def checked(run: FitRun, **values: object) -> FitRun:
 
 def test_paths_become_absolute(run: FitRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ready = checked(run, latents="store", fit={"held_out": {"again": "store"}})
+    relative = {"path": os.path.relpath(run.pipeline.path)}
+    ready = checked(run, latents="store", fit={"held_out": {"again": "store"}}, pipeline=relative)
+    assert ready.pipeline == run.pipeline
     assert ready.latents == tmp_path / "store"
     assert ready.fit.held_out == {"again": str(tmp_path / "store")}
 
