@@ -28,7 +28,7 @@ from dina_rl.cli import fail, load
 from dina_rl.config import FitRun
 from dina_rl.data.registry import open_store
 from dina_rl.reward.fit import METRICS_FILE, FitResult
-from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents
+from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents, unseen_pairs
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, result_of
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
@@ -59,6 +59,8 @@ def fit_reward_model(run: FitRun) -> FitResult:
     quiet_ray_data()
     encode_missing(run, run_dir, backbone, RayEncoding())
     latents = training_latents(run, run_dir)
+    store = open_store(latents)
+    print("".join(f"{line}\n" for line in unseen_pairs(run, store)), end="", flush=True)
     encode_seconds = perf_counter() - begin
     with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
         outcome = Outcome(**_trainer(run, run_dir, latents).fit().return_value)
@@ -66,7 +68,7 @@ def fit_reward_model(run: FitRun) -> FitResult:
         outcome,
         run,
         run_dir,
-        open_store(latents),
+        store,
         encode_seconds=encode_seconds,
         total_seconds=perf_counter() - begin,
     )

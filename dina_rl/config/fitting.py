@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dina_rl.config.base import (
     Fraction,
@@ -21,7 +21,15 @@ from dina_rl.config.base import (
 OWN_TEST = "test"
 """Among a fit's held-out sets, the test pairs of the store that it trains on."""
 
-SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts"]
+SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts", "preprocessed"]
+
+
+def _as_mapping(value: object) -> object:
+    """`name directory name directory` from a command line, as a mapping."""
+    return dict(zip(value[::2], value[1::2], strict=True)) if isinstance(value, list) and len(value) % 2 == 0 else value
+
+
+Directories = Annotated[dict[str, str], BeforeValidator(_as_mapping)]
 
 
 class ThurstoneConfig(Section):
@@ -98,7 +106,7 @@ class DatasetConfig(Section):
     """A preference set, and how it is encoded to latents."""
 
     kind: SetKind = "hpdv3"
-    """whose published layout `path` is in; the miniature world writes HPDv3's"""
+    """whose published layout `path` is in (the miniature world writes HPDv3's); preprocessed: the authors' latents"""
     path: str = "~/dina_rl/shapes_preferences"
     """directory of the set"""
     train: str | None = "train"
@@ -166,7 +174,7 @@ class FitConfig(Section):
     """steps between checkpoints"""
     evaluate_every: NonNegative = 0
     """steps between evaluations on the held-out sets; the best weights so far are kept too; 0: only at the end"""
-    held_out: dict[str, str] = {}
+    held_out: Directories = {}
     """name -> directory of further encoded pairs: their test split is evaluated beside the fit's own, called `test`"""
     evaluation_batch_size: Positive = 64
     """pairs per forward of one worker in evaluations"""

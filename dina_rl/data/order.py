@@ -29,6 +29,11 @@ class TrainingOrder:
         starts = [s for s in range(first_step, len(self)) if s == first_step or self.bucket[s] != self.bucket[s - 1]]
         return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(self)], strict=True)]
 
+    def left_out(self, buckets: torch.Tensor) -> dict[int, int]:
+        """bucket -> pairs, of the buckets that make too few batches to be allotted a step; no pair of them is seen."""
+        counts = {bucket: int((buckets == bucket).sum()) for bucket in buckets.unique().tolist()}
+        return {bucket: count for bucket, count in counts.items() if bucket not in set(self.bucket)}
+
 
 def fit_order(store: PairStore, config: FitConfig, *, seed: int) -> TrainingOrder:
     """The batches of a fit on the training pairs of `store`."""

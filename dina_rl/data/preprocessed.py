@@ -1,4 +1,4 @@
-"""Encoded pairs as the paper's authors publish them, read as they are.
+"""Encoded pairs as the paper's authors publish them, read as they are (`preprocessed_set.py` copies them).
 
 Parquet files `part_rankNN.parquet` (liuhuohuo/DiNa-LRM-SD35m-HPSv3-Preprocess-Data), one row per pair: `prompt`,
 `detailed_results` (the repr of a dict), and the normalised latents of the preferred and the other image, `latent1` and
@@ -19,6 +19,7 @@ from dina_rl.data.buckets import Size
 from dina_rl.data.latents import PairTable, Split, read_batch
 from dina_rl.data.pairs import PairBatch
 
+NAME = "part_rank[0-9]*.parquet"
 PIXELS_PER_LATENT = 8
 SIDES = ("latent1", "latent2")
 CACHED_GROUPS = 2  # both sides of the row group that is being read
@@ -81,7 +82,7 @@ class PreprocessedStore:
     def details(self, split: Split) -> list[dict]:
         """Votes, confidence and sizes of every row of a split, as the authors recorded them."""
         columns = [_read(file, ["detailed_results"]).column("detailed_results") for file in self._files[split]]
-        return [ast.literal_eval(text) for column in columns for text in column.to_pylist()]
+        return [read_details(text) for column in columns for text in column.to_pylist()]
 
     def latents(self, rows: torch.Tensor) -> torch.Tensor:
         """Latents [N, C, h, w] fp32 of int64 rows [N], which are of one bucket."""
@@ -89,7 +90,8 @@ class PreprocessedStore:
         for row in sorted(rows.tolist(), key=lambda row: (self._place(row // 2), row % 2)):
             if row not in found:
                 file, group, offset = self._place(row // 2)
-                found[row] = _latent(self._column(file, group, SIDES[row % 2])[offset].as_py())
+                content = self._column(file, group, SIDES[row % 2])[offset].as_py()
+                found[row] = read_latent(content, self.latent_shapes[int(self._bucket[row // 2])])
         return torch.stack([found[row] for row in rows.tolist()])
 
     def batch(self, table: PairTable, index: torch.Tensor) -> PairBatch:
@@ -114,6 +116,11 @@ class PreprocessedStore:
         return tuple(shapes), buckets
 
     @cached_property
+    def _bucket(self) -> torch.Tensor:
+        """Bucket of every pair, over the splits in turn."""
+        return torch.cat([self._shapes[1]["train"], self._shapes[1]["test"]])
+
+    @cached_property
     def _groups(self) -> tuple[list[tuple[Path, int]], numpy.ndarray]:
         """((file, row group) of every row group, first pair of each and of the end)."""
         groups, sizes = [], []
@@ -135,7 +142,7 @@ class PreprocessedStore:
 
 
 def _parts(directory: Path) -> list[Path]:
-    return sorted(directory.glob("part_rank[0-9]*.parquet"))
+    return sorted(directory.glob(NAME))
 
 
 def _rows(file: Path) -> int:
@@ -150,5 +157,23 @@ def _read(file: Path, columns: list[str]) -> pyarrow.Table:
         raise ValueError(f"{file} is not one of the published files: {' '.join(str(error).split())}") from error
 
 
-def _latent(content: bytes) -> torch.Tensor:
-    return torch.from_numpy(numpy.load(io.BytesIO(content), allow_pickle=False)).float()
+def read_latent(content: bytes, shape: tuple[int, int, int]) -> torch.Tensor:
+    """The latent [C, h, w] fp32 of a .npy file. Raises ValueError if it is none, or of another shape."""
+    try:
+        array = numpy.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"unreadable latent: {error}") from error
+    if array.shape != shape or array.dtype.kind != "f":
+        raise ValueError(f"unreadable latent: {array.dtype} of shape {array.shape}, not floats of shape {shape}")
+    return torch.from_numpy(array).float()
+
+
+def read_details(text: object) -> dict:
+    """What the authors recorded of a pair. Raises ValueError if it is not the repr of a dict; nothing is executed."""
+    try:
+        details = ast.literal_eval(text) if isinstance(text, str) else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"detailed_results is not a literal: {error}") from error
+    if not isinstance(details, dict):
+        raise ValueError(f"detailed_results must be the repr of a dict, got {type(text).__name__}")
+    return details

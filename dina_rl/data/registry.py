@@ -11,7 +11,8 @@ from dina_rl.data.hpdv3 import HPDv3
 from dina_rl.data.imagereward import ImageReward
 from dina_rl.data.latents import STORE_FILE, LatentStore, PairStore
 from dina_rl.data.pickapic import PickAPic
-from dina_rl.data.preprocessed import PreprocessedStore
+from dina_rl.data.preprocessed import NAME, PreprocessedStore
+from dina_rl.data.preprocessed_set import PreprocessedSet
 from dina_rl.data.prompt_files import PromptFiles
 from dina_rl.data.records import PreferenceRecord, PreferenceSet
 
@@ -23,6 +24,7 @@ _SETS = {
     "genai_bench": GenAIBench,
     "pickapic": PickAPic,
     "prompts": PromptFiles,
+    "preprocessed": PreprocessedSet,
 }
 
 
@@ -52,6 +54,6 @@ def open_store(directory: Path) -> PairStore:
     Raises:
         ValueError: it is neither.
     """
-    if (directory / STORE_FILE).is_file() or not any(directory.rglob("part_rank[0-9]*.parquet")):
+    if (directory / STORE_FILE).is_file() or not any(directory.rglob(NAME)):
         return LatentStore(directory)
     return PreprocessedStore(directory)

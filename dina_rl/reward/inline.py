@@ -20,9 +20,9 @@ from dina_rl.data.order import fit_order
 from dina_rl.data.pairs import PairBatch
 from dina_rl.data.registry import open_store
 from dina_rl.reward.fit import METRICS_FILE, FitResult, RewardFit, StepReport, fit
-from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents
+from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents, unseen_pairs
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import HeldOutSets, result_of, run_fit
+from dina_rl.reward.session import result_of, run_fit
 from dina_rl.runtime import open_pipeline
 
 
@@ -40,6 +40,7 @@ def fit_inline(run: FitRun) -> FitResult:
         return FitResult(**json.loads((run_dir / METRICS_FILE).read_text()))
     encode_missing(run, run_dir, backbone, EncodingHere(backbone))
     store = open_store(training_latents(run, run_dir))
+    print("".join(f"{line}\n" for line in unseen_pairs(run, store)), end="", flush=True)
     encoder = backbone.load_text_encoder()
     encoded = perf_counter()
     with tqdm(total=run.fit.steps, desc="fit reward", unit="step") as bar:
@@ -52,7 +53,7 @@ def fit_inline(run: FitRun) -> FitResult:
             RewardFit(LatentRewardModel(backbone, run.reward, seed=run.seed), run.fit),
             training_batches(run, store),
             encoder,
-            HeldOutSets(store, run.fit.held_out),
+            store,
             run,
             run_dir,
             on_step=show,

@@ -6,7 +6,8 @@ from pathlib import Path
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, EncodeWork, check_fit, check_inputs, encode_dataset
-from dina_rl.data.latents import SPLITS, LatentStore, Split
+from dina_rl.data.latents import SPLITS, LatentStore, PairStore, Split
+from dina_rl.data.order import fit_order
 from dina_rl.data.registry import open_store
 
 MAY_CHANGE = (
@@ -39,7 +40,7 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
         run = check_inputs(run, backbone)
     else:
         check_fit(run, backbone)
-        run = run.model_copy(update={"latents": Path(_absolute(run.latents))})
+        run = run.model_copy(update={"latents": Path(_absolute(run.latents)), "pipeline": run.pipeline.absolute()})
         check_store(run.latents, needed, run, backbone)
     for directory in held_out.values():
         check_store(Path(directory), ("test",), run, backbone)
@@ -83,6 +84,16 @@ def encode_missing(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeW
     """
     if run.latents is None:
         encode_dataset(run, run_dir, backbone, work)
+
+
+def unseen_pairs(run: FitRun, store: PairStore) -> list[str]:
+    """A line for every bucket of training pairs that is too small to get one of the run's steps."""
+    left_out = fit_order(store, run.fit, seed=run.seed).left_out(store.pairs("train").bucket)
+    sizes = {bucket: "{}x{}".format(*store.buckets[bucket]) for bucket in left_out}
+    return [
+        f"{count} training pairs of size {sizes[bucket]} are not seen: too few for one of {run.fit.steps} steps"
+        for bucket, count in left_out.items()
+    ]
 
 
 def _absolute(path: str | Path) -> str:

@@ -82,7 +82,7 @@ def run_fit(
     progress: RewardFit,
     batches: Iterable[PairBatch],
     encoder: TextEncoder,
-    sets: "HeldOutSets",
+    store: PairStore,
     run: FitRun,
     run_dir: Path,
     *,
@@ -96,14 +96,32 @@ def run_fit(
 
     Args:
         batches, forward, no_sync: see `fit`.
+        store: of the training pairs.
         save_checkpoint: called by all ranks every `fit.checkpoint_every` steps.
         on_step: called by this rank after every step.
     """
     config = run.fit
     ranks = OneRank() if ranks is None else ranks
-    begin, first_step = perf_counter(), progress.step
-    evaluating, pairs = 0.0, 0
-    log = FitLog(run_dir, steps=config.steps, first_step=first_step, ranks=ranks)
+    sets = HeldOutSets(store, config.held_out)
+    sizes = None if store.buckets == ((run.pipeline.height, run.pipeline.width),) else store.buckets
+    log = FitLog(run_dir, steps=config.steps, first_step=progress.step, ranks=ranks)
+
+    def save(model: LatentRewardModel, name: str) -> None:
+        if ranks.rank == 0:
+            save_reward(model, run_dir / name, pipeline=run.pipeline, buckets=sizes)
+
+    def evaluate() -> Accuracies:
+        """Accuracies of the averaged weights now; the best so far, by the first set's single level, are saved."""
+        with progress.averaged_weights() as model:
+            held_out = sets.measure(model, encoder, run, ranks)
+            log.add_held_out(progress.step, held_out)
+            accuracy = held_out[sets.first]["accuracy_single"]
+            if config.evaluate_every and accuracy > progress.best_accuracy:
+                progress.best_step, progress.best_accuracy = progress.step, accuracy
+                save(model, REWARD_BEST)
+        return held_out
+
+    begin, evaluating, pairs = perf_counter(), 0.0, 0
     for report in fit(progress, batches, encoder, seed=run.seed, forward=forward, no_sync=no_sync, ranks=ranks.count):
         pairs += report.pairs * ranks.count
         log.add(report)
@@ -112,16 +130,15 @@ def run_fit(
             continue  # evaluated and saved below
         if config.evaluate_every and progress.step % config.evaluate_every == 0:
             since = perf_counter()
-            _evaluate(progress, encoder, sets, run, run_dir, log, ranks)
+            evaluate()
             evaluating += perf_counter() - since
         if progress.step % config.checkpoint_every == 0:  # after the evaluation: its best belongs to the state
             save_checkpoint(progress)
     assert progress.step == config.steps, f"the data ended at step {progress.step} of {config.steps}"
     fit_seconds = perf_counter() - begin - evaluating
-    if ranks.rank == 0:
-        with progress.averaged_weights() as model:
-            save_reward(model, run_dir / REWARD, pipeline=run.pipeline)
-    held_out = _evaluate(progress, encoder, sets, run, run_dir, log, ranks)
+    with progress.averaged_weights() as model:
+        save(model, REWARD)
+    held_out = evaluate()
     log.close()
     return Outcome(
         held_out=held_out,
@@ -161,27 +178,6 @@ def result_of(
         total_seconds=total_seconds,
         reward=str(run_dir / REWARD),
     )
-
-
-def _evaluate(
-    progress: RewardFit,
-    encoder: TextEncoder,
-    sets: "HeldOutSets",
-    run: FitRun,
-    run_dir: Path,
-    log: "FitLog",
-    ranks: Ranks,
-) -> Accuracies:
-    """Accuracies of the averaged weights now; the best so far by the first set's single level are saved."""
-    with progress.averaged_weights() as model:
-        held_out = sets.measure(model, encoder, run, ranks)
-        log.add_held_out(progress.step, held_out)
-        accuracy = held_out[sets.first]["accuracy_single"]
-        if run.fit.evaluate_every and accuracy > progress.best_accuracy:
-            progress.best_step, progress.best_accuracy = progress.step, accuracy
-            if ranks.rank == 0:
-                save_reward(model, run_dir / REWARD_BEST, pipeline=run.pipeline)
-    return held_out
 
 
 class HeldOutSets:

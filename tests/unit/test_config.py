@@ -209,8 +209,12 @@ def test_the_official_reward_preset_has_the_codes_variance():
 
 
 def test_held_out_sets_are_named_on_the_command_line(capsys):
-    run = load(FitRun, ["--fit.held_out", "{ood: ~/stores/ood, other: there}"], program="test")
-    assert run.fit.held_out == {"ood": "~/stores/ood", "other": "there"}
+    for words in (["{ood: ~/stores/ood, other: there}"], ["ood", "~/stores/ood", "other", "there"]):
+        run = load(FitRun, ["--fit.held_out", *words], program="test")
+        assert run.fit.held_out == {"ood": "~/stores/ood", "other": "there"}
+    with pytest.raises(SystemExit):
+        load(FitRun, ["--fit.held_out", "ood", "~/stores/ood", "other"], program="test")
+    assert "fit.held_out: Input should be a valid dictionary" in capsys.readouterr().err
     for name in ("test", "a/b"):
         with pytest.raises(SystemExit):
             load(FitRun, ["--fit.held_out", f"{{{name}: somewhere}}"], program="test")

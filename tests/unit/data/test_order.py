@@ -53,6 +53,13 @@ def test_the_largest_remainders_get_the_steps_that_are_left() -> None:
     assert Counter(order.bucket) == {4: 4, 0: 2, 7: 1}
 
 
+def test_a_bucket_without_a_step_is_named() -> None:
+    order = training_order(BUCKETS, steps=3, batch_size=4, seed=0)  # quotas 1.8, 0.9, 0.3
+    assert Counter(order.bucket) == {4: 2, 0: 1}
+    assert order.left_out(BUCKETS) == {7: 10}
+    assert training_order(BUCKETS, steps=7, batch_size=4, seed=0).left_out(BUCKETS) == {}
+
+
 def test_buckets_come_in_random_order_that_the_seed_decides() -> None:
     order, again, other = (training_order(BUCKETS, steps=40, batch_size=4, seed=seed) for seed in (0, 0, 1))
     assert order.bucket == again.bucket

@@ -10,9 +10,14 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dina_rl.data.latents import LatentStore
+from dina_rl.config import DatasetConfig, PipelineConfig
+from dina_rl.data.encode import measure_images
+from dina_rl.data.filters import bucketing
+from dina_rl.data.latents import LatentStore, StoreInfo
+from dina_rl.data.plan import EncodePlan
 from dina_rl.data.preprocessed import PreprocessedStore
-from dina_rl.data.registry import open_store
+from dina_rl.data.preprocessed_set import copy_latents
+from dina_rl.data.registry import open_set, open_store
 
 SHAPES = ((16, 4, 4), (16, 2, 6))
 DETAILS = {
@@ -113,10 +118,67 @@ def test_nothing_is_unpickled_or_executed(tmp_path: Path) -> None:
         tmp_path / "part_rank00.parquet", range(1), latent1=[buffer.getvalue()], detailed_results=["__import__('os')"]
     )
     store = open_store(tmp_path)
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match="unreadable latent: .*allow_pickle=False"):
         store.latents(torch.tensor([0]))
     with pytest.raises(ValueError, match="malformed node"):
         store.details("train")
+
+
+def voted(chosen: int, rejected: int) -> str:
+    return str(DETAILS | {"votes_chosen": chosen, "votes_rejected": rejected})
+
+
+def test_the_copy_is_filtered_and_holds_the_same_latents(tmp_path: Path) -> None:
+    """What passes the filters, by bucket; an unreadable latent drops its pair."""
+    votes = [voted(9, 1), voted(0, 0), voted(5, 5), *[voted(9, 1)] * 4]
+    write_part(tmp_path / "part_rank00.parquet", range(7), detailed_results=votes)
+    broken = [npy(latent(pair, 1)) for pair in range(7, 12)]
+    broken[1] = broken[1][:-4]
+    write_part(tmp_path / "part_rank01.parquet", range(7, 12), latent1=broken, detailed_results=["{"] + votes[3:])
+    source = open_set("preprocessed", tmp_path)
+    dataset = DatasetConfig(kind="preprocessed", buckets=[[32, 32], [16, 48]], filter={"min_vote_share": 0.6})
+    sizes = bucketing(dataset, PipelineConfig())
+    plan = EncodePlan(tmp_path / "plan.sqlite", made_of={})
+    plan.read({"train": source.records("train")}, preferences=dataset.filter, seed=0)
+    for chunk in plan.unmeasured():
+        plan.measured(chunk, measure_images(source, plan.images(chunk)))
+    plan.place(sizes, max_per_prompt=None)
+    info = StoreInfo(
+        dataset="d",
+        pipeline="p",
+        buckets=sizes.buckets,
+        latent_shapes=SHAPES,
+        rows=plan.rows_per_bucket(2),
+        rows_per_shard=3,
+    )
+    store = LatentStore.create(tmp_path / "latents", info, plan.row_images())
+    copy_latents(source, store, store.missing_shards()[:2])
+    copy_latents(source, store, store.missing_shards())
+    assert store.missing_shards() == []
+    plan.found_unreadable(store.unreadable())
+    store.write_pairs("train", plan.stored_pairs("train"))
+    report = plan.retention(sizes.buckets)["train"]
+    assert (report.records, report.malformed, report.pairs) == (12, 1, 11)
+    assert (report.dropped, report.kept) == ({"vote_share": 1, "unreadable": 1}, 9)
+    assert ["not a literal" in line.reason or "unreadable latent" in line.reason for line in plan.skipped()] == [
+        True
+    ] * 2
+    plan.close()
+    table = store.pairs("train")
+    assert table.pair_ids.tolist() == [0, 1, 3, 4, 5, 6, 9, 10, 11]
+    for position, pair in enumerate(table.pair_ids.tolist()):
+        batch = store.batch(table, torch.tensor([position]))
+        assert numpy.array_equal(batch.chosen[0].numpy(), latent(pair, 1))
+        assert numpy.array_equal(batch.rejected[0].numpy(), latent(pair, 2))
+
+
+def test_latents_cannot_be_stretched(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set dataset.buckets to published"):
+        bucketing(DatasetConfig(kind="preprocessed"), PipelineConfig())
+    exact = bucketing(DatasetConfig(kind="preprocessed", buckets="published"), PipelineConfig())
+    assert exact.of_pair((1024, 768), (1024, 768)) == exact.buckets.index((1024, 768))
+    assert exact.of_pair((1024, 1024), (512, 512)).filter == "bucket"
+    assert exact.of_pair((1032, 1024), (1032, 1024)).filter == "bucket"
 
 
 def test_neither_kind_of_store(tmp_path: Path) -> None:

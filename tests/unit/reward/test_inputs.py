@@ -1,12 +1,13 @@
 """A fit on latent stores made before: what is refused before anything starts, and with which line."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from dina_rl.config import FitRun
-from dina_rl.reward.inputs import check_fit_inputs
+from dina_rl.config import FitConfig, FitRun
+from dina_rl.reward.inputs import check_fit_inputs, unseen_pairs
 from dina_rl.runtime import open_pipeline
 from tests.tiny_reward import TINY_REWARD, write_store
 
@@ -24,7 +25,9 @@ def checked(run: FitRun, **values: object) -> FitRun:
 
 def test_paths_become_absolute(run: FitRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ready = checked(run, latents="store", fit={"held_out": {"again": "store"}})
+    relative = {"path": os.path.relpath(run.pipeline.path)}
+    ready = checked(run, latents="store", fit={"held_out": {"again": "store"}}, pipeline=relative)
+    assert ready.pipeline == run.pipeline
     assert ready.latents == tmp_path / "store"
     assert ready.fit.held_out == {"again": str(tmp_path / "store")}
 
@@ -68,3 +71,11 @@ def test_stores_without_the_pairs_that_are_needed(run: FitRun, tmp_path: Path) -
         checked(run, fit={"held_out": {"other": str(tmp_path / "training")}})
     with pytest.raises(ValueError, match="dataset.test is None"):
         checked(run, latents=None, dataset={"test": None})
+
+
+def test_sizes_that_get_no_step_are_named(run: FitRun, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "uneven", str(run.pipeline.path), train=(50, 1), test=(1, 1))
+    short = run.model_copy(update={"fit": FitConfig(steps=10, batch_size=2)})
+    lines = ["1 training pairs of size 32x16 are not seen: too few for one of 10 steps"]
+    assert unseen_pairs(short, store) == lines
+    assert unseen_pairs(run.model_copy(update={"fit": FitConfig(steps=26, batch_size=2)}), store) == []

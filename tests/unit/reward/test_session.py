@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from dina_rl.config import FitRun
 from dina_rl.data.order import fit_order
 from dina_rl.data.registry import open_store
+from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.fit import REWARD, RewardFit
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import LOG_FILE, REWARD_BEST, HeldOutSets, Outcome, run_fit
+from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, run_fit
 from dina_rl.runtime import open_pipeline
 from tests.tiny_reward import TINY_REWARD, write_store
 from tests.unit.data.test_preprocessed import write_part
@@ -27,7 +28,7 @@ def fitted(directory: Path, pipeline: Path, run_dir: Path, **fit: object) -> Out
         RewardFit(LatentRewardModel(backbone, run.reward, seed=0), run.fit),
         (store.batch(table, index) for index in fit_order(store, run.fit, seed=0).batches),
         backbone.load_text_encoder(),
-        HeldOutSets(store, run.fit.held_out),
+        store,
         run,
         run_dir,
     )
@@ -46,6 +47,8 @@ def test_the_authors_files_are_fitted_on_and_measured_on(tiny_pipeline: Path, tm
     right = 5 * outcome.held_out["test"]["accuracy_single"]
     assert right == pytest.approx(round(right))  # of five test pairs
     assert set(held_out_lines(tmp_path / "run")) == {2, 4, 5}
+    for name in (REWARD, REWARD_BEST):
+        assert read_card(tmp_path / "run" / name).buckets == ((16, 48), (32, 32))
 
 
 def test_without_test_pairs_the_first_other_set_decides_what_is_best(tiny_pipeline: Path, tmp_path: Path) -> None:
