@@ -106,6 +106,14 @@ def test_help_lists_every_key_with_its_default(capsys):
         assert key in text
 
 
+def test_help_shows_what_a_named_section_may_hold(capsys):
+    with pytest.raises(SystemExit):
+        load(EvaluateRun, ["--help"], program="test")
+    text = capsys.readouterr().out
+    assert "--sets.NAME.path" in text
+    assert "--scorers.NAME.levels" in text
+
+
 def test_every_field_is_documented():
     def undocumented(model, prefix=""):
         from dina_rl.cli import section_of
