@@ -213,5 +213,16 @@ def _print_help(model: type[Run], config: Run, program: str) -> NoReturn:
     print(
         f"{program} [--config FILE.yaml] [--section.key value ...]\nDefaults shown are those of the config file read.\n"
     )
-    tyro.cli(model, default=config, args=["--help"], prog=program, config=(tyro.conf.AvoidSubcommands,))
+    tyro.cli(model, default=_with_examples(config), args=["--help"], prog=program, config=(tyro.conf.AvoidSubcommands,))
     raise AssertionError("tyro ends the program after --help")
+
+
+def _with_examples(config: Run) -> Run:
+    """`config` with a section called NAME wherever the user has named none, so that help shows what it may hold."""
+    examples = {}
+    for name, field in type(config).model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None and is_named(field.annotation) and not dict(config)[name]:
+            required = {key: key.upper() for key, inner in section.model_fields.items() if inner.is_required()}
+            examples[name] = {NAME: section.model_construct(**required)}
+    return config.model_copy(update=examples)

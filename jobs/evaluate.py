@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dina_rl.checkpoint import open_run_dir, write_text
 from dina_rl.cli import fail, interruptible, load
-from dina_rl.config import DatasetConfig, EvaluateRun
+from dina_rl.config import EvaluateRun
 from dina_rl.evaluation.audit import audit, audit_jobs, write_report
 from dina_rl.evaluation.paper import Plan, notes_on, plan_table, read_runs
 from dina_rl.evaluation.requests import Workers
@@ -33,7 +33,7 @@ from dina_rl.evaluation.results import (
 )
 from dina_rl.evaluation.scorers import NamedScorer, named_scorer
 from dina_rl.evaluation.scores import ScoreStore, ScoringJob
-from dina_rl.evaluation.sets import EvaluationSet, read_sets
+from dina_rl.evaluation.sets import EvaluationSet, open_source, read_sets
 from dina_rl.runtime import configure_process
 
 MAY_CHANGE = ("inline", "workers", "cache")
@@ -61,12 +61,13 @@ def preflight(run: EvaluateRun) -> Inputs:
     if not run.runs and not run.scorers:
         raise ValueError("nothing to evaluate: give --runs DIR ..., or --scorers.NAME.path DIR")
     runs = read_runs(run.runs)
-    sizes = None if run.buckets is None else DatasetConfig(buckets=run.buckets)
-    others = [named_scorer(name, config, sizes) for name, config in run.scorers.items()]
-    fitted = [named_scorer(each.name, each.scorer, sizes or each.run.dataset) for each in runs]
+    others = [named_scorer(name, config, buckets=run.buckets) for name, config in run.scorers.items()]
+    fitted = [named_scorer(r.name, r.scorer, buckets=run.buckets, dataset=r.run.dataset) for r in runs]
     twice = {scorer.name for scorer in others} & {scorer.name for scorer in fitted}
     if twice:
         raise ValueError(f"scorers.{twice.pop()} has the name of a run; choose another")
+    if run.training is not None:
+        next(open_source(run.training).records(run.training.split), None)  # does it exist?
     return Inputs(
         scorers=(*others, *fitted),
         sets=tuple(read_sets(run.sets, seed=run.seed)),

@@ -127,6 +127,8 @@ class EvaluateRun(Section):
             raise ValueError(f"paper {self.paper} is made of fit runs alone: give --runs DIR ... and no scorers")
         if self.paper == "table4" and self.uncertainty is None:
             raise ValueError("paper table4 is what the uncertainty section describes, which is None")
+        if self.training is not None and self.training.max_records is not None:
+            raise ValueError("training.max_records: a leak check looks at the whole training set")
         for name, scorer in self.scorers.items():
             if scorer.normalisation != "raw":
                 raise ValueError(

@@ -12,8 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from dina_rl.checkpoint import write_json, write_text
 from dina_rl.config import EvaluateRun
+from dina_rl.data.records import PreferenceRecord
 from dina_rl.evaluation.accuracy import CONVENTIONS, Comparisons, bootstrap, by_category, by_models, measure
 from dina_rl.evaluation.calibration import Calibration, calibrate, thurstone_probability
 from dina_rl.evaluation.figures import plot_lines, plot_reliability, plot_table
@@ -23,7 +26,7 @@ from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import Measured, comparisons_of, measured, uncertainty_of, write_accuracies
 from dina_rl.evaluation.scorers import NamedScorer
 from dina_rl.evaluation.scores import ScoreStore, ScoringJob
-from dina_rl.evaluation.sets import EvaluationSet, read_set
+from dina_rl.evaluation.sets import EvaluationSet, open_source
 from dina_rl.evaluation.tables import Cell, Row, Table, grid, markdown, shown, write_rows
 from dina_rl.evaluation.uncertainty import Uncertainty
 
@@ -168,8 +171,9 @@ def _breakdown(run: EvaluateRun, scorer: str, data: str, comparisons: Comparison
 def _leaks(run: EvaluateRun, sets: Mapping[str, EvaluationSet]) -> dict[str, Leak]:
     if run.training is None:
         return {}
-    training = read_set("training", run.training, seed=run.seed)
-    known = fingerprints(training.source, training.records)
+    training = open_source(run.training)
+    records = (each for each in training.records(run.training.split) if isinstance(each, PreferenceRecord))
+    known = fingerprints(training, tqdm(records, desc="leak check", unit="record"))
     return {name: find_leak(data.source, data.records, known) for name, data in sets.items()}
 
 

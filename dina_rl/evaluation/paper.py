@@ -25,19 +25,13 @@ DIFFERENCES = "Differs in"
 Label = Callable[["FittedRun"], tuple[str, ...]]
 Order = Callable[["FittedRun"], tuple]
 PLACES = ("seed", "run_dir", "resume", "inline", "latents", "dataset.path", "fit.held_out")
-PROCESSES = tuple(
-    f"fit.{name}"
-    for name in (
-        "num_workers",
-        "cpus_per_worker",
-        "gpus_per_worker",
-        "threads_per_worker",
-        "max_failures",
-        "checkpoint_every",
-        "evaluate_every",
-        "evaluation_batch_size",
-    )
+PROCESSES = (
+    *(f"dataset.{name}" for name in ("max_skipped", "encode_batch_size", "batches_per_shard")),
+    *(f"fit.{name}_per_worker" for name in ("cpus", "gpus", "threads")),
+    *(f"fit.{name}" for name in ("num_workers", "max_failures", "checkpoint_every", "evaluate_every")),
+    *(f"fit.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "evaluation_batch_size")),
 )
+"""Settings that say who does the work, not what comes out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

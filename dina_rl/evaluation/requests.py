@@ -39,6 +39,7 @@ class EncodeRequest:
     """One shard of a latent store."""
 
     scorer: PictureScorerConfig  # its pipeline's codec encodes
+    seed: int  # with which the scorer is opened, so that it may stay open; latents do not depend on it
     source: SetConfig
     store: Path
     shard: int

@@ -2,18 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dina_rl.config import DatasetConfig, PictureScorerConfig, ThurstoneConfig
-from dina_rl.data.buckets import Bucketing
+from dina_rl.data.buckets import PUBLISHED, Bucketing, Size
 from dina_rl.data.filters import bucketing
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.scores import ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.reward.card import RewardCard
 from dina_rl.reward.checkpoint import read_card
+from dina_rl.runtime import open_pipeline
 from dina_rl.scoring import dina_pipeline
 
 PLAIN = View(levels=())
+Buckets = Literal["pipeline", "published"] | tuple[Size, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,33 +36,56 @@ class NamedScorer:
         return ScoringJob(scorer=self.config, bucketing=self.bucketing, data=data, views=views)
 
 
-def named_scorer(name: str, config: PictureScorerConfig, sizes: DatasetConfig | None) -> NamedScorer:
+def named_scorer(
+    name: str, config: PictureScorerConfig, *, buckets: Buckets | None = None, dataset: DatasetConfig | None = None
+) -> NamedScorer:
     """Read what there is to know of a scorer without loading it.
 
     Args:
-        sizes: how images get their size, its buckets and smallest area; None: as the reward model's card says.
+        buckets: image sizes; None: those of the fit.
+        dataset: what a fit run says of its data; None: the scorer is not a run's.
 
     Raises:
-        ValueError: no such reward model, or it does not say at which size it scores.
+        ValueError: no such model, or sizes that its pipeline does not fit.
     """
+    config = _absolute(config)
     if config.kind != "dina":
+        from dina_rl.scorers.clip import check_clip
+
+        check_clip(config.reward)
         return NamedScorer(
             name=name, config=config, backbone="CLIP", main=PLAIN, ensemble=None, thurstone=None, bucketing=None
         )
     card = read_card(config.reward.location)
-    reward = card.reward
+    pipeline = dina_pipeline(config, card)
+    sizes = bucketing(_sized(dataset or DatasetConfig(), buckets or _fitted(config, card)), pipeline)
+    backbone = open_pipeline(pipeline)
+    for height, width in sizes.buckets:
+        backbone.latent_shape(height, width)
     return NamedScorer(
         name=name,
         config=config,
-        backbone=Path(config.pipeline or card.pipeline).name,
-        main=View(levels=config.levels or (reward.single_level,)),
-        ensemble=None if config.levels else View(levels=reward.ensemble_levels),
-        thurstone=reward.thurstone,
-        bucketing=_bucketing(config, card, sizes),
+        backbone=Path(pipeline.path).name,
+        main=View(levels=config.levels or (card.reward.single_level,)),
+        ensemble=None if config.levels else View(levels=card.reward.ensemble_levels),
+        thurstone=card.reward.thurstone,
+        bucketing=sizes,
     )
 
 
-def _bucketing(config: PictureScorerConfig, card: RewardCard, sizes: DatasetConfig | None) -> Bucketing:
-    if sizes is None and card.buckets and config.height is None:
-        return Bucketing(buckets=card.buckets, stretch=False)
-    return bucketing(sizes or DatasetConfig(), dina_pipeline(config, card))
+def _fitted(config: PictureScorerConfig, card: RewardCard) -> Buckets | None:
+    """The buckets that the card names, unless images are to be stretched."""
+    if config.height is not None:
+        return "pipeline"
+    return "published" if card.buckets == PUBLISHED else card.buckets
+
+
+def _sized(dataset: DatasetConfig, buckets: Buckets | None) -> DatasetConfig:
+    return dataset if buckets is None else dataset.model_copy(update={"buckets": buckets})
+
+
+def _absolute(config: PictureScorerConfig) -> PictureScorerConfig:
+    """The configuration with absolute directories: workers have working directories of their own."""
+    paths = {name: value for name in ("path", "processor", "pipeline") if (value := dict(config)[name]) is not None}
+    found = {name: Path(value).expanduser() for name, value in paths.items()}
+    return config.model_copy(update={name: str(path.resolve()) for name, path in found.items() if path.is_dir()})

@@ -145,7 +145,13 @@ class ScoreStore:
             for shard in store.missing_shards():
                 images += len(store.info.shard(shard)[1])
                 requests.append(
-                    EncodeRequest(scorer=self._asked(job.scorer), source=job.data.config, store=directory, shard=shard)
+                    EncodeRequest(
+                        scorer=self._asked(job.scorer),
+                        seed=self._run.seed,
+                        source=job.data.config,
+                        store=directory,
+                        shard=shard,
+                    )
                 )
         if requests:
             with tqdm(total=images, desc="encode", unit="img") as bar:

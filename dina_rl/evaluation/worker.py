@@ -24,10 +24,11 @@ class _Image:
 
 
 class EvaluationWorker:
-    """Keeps the scorer it used last; requests come ordered by scorer."""
+    """Keeps the scorer and the set it used last; requests come ordered by them."""
 
     def __init__(self) -> None:
         self._opened: tuple[PictureScorerConfig, int, PictureScorer] | None = None
+        self._source: tuple[SetConfig, PreferenceSet] | None = None
 
     def encode(self, request: EncodeRequest) -> int:
         """Write a shard of latents; returns how many images it holds.
@@ -35,7 +36,7 @@ class EvaluationWorker:
         Raises:
             ValueError: the scorer or the set cannot be opened.
         """
-        scorer, source = self._scorer(request.scorer, 0), open_source(request.source)
+        scorer, source = self._scorer(request.scorer, request.seed), self._set(request.source)
         store = LatentStore(request.store)
         bucket, rows = store.info.shard(request.shard)
         images = torch.zeros(len(rows), 3, *store.buckets[bucket])
@@ -86,7 +87,7 @@ class EvaluationWorker:
     ) -> dict[int, Problem]:
         """Fill `scores` from the image files, for scorers with no use for latents; returns the problems."""
         assert all(view == View(levels=()) for view in request.views)
-        source = open_source(request.source)
+        source = self._set(request.source)
         problems = {}
         for batch in _batches(images, request.batch_size):
             samples, readable = [], []
@@ -109,6 +110,11 @@ class EvaluationWorker:
             self._opened = None  # the old model goes before the new one comes
             self._opened = config, seed, open_scorer(config, seed=seed)
         return self._opened[2]
+
+    def _set(self, config: SetConfig) -> PreferenceSet:
+        if self._source is None or self._source[0] != config:
+            self._source = config, open_source(config)
+        return self._source[1]
 
 
 class InlineWorkers:

@@ -38,7 +38,7 @@ def evaluation(cache: Path, dataset: Path, **values) -> EvaluateRun:
 def scored(run: EvaluateRun, scorer: PictureScorerConfig, *views: View) -> tuple[ScoreStore, ScoringJob]:
     """The store with the scores of all views on the run's set."""
     (data,) = read_sets(run.sets, seed=run.seed)
-    store, job = ScoreStore(run), named_scorer("scorer", scorer, None).job(data, views)
+    store, job = ScoreStore(run), named_scorer("scorer", scorer).job(data, views)
     store.fill(store.missing([job]), InlineWorkers())
     return store, job
 
@@ -148,7 +148,7 @@ def test_a_sample_uses_the_latents_of_its_set(tmp_path, dataset, dina) -> None:
     assert len(sample.records) == 3
     assert sample.sample(9, seed=1).whole is data
     store = ScoreStore(run)
-    scorer = named_scorer("scorer", dina, None)
+    scorer = named_scorer("scorer", dina)
     jobs = [scorer.job(each, (SINGLE,)) for each in (data, sample)]
     store.fill(store.missing(jobs), InlineWorkers())
     assert len(list((tmp_path / "latents").iterdir())) == 1
