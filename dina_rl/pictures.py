@@ -79,7 +79,7 @@ def _manifest(file: Path, prompt: str | None, root: Path | None) -> list[Picture
 
 
 def _jsonl(text: str) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold its others
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -91,8 +91,11 @@ def _csv(text: str, file: Path) -> Iterator[tuple[int, object]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if "image" not in (reader.fieldnames or ()):
         raise ValueError(f"manifest {file} has no column `image`, but {reader.fieldnames}")
-    for row in reader:
-        yield reader.line_num, row
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"manifest {file} is not valid CSV: {error}") from error
 
 
 def _entry(place: str, row: object, directory: Path, prompt: str | None, root: Path) -> Picture | Skipped:
@@ -101,7 +104,10 @@ def _entry(place: str, row: object, directory: Path, prompt: str | None, root: P
     own = row.get("prompt") or prompt
     if not isinstance(own, str):
         return Skipped(image=place, reason=f"{row['image']} has no prompt")
-    path = (directory / row["image"]).resolve()
+    try:
+        path = (directory / row["image"]).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of symlinks, a name no file can have
+        return Skipped(image=row["image"], reason=str(error))
     if not path.is_relative_to(root):
         return Skipped(image=row["image"], reason=f"lies outside {root}")
     return Picture(image=row["image"], path=path, prompt=own)

@@ -1,9 +1,9 @@
 """Encode a preference set to latents by Ray Data: `python -m jobs.encode --config configs/...yaml`.
 
-What to encode is decided first, from records and image headers (`dina_rl/data/plan.py`); then shards of images flow
-through two stages: tasks decode and resize, an actor runs the VAE and writes the shard. What is on disk already is not
-done again, so a killed encode continues with --resume. At the end stands what became of every pair. On a cluster,
-`run_dir` and the dataset must lie on storage that all nodes share.
+What to encode is decided first, from records and image headers (`dina_rl/data/plan.py`); tasks read the headers of a
+large set. Then shards of images go to actors, which decode, run the VAE and write: pixels never travel. What is on disk
+already is not done again, so a killed encode continues with --resume. At the end stands what became of every pair. On a
+cluster, `run_dir` and the dataset must lie on storage that all nodes share.
 """
 
 import sys
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import fail, load
 from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
-from dina_rl.data.encode import check_inputs, encode_dataset, measure_images, read_shard, write_latents
+from dina_rl.data.encode import check_inputs, encode_dataset, encode_shard, measure_images
 from dina_rl.data.latents import LatentStore
 from dina_rl.data.plan import EncodePlan, Measured
 from dina_rl.data.registry import open_set
@@ -51,25 +51,23 @@ def load_sizes(chunk: dict, *, dataset: DatasetConfig) -> dict:
     }
 
 
-def load_images(shard: dict, *, directory: Path, dataset: DatasetConfig) -> dict:
-    """Ray Data task: decode a shard's images. {shard} -> {shard, pixels [n, H, W, 3] uint8, problems [n]}."""
-    source = open_set(dataset.kind, dataset.location)
-    pixels, problems = read_shard(source, LatentStore(directory), shard["shard"])
-    return {"shard": shard["shard"], "pixels": pixels, "problems": problems}
-
-
 class EncodeShard:
-    """Ray Data actor: the VAE. Writes a decoded shard to the store."""
+    """Ray Data actor: decodes the images of a shard, runs the VAE, and writes it to the store."""
 
-    def __init__(self, directory: Path, pipeline: PipelineConfig, threads: int, batch_size: int) -> None:
+    def __init__(self, directory: Path, pipeline: PipelineConfig, dataset: DatasetConfig, threads: int) -> None:
         configure_process(threads)
         self._store = LatentStore(directory)
+        self._source = open_set(dataset.kind, dataset.location)
         self._codec = open_pipeline(pipeline).load_codec()
-        self._batch_size = batch_size
+        self._batch_size, self._threads = dataset.encode_batch_size, threads
 
     def __call__(self, shard: dict) -> dict:
-        arguments = self._store, shard["shard"], shard["pixels"], shard["problems"], self._codec, self._batch_size
-        return {"images": write_latents(*arguments)}
+        count = encode_shard(
+            *(self._source, self._store, int(shard["shard"]), self._codec),
+            batch_size=self._batch_size,
+            threads=self._threads,
+        )
+        return {"images": count}
 
 
 class RayEncoding:
@@ -93,21 +91,13 @@ class RayEncoding:
         gpus = run.fit.gpus_per_worker
         actors = run.fit.num_workers if gpus else 1  # on a CPU one VAE with all threads beats two, and starts sooner
         threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
-        done = (
-            ray.data.from_items([{"shard": shard} for shard in shards])
-            .map(  # without GPUs Ray runs it inside the actor: one process
-                load_images,
-                fn_kwargs={"directory": store.directory, "dataset": run.dataset},
-                num_cpus=run.fit.cpus_per_worker,
-            )
-            .map(
-                EncodeShard,
-                fn_constructor_args=(store.directory, run.pipeline, threads, run.dataset.encode_batch_size),
-                compute=ActorPoolStrategy(size=actors),
-                num_cpus=run.fit.cpus_per_worker,
-                num_gpus=gpus,
-                runtime_env=visible_gpus(gpus),
-            )
+        done = ray.data.from_items([{"shard": shard} for shard in shards]).map(
+            EncodeShard,
+            fn_constructor_args=(store.directory, run.pipeline, run.dataset, threads),
+            compute=ActorPoolStrategy(size=actors),
+            num_cpus=run.fit.cpus_per_worker,
+            num_gpus=gpus,
+            runtime_env=visible_gpus(gpus),
         )
         images = sum(len(store.info.shard(shard)[1]) for shard in shards)
         with tqdm(total=images, desc="encode", unit="img") as bar:

@@ -3,12 +3,13 @@
 Run directory:
     config.yaml, versions.json   the resolved configuration
     skipped.jsonl                unusable records and why (absent if there are none)
-    latents/                     the encoded images (jobs/encode.py)
+    latents/                     the encoded images (jobs/encode.py); absent with --latents, a store that fits share
     train/                       Ray Train's own: checkpoints that a killed fit continues from with --resume
-    tensorboard/, fit.jsonl      curves
-    reward/                      the averaged weights, what `load_reward` reads
+    tensorboard/, fit.jsonl      curves, those of the held-out sets among them
+    reward/, reward_best/        the averaged weights, what `load_reward` reads: at the end, and at their best
     metrics.json                 FitResult, written last
-On a cluster the run directory must lie on storage that all nodes share.
+On a cluster the run directory must lie on storage that all nodes share. With --inline the same fit runs in this one
+process, without Ray and without checkpoints.
 """
 
 import json
@@ -25,19 +26,18 @@ from ray.train.v2.api.config import LoggingConfig
 from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.cli import fail, load
 from dina_rl.config import FitRun
-from dina_rl.data.encode import SKIPPED_FILE, check_inputs, encode_dataset
-from dina_rl.data.latents import LatentStore
-from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult
-from dina_rl.runtime import open_pipeline
+from dina_rl.data.registry import open_store
+from dina_rl.reward.fit import METRICS_FILE, FitResult
+from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents, unseen_pairs
+from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, result_of
+from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
-from jobs.encode import DEFAULT_CONFIG, MAY_CHANGE, RayEncoding
+from jobs.encode import DEFAULT_CONFIG, RayEncoding
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
 
 TRAIN = "train"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
-LOG_FILE = "fit.jsonl"
-TENSORBOARD = "tensorboard"
 
 
 def fit_reward_model(run: FitRun) -> FitResult:
@@ -50,62 +50,44 @@ def fit_reward_model(run: FitRun) -> FitResult:
     """
     begin = perf_counter()
     backbone = open_pipeline(run.pipeline)
-    run = check_inputs(run, backbone)
+    run = check_fit_inputs(run, backbone)
     run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
     metrics_file = run_dir / METRICS_FILE
     if metrics_file.is_file():
         return FitResult(**json.loads(metrics_file.read_text()))
     start_ray()
     quiet_ray_data()
-    store = encode_dataset(run, run_dir, backbone, RayEncoding())
+    encode_missing(run, run_dir, backbone, RayEncoding())
+    latents = training_latents(run, run_dir)
+    store = open_store(latents)
+    print("".join(f"{line}\n" for line in unseen_pairs(run, store)), end="", flush=True)
     encode_seconds = perf_counter() - begin
     with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
-        outcome = _trainer(run, run_dir, store).fit()
-    numbers = outcome.return_value
-    skipped = run_dir / SKIPPED_FILE
-    result = FitResult(
-        accuracy_single=numbers["accuracy_single"],
-        accuracy_ensemble=numbers["accuracy_ensemble"],
-        label_ceiling=numbers["label_ceiling"],
-        train_pairs=len(store.pairs("train")),
-        test_pairs=len(store.pairs("test")),
-        skipped=len(skipped.read_text().splitlines()) if skipped.is_file() else 0,
-        steps=run.fit.steps,
-        pairs_per_second=numbers["pairs_per_second"],
+        outcome = Outcome(**_trainer(run, run_dir, latents).fit().return_value)
+    result = result_of(
+        outcome,
+        run,
+        run_dir,
+        store,
         encode_seconds=encode_seconds,
-        fit_seconds=numbers["fit_seconds"],
         total_seconds=perf_counter() - begin,
-        reward=str(run_dir / REWARD),
     )
     write_json(metrics_file, asdict(result))
     return result
 
 
-def _trainer(run: FitRun, run_dir: Path, store: LatentStore) -> TorchTrainer:
+def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
     fit = run.fit
     train_dir = run_dir / TRAIN
 
     def remaining_pairs():
         # Ray Train calls this for every group of workers it starts: after a crash the data continue at the checkpoint.
-        return pair_dataset(
-            store.directory,
-            first_step=_checkpointed_step(train_dir),
-            steps=fit.steps,
-            batch_size=fit.batch_size,
-            ranks=fit.num_workers,
-            seed=run.seed,
-        )
+        return pair_dataset(run, latents, first_step=_checkpointed_step(train_dir))
 
     resources = {"CPU": fit.cpus_per_worker} | ({"GPU": fit.gpus_per_worker} if fit.gpus_per_worker else {})
     return TorchTrainer(
         _on_worker,
-        train_loop_config={
-            "run": run,
-            "latents": store.directory,
-            "log_file": run_dir / LOG_FILE,
-            "tensorboard": run_dir / TENSORBOARD,
-            "reward": run_dir / REWARD,
-        },
+        train_loop_config={"run": run, "latents": latents, "run_dir": run_dir},
         scaling_config=ScalingConfig(
             num_workers=fit.num_workers, use_gpu=fit.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -123,7 +105,7 @@ def _trainer(run: FitRun, run_dir: Path, store: LatentStore) -> TorchTrainer:
     )
 
 
-def _on_worker(arguments: dict) -> dict[str, float | None]:
+def _on_worker(arguments: dict) -> dict:
     # Imported here: the driver and Ray Train's controller need no models, and importing those takes seconds of CPU.
     from jobs.fit_worker import fit_on_worker
 
@@ -141,13 +123,24 @@ def _checkpointed_step(train_dir: Path) -> int:
 def main(argv: Sequence[str]) -> None:
     run = load(FitRun, argv, program="python -m jobs.fit_reward", default_config=DEFAULT_CONFIG)
     try:
-        result = fit_reward_model(run)
+        if run.inline:
+            from dina_rl.reward.inline import fit_inline
+
+            configure_process(run.fit.threads_per_worker * run.fit.num_workers)
+            result = fit_inline(run)
+        else:
+            result = fit_reward_model(run)
     except ValueError as error:
         fail(str(error))
-    ceiling = "" if result.label_ceiling is None else f", label-noise ceiling {result.label_ceiling:.3f}"
+    print(f"accuracy at t={run.reward.single_level:g} and with the ensemble {list(run.reward.ensemble_levels)}")
+    for name, accuracy in result.held_out.items():
+        print(f"  {name:<10}  {accuracy['accuracy_single']:.3f}  {accuracy['accuracy_ensemble']:.3f}")
+    first = next(iter(result.held_out))
+    if result.label_ceiling is not None:
+        print(f"  label-noise ceiling of {first}: {result.label_ceiling:.3f}")
+    if result.best_step is not None:
+        print(f"  {REWARD_BEST}/ holds step {result.best_step}: {result.best_accuracy_single:.3f} on {first}")
     print(
-        f"accuracy on {result.test_pairs} test pairs: {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
-        f"{result.accuracy_ensemble:.3f} with the ensemble {list(run.reward.ensemble_levels)}{ceiling}\n"
         f"{result.steps} steps in {result.fit_seconds:.0f} s ({result.pairs_per_second:.0f} pairs/s), "
         f"encoding {result.encode_seconds:.0f} s, in all {result.total_seconds:.0f} s\n"
         f"reward model  {result.reward}"

@@ -1,11 +1,14 @@
 """The training pairs as a Ray Dataset in the fit's own order: every rank gets its share of step 0, then of step 1...
 
-A block holds one rank's share of several consecutive steps, and blocks alternate between ranks. With `preserve_order`
-Ray's splitter hands a block to the rank that has had the fewest rows, the lowest rank first: exactly this alternation.
-So the batches are those of `training_order`, whatever the number of workers.
+A block holds consecutive pairs of one rank, all of one bucket, and blocks alternate between ranks: one of every rank,
+equally long, then the next of every rank. With `preserve_order` Ray's splitter hands a block to the rank that has had
+the fewest rows, the lowest rank first: exactly this alternation. So the batches are those of `training_order`, whatever
+the number of workers.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy
@@ -15,43 +18,65 @@ import torch
 from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
-from dina_rl.data.latents import LatentStore, training_order
+from dina_rl.config import FitRun
+from dina_rl.data.latents import PairStore, PairTable
+from dina_rl.data.order import TrainingOrder, fit_order
 from dina_rl.data.pairs import PairBatch
+from dina_rl.data.registry import open_store
 
 BLOCK_BYTES = 32 * 2**20  # well below the 128 MiB at which Ray splits a block
-BLOCK_STEPS = 16
+BLOCK_PAIRS = 512
 
 
-def pair_dataset(directory: Path, *, first_step: int, steps: int, batch_size: int, ranks: int, seed: int) -> Dataset:
-    """Rows {step, pair_id, prompt, chosen, rejected} of the steps from `first_step` on.
+def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
+    """Rows {step, share, pair_id, prompt, chosen, rejected} of the steps from `first_step` on; latents as tensors.
+
+    `share` is how many rows of its step a rank gets.
 
     Args:
-        directory: the latent store.
-        steps: of the whole fit.
-        batch_size: pairs per step over all `ranks`.
+        directory: of the encoded pairs.
     """
-    store = LatentStore(directory)
-    pairs = store.pairs("train")
-    order = training_order(len(pairs), steps=steps, batch_size=batch_size, seed=seed)
-    share = batch_size // ranks
-    pair_bytes = 2 * 4 * int(numpy.prod(store.latent_shapes[0]))
-    block_steps = max(1, min(BLOCK_STEPS, BLOCK_BYTES // (share * pair_bytes)))
-    tables = []
-    for start in range(first_step, steps, block_steps):
-        for rank in range(ranks):
-            index = order[start : start + block_steps, rank * share : (rank + 1) * share]
-            step = torch.arange(start, start + len(index)).repeat_interleave(share)
-            index = index.flatten()
-            columns = {
-                "step": step,
-                "pair_id": pairs.pair_ids[index],
-                "prompt": pairs.prompt[index],
-                "chosen": pairs.chosen[index],
-                "rejected": pairs.rejected[index],
-            }
-            tables.append(pyarrow.table({name: column.numpy() for name, column in columns.items()}))
-    references = ray.data.from_arrow(tables)
+    store = open_store(directory)
+    order = fit_order(store, run.fit, seed=run.seed)
+    tables = blocks(order, store.pairs("train"), store.latent_shapes, ranks=run.fit.num_workers, first_step=first_step)
+    # Not from_arrow, which starts a task for every table to look at it; a real fit has 100,000 of them.
+    references = ray.data.from_blocks(list(tables))
     return references.map_batches(load_latents, batch_size=None, fn_kwargs={"directory": directory})
+
+
+def blocks(
+    order: TrainingOrder,
+    pairs: PairTable,
+    latent_shapes: Sequence[tuple[int, int, int]],
+    *,
+    ranks: int,
+    first_step: int,
+) -> Iterator[pyarrow.Table]:
+    """The rows of `pair_dataset`, latents as row numbers, in blocks as the module's docstring says.
+
+    Args:
+        latent_shapes: (C, h, w) of every bucket.
+    """
+    for steps in order.runs(first_step):
+        shares = [order.batches[step].view(ranks, -1) for step in steps]
+        index = torch.cat(shares, dim=1)  # [ranks, pairs of a rank]
+        sizes = torch.tensor([share.shape[1] for share in shares])
+        step = torch.tensor(steps).repeat_interleave(sizes)
+        share = sizes.repeat_interleave(sizes)
+        pair_bytes = 2 * 4 * math.prod(latent_shapes[order.bucket[steps.start]])
+        length = max(1, min(BLOCK_PAIRS, BLOCK_BYTES // pair_bytes))
+        for start in range(0, index.shape[1], length):
+            part = slice(start, start + length)
+            for rows in index[:, part]:
+                columns = {
+                    "step": step[part],
+                    "share": share[part],
+                    "pair_id": pairs.pair_ids[rows],
+                    "prompt": pairs.prompt[rows],
+                    "chosen": pairs.chosen[rows],
+                    "rejected": pairs.rejected[rows],
+                }
+                yield pyarrow.table({name: column.numpy() for name, column in columns.items()})
 
 
 def ordered() -> DataConfig:
@@ -61,18 +86,42 @@ def ordered() -> DataConfig:
 
 def load_latents(block: dict[str, numpy.ndarray], *, directory: Path) -> dict[str, numpy.ndarray]:
     """Ray Data task: replace row numbers by latents [n, C, h, w]."""
-    store = LatentStore(directory)
+    store = _reader(directory)
     latents = {side: store.latents(torch.tensor(block[side])).numpy() for side in ("chosen", "rejected")}
     return block | latents
 
 
-def pair_batches(shard: DataIterator, prompts: tuple[str, ...], *, first_step: int, share: int) -> Iterator[PairBatch]:
+@lru_cache(maxsize=1)
+def _reader(directory: Path) -> PairStore:
+    """One reader per process: it keeps what it read last, and a small store whole."""
+    return open_store(directory)
+
+
+def pair_batches(shard: DataIterator, prompts: Sequence[str], *, first_step: int) -> Iterator[PairBatch]:
     """One rank's share of every step's batch, from `first_step` on."""
-    for step, rows in enumerate(shard.iter_torch_batches(batch_size=share, prefetch_batches=2), start=first_step):
-        assert bool((rows["step"] == step).all()), f"expected rows of step {step}, got {rows['step'].unique().tolist()}"
-        yield PairBatch(
-            pair_ids=rows["pair_id"],
-            chosen=rows["chosen"],
-            rejected=rows["rejected"],
-            prompts=tuple(prompts[number] for number in rows["prompt"].tolist()),
-        )
+    return steps_of(shard.iter_torch_batches(batch_size=None, prefetch_batches=2), prompts, first_step=first_step)
+
+
+def steps_of(
+    rank_blocks: Iterable[Mapping[str, torch.Tensor]], prompts: Sequence[str], *, first_step: int
+) -> Iterator[PairBatch]:
+    """A rank's blocks cut and joined into its shares of step after step."""
+    step, held, missing = first_step, [], 0
+    for block in rank_blocks:
+        start = 0
+        while start < len(block["step"]):
+            missing = missing or int(block["share"][start])
+            part = {name: column[start : start + missing] for name, column in block.items()}
+            held.append(part)
+            start, missing = start + len(part["step"]), missing - len(part["step"])
+            if missing:
+                continue  # the rest of this share is in the next block
+            rows = {name: torch.cat([part[name] for part in held]) for name in block}
+            assert bool((rows["step"] == step).all()), f"step {step} got rows of {rows['step'].unique().tolist()}"
+            yield PairBatch(
+                pair_ids=rows["pair_id"],
+                chosen=rows["chosen"],
+                rejected=rows["rejected"],
+                prompts=tuple(prompts[number] for number in rows["prompt"].tolist()),
+            )
+            step, held = step + 1, []

@@ -43,6 +43,9 @@ class FollowedSteps:
         self._position += len(whole)
         if not whole:
             return
-        last = json.loads(whole.splitlines()[-1])
+        steps = [entry for entry in map(json.loads, whole.splitlines()) if "loss" in entry]  # others are evaluations
+        if not steps:
+            return
+        last = steps[-1]
         self._bar.set_postfix(loss=f"{last['loss']:.3f}", accuracy=f"{last['accuracy']:.3f}", refresh=False)
         self._bar.update(last["step"] - self._bar.n)

@@ -96,7 +96,7 @@ def report_skipped(skipped: Sequence[Skipped], total: int, out: Path | None) -> 
 
 def as_table(scored: Sequence[Scored]) -> str:
     width = max(len(each.image) for each in scored)
-    return "\n".join(f"{each.image:<{width}}  {each.score:+10.4f}  {each.prompt}" for each in scored)
+    return "\n".join(f"{each.image:<{width}}  {each.score:+10.4f}  {' '.join(each.prompt.split())}" for each in scored)
 
 
 def as_csv(scored: Sequence[Scored]) -> str:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import LoRAConfig, RewardModelConfig
+from dina_rl.data.latents import SPLITS, LatentStore, StoredPair, StoreInfo
 from dina_rl.data.pairs import PairBatch
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.seeding import generator, normal
@@ -43,6 +44,36 @@ def pair_batch(count: int, step: int) -> PairBatch:
         rejected=rejected,
         prompts=tuple(PROMPTS[index % len(PROMPTS)] for index in range(count)),
     )
+
+
+def write_store(directory: Path, pipeline: str, *, train: tuple[int, int], test: tuple[int, int]) -> LatentStore:
+    """A latent store of 32x32 and 32x16 images: pairs per bucket and split, the chosen latent brighter in channel 0."""
+    shapes = ((16, 8, 8), (16, 8, 4))
+    info = StoreInfo(
+        dataset=str(directory),
+        pipeline=pipeline,
+        buckets=((32, 32), (32, 16)),
+        latent_shapes=shapes,
+        rows=tuple(2 * (a + b) for a, b in zip(train, test, strict=True)),
+        rows_per_shard=8,
+    )
+    store = LatentStore.create(directory, info, (f"{row}.png" for row in range(info.num_rows)))
+    for shard in store.missing_shards():
+        bucket, rows = info.shard(shard)
+        latents = normal((len(rows), *shapes[bucket]), "store", directory.name, shard)
+        latents[:, 0] += torch.tensor([0.5 if row % 2 == 0 else 0.0 for row in rows]).view(-1, 1, 1)
+        store.write_shard(shard, latents, {})
+    firsts = {"train": (0, info.rows[0]), "test": (2 * train[0], info.rows[0] + 2 * train[1])}
+    for split, counts in zip(SPLITS, (train, test), strict=True):
+        rows = [first + 2 * n for first, count in zip(firsts[split], counts, strict=True) for n in range(count)]
+        store.write_pairs(
+            split,
+            (
+                StoredPair(pair_id=number, chosen=row, rejected=row + 1, prompt=PROMPTS[number % len(PROMPTS)])
+                for number, row in enumerate(rows)
+            ),
+        )
+    return store
 
 
 def write_preferences(directory: Path, *, train: int, test: int) -> None:

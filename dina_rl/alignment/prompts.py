@@ -1,16 +1,20 @@
-"""Prompt files: plain text, one prompt a line."""
+"""Where prompts come from: plain text, one prompt a line, or the records of a preference set."""
 
+import re
 from pathlib import Path
 
 from dina_rl.alignment.loop import Prompts
 from dina_rl.config import PromptsConfig
+from dina_rl.data.registry import KINDS, open_set, prompts_of
+
+_SET = re.compile(rf"({'|'.join(KINDS)}):(.+):([^:/]+)")
 
 
 def load_prompts(config: PromptsConfig) -> Prompts:
-    """The three splits.
+    """The three splits. A source is `shapes`, a text file, or `kind:/directory/of/a/set:split`.
 
     Raises:
-        ValueError: a missing or empty file, or a prompt that is in train and in dev or test.
+        ValueError: a missing or empty source, or a prompt that is in train and in dev or test.
     """
     splits = Prompts(train=_read("train", config.train), dev=_read("dev", config.dev), test=_read("test", config.test))
     pairs = (("dev", splits.dev, "train"), ("test", splits.test, "train"), ("test", splits.test, "dev"))
@@ -29,11 +33,15 @@ def _read(split: str, source: str) -> tuple[str, ...]:
         from dina_rl.shapes.grammar import prompts
 
         return tuple(prompts(split))
-    file = Path(source).expanduser()
-    if not file.is_file():
+    of_a_set = _SET.fullmatch(source)
+    kind, path, part = of_a_set.groups() if of_a_set else ("prompts", source, split)
+    file = Path(path).expanduser()
+    if not of_a_set and not file.is_file():
         raise ValueError(f"prompts.{split}: file {file} does not exist")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    found = tuple(dict.fromkeys(line for line in lines if line))  # a repeated prompt is one prompt
-    if not found:
-        raise ValueError(f"prompts.{split}: file {file} holds no prompts")
-    return found
+    try:
+        lines = [prompt.strip() for prompt in prompts_of(open_set(kind, file), part)]
+    except ValueError as error:
+        raise ValueError(f"prompts.{split}: {error}") from error
+    if not lines:
+        raise ValueError(f"prompts.{split}: {file} holds no prompts")
+    return tuple(dict.fromkeys(lines))  # a repeated prompt is one prompt

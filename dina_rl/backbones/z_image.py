@@ -50,27 +50,14 @@ class TruncatedZImage(nn.Module):
         `time` [B] is the model's own, 1 - sigma. Visual features hold the image's padding, text features each caption's
         padding to a multiple of 32, because the model computes with them; `text_mask` leaves out what lies beyond.
         """
-        batch, _, h, w = latents.shape
         time_embedding = self.t_embedder(time * self.t_scale).type_as(latents)
-        padded = [_in_multiples(length) for length in _lengths(prompt)]
+        lengths = _lengths(prompt)
+        padded = [_in_multiples(length) for length in lengths]
         longest = max(padded)
-        words, ends = (torch.tensor(each, device=latents.device) for each in (_lengths(prompt), padded))  # [B], [B]
-
-        visual = self.all_x_embedder[EMBEDDER](_patches(latents))
-        padding = _in_multiples(visual.shape[1]) - visual.shape[1]
-        visual = torch.cat([visual, self.x_pad_token.expand(batch, padding, -1)], 1)
-        visual_rope = self._rope(_image_positions(ends, h // PATCH, w // PATCH, padding))
-        for block in self.noise_refiner:
-            visual = block(visual, None, visual_rope, time_embedding)
-
-        place = torch.arange(longest, device=latents.device)
-        captions = functional.pad(prompt.embeds, (0, 0, 0, longest - prompt.embeds.shape[1]))  # or cuts
-        is_word = (place < words[:, None])[..., None]
-        text = torch.where(is_word, self.cap_embedder(captions), self.cap_pad_token)
-        text_rope = self._rope(functional.pad(place[:, None] + 1, (0, 2)).expand(batch, -1, -1))
-        text_mask = None if min(padded) == longest else place < ends[:, None]
-        for block in self.context_refiner:
-            text = block(text, text_mask, text_rope)
+        lengths, ends = (torch.tensor(each, device=latents.device) for each in (lengths, padded))
+        text_mask = None if min(padded) == longest else torch.arange(longest, device=latents.device) < ends[:, None]
+        visual, visual_rope = self._image(latents, ends, time_embedding)
+        text, text_rope = self._caption(prompt.embeds, lengths, longest, text_mask)
 
         tokens, rope = torch.cat([visual, text], 1), torch.cat([visual_rope, text_rope], 1)
         mask = None if text_mask is None else functional.pad(text_mask, (visual.shape[1], 0), value=True)
@@ -86,6 +73,32 @@ class TruncatedZImage(nn.Module):
             text_mask=text_mask,
         )
 
+    def _image(
+        self, latents: torch.Tensor, ends: torch.Tensor, time_embedding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refined visual tokens [B, N, W] and their rotations, behind captions that end at `ends` [B]."""
+        batch, _, h, w = latents.shape
+        tokens = self.all_x_embedder[EMBEDDER](_patches(latents))
+        padding = _in_multiples(tokens.shape[1]) - tokens.shape[1]
+        tokens = torch.cat([tokens, self.x_pad_token.expand(batch, padding, -1)], 1)
+        rope = self._rope(_image_positions(ends, h // PATCH, w // PATCH, padding))
+        for block in self.noise_refiner:
+            tokens = block(tokens, None, rope, time_embedding)
+        return tokens, rope
+
+    def _caption(
+        self, embeds: torch.Tensor, lengths: torch.Tensor, longest: int, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refined caption tokens [B, longest, W] and their rotations; pad tokens follow each row's `lengths` [B]."""
+        place = torch.arange(longest, device=embeds.device)
+        words = functional.pad(embeds, (0, 0, 0, longest - embeds.shape[1]))  # or cuts
+        is_word = (place < lengths[:, None])[..., None]
+        tokens = torch.where(is_word, self.cap_embedder(words), self.cap_pad_token)
+        rope = self._rope(functional.pad(place[:, None] + 1, (0, 2)).expand(len(embeds), -1, -1))
+        for block in self.context_refiner:
+            tokens = block(tokens, mask, rope)
+        return tokens, rope
+
     def _rope(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotations [B, N, head / 2] of positions [B, N, 3]."""
         return self.rope_embedder(positions.flatten(0, 1)).unflatten(0, positions.shape[:2])
@@ -94,8 +107,9 @@ class TruncatedZImage(nn.Module):
 class ZImage:
     """`Backbone` for `ZImagePipeline` directories and hub ids (Z-Image, Z-Image-Turbo).
 
-    Captions of one batch are padded to the longest and masked, so that a row's numbers do not depend on its batch but
-    for rounding. (Policy runs below fp32 recompute old log-probabilities anyway.)
+    Captions of one batch are padded to the longest and masked: a row's numbers depend on the others' lengths, by
+    rounding. Where micro-batches mix prompts that a rollout call does not, set `grpo.old_log_probs recompute` in fp32,
+    as runs below fp32 do by themselves.
 
     Raises:
         ValueError: `max_sequence_length` is beyond the transformer's position table.

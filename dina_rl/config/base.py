@@ -1,7 +1,7 @@
 """What all parts of the configuration share: ranges, the frozen section, the pipeline, LoRA."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -41,12 +41,18 @@ class PipelineConfig(Section):
     width: Positive = 32
     """image width in pixels"""
     max_sequence_length: Positive = 8
-    """T5 tokens per prompt, for the generator and the reward model alike"""
+    """text tokens per prompt (T5's; Z-Image's chat), for the generator and the reward model alike"""
 
     @property
     def location(self) -> str:
         """`path`, with `shapes` replaced by the shipped pipeline's directory."""
         return str(SHIPPED_PIPELINE) if self.path == "shapes" else str(Path(self.path).expanduser())
+
+    def absolute(self) -> Self:
+        """The same pipeline for a process with another working directory: a local one by its absolute path."""
+        if self.path == "shapes" or not Path(self.location).is_dir():
+            return self
+        return self.model_copy(update={"path": str(Path(self.location).resolve())})
 
 
 class LoRAConfig(Section):

@@ -1,9 +1,10 @@
 """Settings of the reward model, its data and its fit."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dina_rl.config.base import (
     Fraction,
@@ -17,7 +18,18 @@ from dina_rl.config.base import (
     Section,
 )
 
-SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts"]
+OWN_TEST = "test"
+"""Among a fit's held-out sets, the test pairs of the store that it trains on."""
+
+SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts", "preprocessed"]
+
+
+def _as_mapping(value: object) -> object:
+    """`name directory name directory` from a command line, as a mapping."""
+    return dict(zip(value[::2], value[1::2], strict=True)) if isinstance(value, list) and len(value) % 2 == 0 else value
+
+
+Directories = Annotated[dict[str, str], BeforeValidator(_as_mapping)]
 
 
 class ThurstoneConfig(Section):
@@ -94,7 +106,7 @@ class DatasetConfig(Section):
     """A preference set, and how it is encoded to latents."""
 
     kind: SetKind = "hpdv3"
-    """whose published layout `path` is in; the miniature world writes HPDv3's"""
+    """whose published layout `path` is in (the miniature world writes HPDv3's); preprocessed: the authors' latents"""
     path: str = "~/dina_rl/shapes_preferences"
     """directory of the set"""
     train: str | None = "train"
@@ -137,7 +149,11 @@ class FitConfig(Section):
     steps: Positive = 12500
     """optimizer steps (HPDv3's 0.8M pairs at batch 64: one epoch)"""
     batch_size: Positive = 64
-    """pairs per step over all workers"""
+    """pairs per step over all workers, after accumulation"""
+    bucket_batch: Literal["constant", "tokens"] = "constant"
+    """constant: batch_size in every step; tokens: floor(largest area / its area) x batch_size in a bucket's steps"""
+    micro_batch_size: Annotated[int | None, Field(gt=0)] = None
+    """pairs of the largest bucket in one forward of one worker; gradients accumulate over a step; None: all at once"""
     learning_rate: Rate = 5e-5
     """AdamW's peak rate"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -149,9 +165,19 @@ class FitConfig(Section):
     max_grad_norm: Rate = 1.0
     """gradient norm clip"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    """decay of the averaged weights that are evaluated and saved"""
+    """decay of the averaged weights that are evaluated and saved; 0: no averaging, the last weights themselves"""
+    autocast: bool = False
+    """compute matrix products in bfloat16, LoRA's and the head's too; their weights and optimizer stay fp32"""
+    gradient_checkpointing: bool = False
+    """recompute the backbone's blocks in the backward pass: memory of one block instead of all, a third more work"""
     checkpoint_every: Positive = 500
     """steps between checkpoints"""
+    evaluate_every: NonNegative = 0
+    """steps between evaluations on the held-out sets; the best weights so far are kept too; 0: only at the end"""
+    held_out: Directories = {}
+    """name -> directory of further encoded pairs: their test split is evaluated beside the fit's own, called `test`"""
+    evaluation_batch_size: Positive = 64
+    """pairs per forward of one worker in evaluations"""
     num_workers: Positive = 2
     """Ray Train workers; must divide batch_size"""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
@@ -169,4 +195,11 @@ class FitConfig(Section):
             raise ValueError(
                 f"num_workers ({self.num_workers}) must divide batch_size ({self.batch_size}) for equal shards"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_file_names(self) -> Self:
+        for name in self.held_out:
+            if name == OWN_TEST or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"held_out: {name!r} must be letters, digits, - and _, and not {OWN_TEST!r}")
         return self

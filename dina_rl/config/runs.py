@@ -33,6 +33,11 @@ class _Run(Section):
 class FitRun(_Run):
     """Fit DiNa-LRM on a preference set by Ray Train."""
 
+    inline: bool = False
+    """run the same fit in this one process, without Ray"""
+    latents: Path | None = None
+    """encoded pairs to fit on, so that fits share them: a complete `latents` directory of jobs.encode, or the authors'
+    preprocessed files; None: encode into run_dir"""
     dataset: DatasetConfig = DatasetConfig()
     reward: RewardModelConfig = RewardModelConfig()
     fit: FitConfig = FitConfig()

@@ -71,6 +71,7 @@ class Bucketing:
     buckets: tuple[Size, ...]
     stretch: bool  # one bucket that takes every image, whatever its shape
     min_area: int = 0  # pixels
+    exact: bool = False  # images are of a bucket's size already, and cannot be resized
 
     def __post_init__(self) -> None:
         if self.stretch and len(self.buckets) != 1:
@@ -84,6 +85,11 @@ class Bucketing:
                 return Dropped(filter="min_area", reason=reason)
         if self.stretch:
             return 0
+        if self.exact:
+            if first == second and first in self.buckets:
+                return self.buckets.index(first)
+            reason = f"latents of {first[0]}x{first[1]} and {second[0]}x{second[1]} are not of one bucket"
+            return Dropped(filter="bucket", reason=reason)
         for size in (first, second):
             if assign(size, self.buckets) is None:
                 reason = f"no bucket has the aspect of an image of {size[0]}x{size[1]}"

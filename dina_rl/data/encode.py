@@ -9,6 +9,7 @@ run_dir/retention.json    what became of every pair: in = kept + dropped
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,7 @@ from dina_rl.data.images import load_image
 from dina_rl.data.latents import SPLITS, LatentStore, Split, StoreInfo
 from dina_rl.data.parquet import write_lines
 from dina_rl.data.plan import CHUNK, EncodePlan, Measured, SplitRetention
+from dina_rl.data.preprocessed_set import PreprocessedSet, copy_latents
 from dina_rl.data.records import PreferenceRecord, PreferenceSet
 from dina_rl.data.registry import open_set
 
@@ -43,7 +45,7 @@ class EncodeWork(Protocol):
         ...
 
     def encode(self, run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
-        """Encode the given shards of the store: `read_shard`, then `write_latents`, for each."""
+        """Encode the given shards of the store by `encode_shard`."""
         ...
 
 
@@ -61,8 +63,7 @@ class EncodingHere:
         source = open_set(run.dataset.kind, run.dataset.location)
         codec = self._backbone.load_codec()
         for shard in tqdm(shards, desc="encode", unit="shard"):
-            pixels, problems = read_shard(source, store, shard)
-            write_latents(store, shard, pixels, problems, codec, run.dataset.encode_batch_size)
+            encode_shard(source, store, shard, codec, batch_size=run.dataset.encode_batch_size, threads=1)
 
 
 def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
@@ -85,10 +86,8 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
     check_fit(run, backbone)
     for height, width in bucketing(dataset, pipeline).buckets:
         backbone.latent_shape(height, width)
-    if pipeline.path != "shapes" and Path(pipeline.location).is_dir():
-        pipeline = pipeline.model_copy(update={"path": str(Path(pipeline.location).resolve())})
     dataset = dataset.model_copy(update={"path": str(dataset.location.resolve())})
-    return run.model_copy(update={"pipeline": pipeline, "dataset": dataset})
+    return run.model_copy(update={"pipeline": pipeline.absolute(), "dataset": dataset})
 
 
 def check_fit(run: FitRun, backbone: Backbone) -> None:
@@ -127,7 +126,9 @@ def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeW
         _check_kept(plan.retention(sizes.buckets), run_dir, dataset)
         store = _open_store(run, run_dir, plan, sizes, backbone)
         missing = store.missing_shards()
-        if missing:
+        if missing and dataset.kind == "preprocessed":
+            copy_latents(PreprocessedSet(dataset.location), store, missing)
+        elif missing:
             work.encode(run, store, missing)
         if missing or not store.complete():
             _finish(plan, store, run_dir, dataset)
@@ -147,33 +148,53 @@ def measure_images(source: PreferenceSet, images: Sequence[str]) -> Measured:
     return sizes
 
 
-def read_shard(source: PreferenceSet, store: LatentStore, shard: int) -> tuple[numpy.ndarray, list[str]]:
-    """(pixels [n, H, W, 3] uint8, problems [n]) of a shard; an image that cannot be read is black and has a problem."""
+@torch.no_grad()
+def encode_shard(
+    source: PreferenceSet, store: LatentStore, shard: int, codec: LatentCodec, *, batch_size: int, threads: int
+) -> int:
+    """Decode, resize and encode a shard's images, `batch_size` at a time, and write it; returns how many it holds.
+
+    Meanwhile the next batch is decoded by `threads`: memory holds the pixels of two batches and the latents of a shard.
+    """
     bucket, rows = store.info.shard(shard)
     height, width = store.buckets[bucket]
-    pixels, problems = numpy.zeros((len(rows), height, width, 3), dtype=numpy.uint8), []
-    for position, key in enumerate(store.images_of(rows)):
-        try:
-            pixels[position] = load_image(source.image(key), height=height, width=width)
-            problems.append("")
-        except ValueError as error:
-            problems.append(str(error))
-    return pixels, problems
-
-
-@torch.no_grad()
-def write_latents(
-    store: LatentStore, shard: int, pixels: numpy.ndarray, problems: Sequence[str], codec: LatentCodec, batch_size: int
-) -> int:
-    """Encode a shard's pixels, `batch_size` images at a time, and write it; returns how many images it holds."""
-    _, rows = store.info.shard(shard)
-    parts = torch.tensor(pixels).split(batch_size)
-    latents = torch.cat([codec.encode(part.permute(0, 3, 1, 2).float() / 255).cpu() for part in parts])
-    unreadable = {row: problem for row, problem in zip(rows, problems, strict=True) if problem}
+    keys = store.images_of(rows)
+    latents, problems = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        upcoming: list[Future] = []
+        for start in range(0, len(keys) + batch_size, batch_size):
+            batch, upcoming = upcoming, []
+            for key in keys[start : start + batch_size]:
+                content = _read(source, key)  # here, one after the other: parquet sets keep what they have just read
+                upcoming.append(pool.submit(_pixels, content, height, width))
+            if batch:
+                pixels, reasons = zip(*(decoded.result() for decoded in batch), strict=True)
+                images = torch.tensor(numpy.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+                latents.append(codec.encode(images).cpu())
+                problems += reasons
+    unreadable = {row: problem for row, problem in zip(rows, problems, strict=True) if problem is not None}
+    encoded = torch.cat(latents)
     for row in unreadable:
-        latents[row - rows.start] = 0
-    store.write_shard(shard, latents, unreadable)
+        encoded[row - rows.start] = 0
+    store.write_shard(shard, encoded, unreadable)
     return len(rows)
+
+
+def _read(source: PreferenceSet, key: str) -> bytes | ValueError:
+    try:
+        return source.image(key)
+    except ValueError as error:
+        return error
+
+
+def _pixels(content: bytes | ValueError, height: int, width: int) -> tuple[numpy.ndarray, str | None]:
+    """(pixels [height, width, 3] uint8, problem); an image that cannot be read is black and has a problem."""
+    try:
+        if isinstance(content, ValueError):
+            raise content
+        return load_image(content, height=height, width=width), None
+    except ValueError as error:
+        return numpy.zeros((height, width, 3), dtype=numpy.uint8), str(error)
 
 
 def retention_lines(retention: Mapping[Split, SplitRetention]) -> list[str]:

@@ -27,15 +27,23 @@ def preference_filter(pair: PreferencePair, config: FilterConfig) -> str | None:
 
 
 def bucketing(dataset: DatasetConfig, pipeline: PipelineConfig) -> Bucketing:
-    """How the set's images get their size."""
-    min_area = dataset.filter.min_area
+    """How the set's images get their size.
+
+    Raises:
+        ValueError: the set holds latents, which cannot be stretched to the pipeline's size.
+    """
+    min_area, exact = dataset.filter.min_area, dataset.kind == "preprocessed"
     if dataset.buckets == "pipeline":
+        if exact:
+            raise ValueError(
+                "dataset.kind preprocessed holds latents, which have their sizes: set dataset.buckets to published"
+            )
         return Bucketing(buckets=((pipeline.height, pipeline.width),), stretch=True, min_area=min_area or 0)
     if dataset.buckets == "published":
         return Bucketing(
-            buckets=PUBLISHED, stretch=False, min_area=PUBLISHED_MIN_AREA if min_area is None else min_area
+            buckets=PUBLISHED, stretch=False, min_area=PUBLISHED_MIN_AREA if min_area is None else min_area, exact=exact
         )
-    return Bucketing(buckets=dataset.buckets, stretch=False, min_area=min_area or 0)
+    return Bucketing(buckets=dataset.buckets, stretch=False, min_area=min_area or 0, exact=exact)
 
 
 def max_per_prompt(dataset: DatasetConfig) -> int | None:

@@ -26,7 +26,6 @@ from dina_rl.checkpoint import write_json
 from dina_rl.data.buckets import Size
 from dina_rl.data.pairs import PairBatch
 from dina_rl.data.parquet import chunked, write_table
-from dina_rl.seeding import generator
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -336,15 +335,3 @@ class LatentStore:
 
     def _pairs(self, split: Split) -> Path:
         return self.directory / f"pairs-{split}.parquet"
-
-
-def training_order(num_pairs: int, *, steps: int, batch_size: int, seed: int) -> torch.Tensor:
-    """Positions in the pair table of every step's batch [steps, batch_size] int64.
-
-    Epoch after epoch, each shuffled by its own seed, cut into batches: a function of these numbers alone, so that any
-    worker count and any restart sees the same batches.
-    """
-    needed = steps * batch_size
-    epochs = -(-needed // num_pairs)
-    order = [torch.randperm(num_pairs, generator=generator(seed, "epoch", epoch)) for epoch in range(epochs)]
-    return torch.cat(order)[:needed].view(steps, batch_size)

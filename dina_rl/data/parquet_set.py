@@ -26,15 +26,23 @@ class ParquetSet:
     """Rows and images of parquet files.
 
     Args:
-        folders: where a split's files may lie, relative to `directory`.
+        folders: where a split's files may lie, relative to `directory`; `{split}` is the split's name.
+        names: patterns of the names of a split's files.
 
     Raises:
         ValueError: no such directory.
     """
 
-    def __init__(self, directory: Path, *, folders: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        folders: tuple[str, ...],
+        names: tuple[str, ...] = ("{split}-[0-9]*.parquet", "{split}.parquet"),
+    ) -> None:
         self._root = DataRoot(directory)
         self._folders = folders
+        self._names = names
         self._column = lru_cache(maxsize=2)(self._read_column)  # both sides of the pairs that lie together
 
     def files(self, split: str) -> list[Path]:
@@ -44,11 +52,11 @@ class ParquetSet:
             ValueError: there are none.
         """
         for folder in self._folders:
-            place = self._root.directory / folder
-            found = sorted([*place.glob(f"{split}-[0-9]*.parquet"), *place.glob(f"{split}.parquet")])
+            place = self._root.directory / folder.format(split=split)
+            found = sorted(file for name in self._names for file in place.glob(name.format(split=split)))
             if found:
                 return found
-        raise ValueError(f"dataset {self._root.directory} has no {split}-*.parquet")
+        raise ValueError(f"dataset {self._root.directory} has no {self._names[0].format(split=split)}")
 
     def columns(self, split: str) -> list[str]:
         """Columns of the split's first file. Raises ValueError if it is not parquet."""
@@ -70,11 +78,15 @@ class ParquetSet:
             with parquet.ParquetFile(file) as opened:
                 first += opened.metadata.num_rows
 
-    def image(self, key: str) -> bytes:
-        """The image in a cell. Raises ValueError if it is empty, or no cell."""
+    def cell(self, key: str) -> object:
+        """The value at `file#row_group/row/column`. Raises ValueError if it cannot be read."""
         place, _, cell = key.rpartition("#")
         group, row, column = cell.split("/")
-        value = self._column(place, int(group), column)[int(row)].as_py()
+        return self._column(place, int(group), column)[int(row)].as_py()
+
+    def image(self, key: str) -> bytes:
+        """The image in a cell. Raises ValueError if it is empty or cannot be read."""
+        value = self.cell(key)
         content = value["bytes"] if isinstance(value, dict) else value
         if not content:
             raise ValueError("unreadable image: the cell is empty")
@@ -89,7 +101,7 @@ class ParquetSet:
             with parquet.ParquetFile(path) as file:
                 return file.read_row_group(group, columns=[column]).column(0)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"unreadable image: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"unreadable image: {' '.join(str(error).split())}") from error
 
 
 def _rows(file: Path, name: str, columns: list[str]) -> Iterator[dict]:
@@ -102,11 +114,11 @@ def _rows(file: Path, name: str, columns: list[str]) -> Iterator[dict]:
                         yield values | {KEY: f"{name}#{group}/{row}"}
                         row += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is broken: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file} is broken: {' '.join(str(error).split())}") from error
 
 
 def _schema(file: Path) -> pyarrow.Schema:
     try:
         return parquet.read_schema(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a parquet file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file} is not a parquet file: {' '.join(str(error).split())}") from error

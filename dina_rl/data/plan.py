@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dina_rl.config import FilterConfig
-from dina_rl.data.buckets import Bucketing, Dropped, Size
+from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.filters import preference_filter
 from dina_rl.data.latents import Split, StoredPair
 from dina_rl.data.pairs import PreferencePair, pairs_of
@@ -220,15 +220,14 @@ class EncodePlan:
             for position, split, file, record, first, second in self._sized_pairs():
                 broken = [side for side in (first, second) if side[3] is not None]
                 if broken:
-                    found = Dropped(filter="unreadable", reason="")
-                    reasons = [f"{key}: {problem}" for key, _, _, problem in broken]
+                    name, reasons = "unreadable", [f"{key}: {problem}" for key, _, _, problem in broken]
                 else:
                     found = of_pair(first[1:3], second[1:3])
-                    reasons = [] if isinstance(found, int) else [f"{first[0]}, {second[0]}: {found.reason}"]
-                if isinstance(found, int):
-                    self._db.execute("UPDATE pairs SET bucket = ? WHERE position = ?", (found, position))
-                    continue
-                dropped.setdefault(split, Counter())[found.filter] += 1
+                    if isinstance(found, int):
+                        self._db.execute("UPDATE pairs SET bucket = ? WHERE position = ?", (found, position))
+                        continue
+                    name, reasons = found.filter, [f"{first[0]}, {second[0]}: {found.reason}"]
+                dropped.setdefault(split, Counter())[name] += 1
                 for reason in reasons:
                     self._list(split, file, record, reason, broken=_YES if broken else _NO)
             for split, counts in dropped.items():
@@ -243,14 +242,12 @@ class EncodePlan:
 
     def _sized_pairs(self) -> Iterator[tuple]:
         """(position, split, file, record, (key, height, width, problem) of either image); may be updated meanwhile."""
-        last, query = (
-            0,
-            (
-                "SELECT position, split, file, record, a.key, a.height, a.width, a.problem, b.key, b.height, b.width, "
-                "b.problem FROM pairs JOIN images a ON a.id = chosen JOIN images b ON b.id = rejected "
-                "WHERE position > ? ORDER BY position LIMIT 10000"
-            ),
+        query = (
+            "SELECT position, split, file, record, a.key, a.height, a.width, a.problem, b.key, b.height, b.width, "
+            "b.problem FROM pairs JOIN images a ON a.id = chosen JOIN images b ON b.id = rejected "
+            "WHERE position > ? ORDER BY position LIMIT 10000"
         )
+        last = 0
         while page := self._db.execute(query, (last,)).fetchall():
             for values in page:
                 yield *values[:4], values[4:8], values[8:]
@@ -271,12 +268,8 @@ class EncodePlan:
 
     def row_images(self) -> Iterator[str]:
         """The image of every row, in order."""
-        return (
-            key
-            for (key,) in self._db.execute(
-                "SELECT key FROM latents JOIN images ON images.id = image ORDER BY latents.id"
-            )
-        )
+        query = "SELECT key FROM latents JOIN images ON images.id = image ORDER BY latents.id"
+        return (key for (key,) in self._db.execute(query))
 
     # finish
 
@@ -304,9 +297,8 @@ class EncodePlan:
 
     def skipped(self) -> Iterator[SkippedRecord]:
         """Everything that is wrong with a record of the set, in the order of its files."""
-        for file, record, reason in self._db.execute(
-            "SELECT file, record, reason FROM listed ORDER BY file, record, rowid"
-        ):
+        query = "SELECT file, record, reason FROM listed ORDER BY file, record, rowid"
+        for file, record, reason in self._db.execute(query):
             yield SkippedRecord(file=file, index=record, reason=reason)
 
     def broken_records(self) -> tuple[int, int]:

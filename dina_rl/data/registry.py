@@ -1,4 +1,4 @@
-"""Preference sets by name."""
+"""Preference sets by name, and stores of encoded pairs by what lies in a directory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,10 @@ from dina_rl.data.genai_bench import GenAIBench
 from dina_rl.data.hpdv2 import HPDv2
 from dina_rl.data.hpdv3 import HPDv3
 from dina_rl.data.imagereward import ImageReward
+from dina_rl.data.latents import STORE_FILE, LatentStore, PairStore
 from dina_rl.data.pickapic import PickAPic
+from dina_rl.data.preprocessed import NAME, PreprocessedStore
+from dina_rl.data.preprocessed_set import PreprocessedSet
 from dina_rl.data.prompt_files import PromptFiles
 from dina_rl.data.records import PreferenceRecord, PreferenceSet
 
@@ -21,6 +24,7 @@ _SETS = {
     "genai_bench": GenAIBench,
     "pickapic": PickAPic,
     "prompts": PromptFiles,
+    "preprocessed": PreprocessedSet,
 }
 
 
@@ -42,3 +46,14 @@ def prompts_of(source: PreferenceSet, split: str) -> Iterator[str]:
         ValueError: no such split, or a file that is not what it should be.
     """
     return (record.prompt for record in source.records(split) if isinstance(record, PreferenceRecord))
+
+
+def open_store(directory: Path) -> PairStore:
+    """Encoded pairs in a directory: a latent store of `jobs.encode`, or the authors' preprocessed files.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if (directory / STORE_FILE).is_file() or not any(directory.rglob(NAME)):
+        return LatentStore(directory)
+    return PreprocessedStore(directory)

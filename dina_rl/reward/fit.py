@@ -4,12 +4,14 @@ Noise levels and noise are keyed by (seed, step, pair), so a pair sees the same 
 restarted fit repeats them.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.backbones.lora import trainable
@@ -24,25 +26,30 @@ FINAL_RATE = 0.05
 """Share of the peak learning rate at which a decaying schedule ends."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
-
 METRICS_FILE = "metrics.json"
 """`FitResult` in the run directory, written last."""
 REWARD = "reward"
 """The averaged weights in the run directory, what `load_reward` reads."""
 
+Accuracies = dict[str, dict[str, float]]
+"""Held-out set -> {accuracy_single, accuracy_ensemble}."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitResult:
-    """What a fit reached. Accuracies are pairwise, on the test pairs, of the averaged weights."""
+    """What a fit reached. Accuracies are pairwise, on test pairs, of the averaged weights."""
 
-    accuracy_single: float  # at reward.single_level
+    accuracy_single: float  # at reward.single_level, on the first held-out set: the fit's own test pairs, if any
     accuracy_ensemble: float  # over reward.ensemble_levels
-    label_ceiling: float | None  # best possible accuracy, where the dataset comes with golden scores
+    held_out: Accuracies  # the same on every held-out set
+    best_step: int | None  # whose weights `reward_best` holds; None without periodic evaluation
+    best_accuracy_single: float | None
+    label_ceiling: float | None  # best possible accuracy on the first set, where it comes with golden scores
     train_pairs: int
-    test_pairs: int
+    test_pairs: int  # of the first set
     skipped: int  # unusable records
     steps: int
-    pairs_per_second: float
+    pairs_per_second: float  # training alone, evaluations left out
     encode_seconds: float
     fit_seconds: float  # the loop alone, on the workers
     total_seconds: float
@@ -55,13 +62,14 @@ class StepReport:
 
     step: int  # steps done, this one included
     loss: float
+    pairs: int
     accuracy: float  # share of pairs ranked right, at their training noise level
     grad_norm: float  # before clipping
     learning_rate: float
 
 
 class RewardFit:
-    """What a fit changes: the model's trainable weights, their average, the optimizer and the step count."""
+    """What a fit changes: the model's trainable weights, their average, the optimizer, the step count and the best."""
 
     def __init__(self, model: LatentRewardModel, config: FitConfig) -> None:
         self.model = model
@@ -72,10 +80,18 @@ class RewardFit:
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.step = 0
+        self.best_step = 0  # whose averages were the most accurate so far; 0 before the first evaluation
+        self.best_accuracy = -1.0
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model.truncated)
 
     def state(self) -> dict[str, torch.Tensor]:
         """CPU copies of everything that continuing needs, the step count included."""
-        tensors = {"steps": torch.tensor(self.step)}
+        tensors = {
+            "steps": torch.tensor(self.step),
+            "best_step": torch.tensor(self.best_step),
+            "best_accuracy": torch.tensor(self.best_accuracy, dtype=torch.float64),
+        }
         for name, parameter in self.parameters.items():
             tensors[f"weights.{name}"] = parameter
             tensors[f"averages.{name}"] = self.averages[name]
@@ -86,7 +102,8 @@ class RewardFit:
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Continue where `state` was taken: the steps that follow are those of the uninterrupted fit."""
-        self.step = int(state["steps"])
+        self.step, self.best_step = int(state["steps"]), int(state["best_step"])
+        self.best_accuracy = float(state["best_accuracy"])
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"weights.{name}"])
             self.averages[name].copy_(state[f"averages.{name}"])
@@ -96,7 +113,10 @@ class RewardFit:
 
     @torch.no_grad()
     def update_averages(self) -> None:
-        """Exponential moving average of the weights, decay min((1 + n) / (10 + n), ema_decay) after n steps."""
+        """Exponential moving average of the weights, decay min((1 + n) / (10 + n), ema_decay) after n steps.
+
+        A decay of 0 leaves the weights themselves, exactly.
+        """
         decay = min((1 + self.step) / (10 + self.step), self.config.ema_decay)
         torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
 
@@ -123,41 +143,93 @@ def fit(
     *,
     seed: int,
     forward: nn.Module | None = None,
+    no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    ranks: int = 1,
 ) -> Iterator[StepReport]:
     """One optimizer step per batch (Algorithm 1); yields after each, when `progress` may be saved.
+
+    The loss is the mean over the whole step's batch, however many ranks and micro-batches share it.
 
     Args:
         batches: this rank's share of each step's batch, from step `progress.step` on.
         forward: `progress.model` in a wrapper that averages gradients over ranks; the model itself on one rank.
+        no_sync: inside, `forward` only accumulates this rank's gradients.
+        ranks: how many share a step.
     """
     model, config = progress.model, progress.config
     forward = model if forward is None else forward
-    device = next(model.head.parameters()).device
     for batch in batches:
         rate = config.learning_rate * rate_factor(progress.step, config)
         for group in progress.optimizer.param_groups:
             group["lr"] = rate
-        t, noise = training_noise(batch, model.config.timestep, seed=seed, step=progress.step)
-        t, noise = t.to(device), noise.to(device)
-        preferred, other = forward(
-            batch.chosen.to(device), batch.rejected.to(device), t, encoder(batch.prompts).to(device), noise
-        )
-        margin = preferred - other
-        variance = comparison_variance(t, model.config.thurstone)
-        loss = fidelity_loss(margin, variance, torch.ones_like(margin)).mean()  # y = 1: chosen is the preferred one
         progress.optimizer.zero_grad()
-        loss.backward()
+        parts = micro_batches(batch, config, ranks=ranks)
+        losses, margins = [], []
+        for part in parts:
+            with nullcontext() if part is parts[-1] else no_sync():
+                margin, loss = _forward(forward, part, encoder, progress, seed=seed)
+                loss = loss * (len(part) / len(batch))
+                loss.backward()
+            losses.append(loss.detach())
+            margins.append(margin.detach())
         grad_norm = nn.utils.clip_grad_norm_(progress.parameters.values(), config.max_grad_norm)
         progress.optimizer.step()
         progress.update_averages()
         progress.step += 1
         yield StepReport(
             step=progress.step,
-            loss=loss.item(),
-            accuracy=(margin > 0).float().mean().item(),
+            loss=sum(losses).item(),
+            pairs=len(batch),
+            accuracy=(torch.cat(margins) > 0).float().mean().item(),
             grad_norm=grad_norm.item(),
             learning_rate=rate,
         )
+
+
+def _forward(
+    forward: nn.Module, batch: PairBatch, encoder: TextEncoder, progress: RewardFit, *, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(margins [B], mean fidelity loss) of pairs at the noise levels and noise of the current step."""
+    model, config = progress.model, progress.config
+    device = next(model.head.parameters()).device
+    t, noise = training_noise(batch, model.config.timestep, seed=seed, step=progress.step)
+    t, noise = t.to(device), noise.to(device)
+    prompt = encoder(batch.prompts).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.autocast):
+        preferred, other = forward(batch.chosen.to(device), batch.rejected.to(device), t, prompt, noise)
+    margin = preferred.float() - other.float()
+    variance = comparison_variance(t, model.config.thurstone)
+    return margin, fidelity_loss(margin, variance, torch.ones_like(margin)).mean()  # y = 1: chosen is preferred
+
+
+def micro_batches(batch: PairBatch, config: FitConfig, *, ranks: int) -> list[PairBatch]:
+    """A rank's share of a step in parts of `micro_batch_size` pairs, in order.
+
+    Where a bucket's steps hold k times `batch_size` pairs, so do its parts: all parts cost about the same memory.
+    """
+    if config.micro_batch_size is None:
+        return [batch]
+    size = config.micro_batch_size * max(1, len(batch) * ranks // config.batch_size)
+    return [
+        PairBatch(
+            pair_ids=batch.pair_ids[start : start + size],
+            chosen=batch.chosen[start : start + size],
+            rejected=batch.rejected[start : start + size],
+            prompts=batch.prompts[start : start + size],
+        )
+        for start in range(0, len(batch), size)
+    ]
+
+
+def checkpoint_blocks(truncated: nn.Module) -> None:
+    """Keep only the inputs of a truncated transformer's blocks and recompute the blocks in the backward pass.
+
+    The blocks are the members of its `ModuleList`s, whatever the family; names and weights stay as they are.
+    """
+    for blocks in truncated.children():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def training_noise(

@@ -15,11 +15,12 @@ from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, SKIPPED_FILE, encode_dataset
 from dina_rl.data.images import load_image
 from dina_rl.data.latents import LatentStore
-from dina_rl.reward.fit import METRICS_FILE, FitResult
+from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult
 from dina_rl.reward.inline import fit_inline, training_steps
+from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD
 from dina_rl.runtime import open_pipeline
 from jobs import encode, fit_reward
-from tests.tiny_reward import TINY_REWARD, write_preferences
+from tests.tiny_reward import TINY_REWARD, write_preferences, write_store
 
 
 def tiny_fit(run_dir: Path, dataset: Path, pipeline: Path, *, resume: bool = False, **fit_values: float) -> FitRun:
@@ -54,6 +55,37 @@ def finished(
     return run, fit_reward.fit_reward_model(run)
 
 
+@pytest.fixture(scope="module")
+def stores(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Latent stores of two buckets each: one to fit on, one held out."""
+    directory = tmp_path_factory.mktemp("stores")
+    write_store(directory / "train", str(tiny_pipeline), train=(12, 20), test=(3, 4))
+    write_store(directory / "other", str(tiny_pipeline), train=(1, 1), test=(1, 2))
+    return directory / "train", directory / "other"
+
+
+def bucketed_fit(run_dir: Path, stores: tuple[Path, Path], pipeline: Path, **values: object) -> FitRun:
+    """Two buckets of different batch sizes, accumulation, evaluations and a second held-out set."""
+    fit = {"bucket_batch": "tokens", "micro_batch_size": 1, "evaluate_every": 1, "held_out": {"other": str(stores[1])}}
+    run = tiny_fit(run_dir, run_dir / "no-dataset", pipeline, **fit)
+    return run.model_copy(update={"latents": stores[0], **values})
+
+
+@pytest.fixture(scope="module")
+def bucketed(
+    ray_local, stores: tuple[Path, Path], tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FitRun, FitResult]:
+    run = bucketed_fit(tmp_path_factory.mktemp("bucketed") / "run", stores, tiny_pipeline)
+    return run, fit_reward.fit_reward_model(run)
+
+
+def log_of(run: FitRun) -> tuple[list[dict], dict[int, dict]]:
+    """(lines of steps, held-out accuracies by step)."""
+    lines = [json.loads(line) for line in (run.run_dir / LOG_FILE).read_text().splitlines()]
+    held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
+    return [line for line in lines if "loss" in line], held_out
+
+
 def losses_of_one_process(run: FitRun) -> list[float]:
     """Every step's loss of the plain loop, without Ray, on the same data."""
     backbone = open_pipeline(run.pipeline)
@@ -82,7 +114,7 @@ def test_every_image_is_encoded_once(finished, dataset: Path) -> None:
 def test_two_workers_fit_what_one_process_fits(finished) -> None:
     """Same batches, same noise: losses differ by rounding alone (Adam would blow that up in the weights)."""
     run, _ = finished
-    logged = json.loads((run.run_dir / fit_reward.LOG_FILE).read_text().splitlines()[-1])
+    logged = log_of(run)[0][-1]
     losses = losses_of_one_process(run)
     assert logged["step"] == len(losses) == 6
     assert logged["loss"] == pytest.approx(sum(losses) / 6, rel=1e-5)
@@ -98,6 +130,36 @@ def test_the_fit_without_ray_is_a_complete_one(finished, dataset: Path, tiny_pip
     assert fit_inline(run.model_copy(update={"resume": True})) == ours
 
 
+def test_buckets_accumulation_and_two_workers_change_nothing(
+    bucketed, stores, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """A step holds 4 pairs of 32x32 or 8 of 32x16: on two ranks in parts of one or two, in one process whole."""
+    run, result = bucketed
+    alone = bucketed_fit(tmp_path / "run", stores, tiny_pipeline)
+    alone = alone.model_copy(update={"fit": alone.fit.model_copy(update={"micro_batch_size": None})})
+    inline = fit_inline(alone)
+    (ours,), held_out = log_of(run)
+    (theirs,), others = log_of(alone)
+    assert ours["step"] == theirs["step"] == 6
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert set(held_out) == set(others) == set(range(1, 7))
+    assert set(result.held_out) == set(inline.held_out) == {"test", "other"}
+    assert (result.train_pairs, result.test_pairs, result.steps) == (32, 7, 6)
+    assert not (run.run_dir / LATENTS).exists()
+
+
+def test_the_best_and_the_last_weights_are_kept(bucketed) -> None:
+    run, result = bucketed
+    _, held_out = log_of(run)
+    accuracies = {step: sets["test"]["accuracy_single"] for step, sets in held_out.items()}
+    best = max(accuracies, key=lambda step: (accuracies[step], -step))  # the first of the best
+    assert (result.best_step, result.best_accuracy_single) == (best, accuracies[best])
+    assert result.held_out == held_out[6]
+    last, kept = (load_file(run.run_dir / name / "head.safetensors") for name in (REWARD, REWARD_BEST))
+    assert set(last) == set(kept)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in last.items()) == (best == 6)
+
+
 def test_result_is_written_and_bounded_by_the_ceiling(finished) -> None:
     run, result = finished
     metrics = json.loads((run.run_dir / METRICS_FILE).read_text())
@@ -107,13 +169,30 @@ def test_result_is_written_and_bounded_by_the_ceiling(finished) -> None:
     assert result.steps == 6
 
 
-def test_curves_are_in_tensorboard(finished) -> None:
-    run, result = finished
-    events = EventAccumulator(str(run.run_dir / fit_reward.TENSORBOARD)).Reload()
+def test_curves_are_in_tensorboard(bucketed) -> None:
+    run, result = bucketed
+    events = EventAccumulator(str(run.run_dir / TENSORBOARD)).Reload()
     tags = set(events.Tags()["scalars"])
     curves = {"loss", "accuracy", "grad_norm", "learning_rate", "pairs_per_second"}
     assert {f"reward/{name}" for name in curves} <= tags
     assert events.Scalars("reward/test_accuracy_single")[-1].value == pytest.approx(result.accuracy_single)
+    other = events.Scalars("reward/other_accuracy_ensemble")
+    assert [event.step for event in other] == [1, 2, 3, 4, 5, 6]
+    assert other[-1].value == pytest.approx(result.held_out["other"]["accuracy_ensemble"])
+
+
+def test_the_command_fits_without_ray_on_a_shared_store(
+    small_config, stores, tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = small_config + arguments(tmp_path / "run", tmp_path / "no-dataset", tiny_pipeline)
+    argv += ["--inline", "--latents", str(stores[0]), "--fit.held_out", f"{{other: {stores[1]}}}"]
+    argv += ["--fit.num_workers", "1", "--reward.lora.rank", "4"]
+    fit_reward.main([*argv, "--fit.evaluate_every", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["test", "other"]
+    assert lines[3].startswith("  reward_best/ holds step ")
+    assert lines[-1] == f"reward model  {tmp_path / 'run' / REWARD}"
+    assert "holds a run already; add --resume" in refused(fit_reward.main, argv, capsys)
 
 
 def test_a_finished_run_returns_its_result(finished) -> None:
@@ -122,9 +201,9 @@ def test_a_finished_run_returns_its_result(finished) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_changes_nothing(finished, dataset: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_changes_nothing(bucketed, stores, tiny_pipeline: Path, tmp_path: Path) -> None:
     """The group restarts from its last checkpoint and ends, bit for bit, with the weights of the run left alone."""
-    run = tiny_fit(tmp_path / "run", dataset, tiny_pipeline, max_failures=1)
+    run = bucketed_fit(tmp_path / "run", stores, tiny_pipeline)
     killed = []
 
     def kill_after_the_first_checkpoint() -> None:
@@ -139,11 +218,13 @@ def test_a_killed_worker_changes_nothing(finished, dataset: Path, tiny_pipeline:
     killer.start()
     result = fit_reward.fit_reward_model(run)
     assert killed
-    undisturbed = finished[1]
-    assert result.accuracy_single == undisturbed.accuracy_single
-    for file in ("head.safetensors", "backbone_lora/adapter_model.safetensors"):
-        expected, actual = (load_file(Path(r.reward) / file) for r in (undisturbed, result))
-        assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
+    undisturbed = bucketed[1]
+    assert result.held_out == undisturbed.held_out
+    assert result.best_step == undisturbed.best_step
+    for directory in (REWARD, REWARD_BEST):
+        for file in ("head.safetensors", "backbone_lora/adapter_model.safetensors"):
+            expected, actual = (load_file(r.run_dir / directory / file) for r in (bucketed[0], run))
+            assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
 
 
 def arguments(run_dir: Path, dataset: Path, pipeline: Path) -> list[str]:
@@ -197,7 +278,7 @@ def test_taps_beyond_the_pipeline(small_config, tmp_path, dataset, tiny_pipeline
 def test_too_many_malformed_records(small_config, tmp_path, dataset, tiny_pipeline, capsys) -> None:
     argv = small_config + arguments(tmp_path / "run", dataset, tiny_pipeline)
     message = refused(fit_reward.main, argv, capsys)
-    assert "1 of 20 records" in message
+    assert "1 of 26 records" in message
     assert "dataset.max_skipped = 0.01" in message
 
 

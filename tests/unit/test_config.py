@@ -3,14 +3,26 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import load
-from dina_rl.config import AlignRun, EvaluateRun, FitRun, LocalRun, ScoreRun
+from dina_rl.config import (
+    AlignRun,
+    EvaluateRun,
+    FitConfig,
+    FitRun,
+    LocalRun,
+    RewardModelConfig,
+    ScoreRun,
+    ThurstoneConfig,
+    TimestepConfig,
+)
+from dina_rl.reward.thurstone import comparison_variance
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MODELS = {"local": LocalRun, "shapes_reward": FitRun, "shapes": AlignRun, "sd35m": AlignRun}
+MODELS = {"local": LocalRun, "reward": FitRun, "shapes_reward": FitRun, "shapes": AlignRun, "sd35m": AlignRun}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -191,3 +203,58 @@ def test_mistakes_in_named_sections_are_one_line(argv, message, capsys):
     assert ending.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+REWARD_PRESET = CONFIGS / "reward_sd35m.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("--reward.lora None", {"lora": None}),
+        (
+            "--reward.timestep.distribution fixed --reward.timestep.fixed 0.2",
+            {"timestep": TimestepConfig(distribution="fixed", fixed=0.2)},
+        ),
+        ("--reward.timestep.distribution logit_normal", {"timestep": TimestepConfig(distribution="logit_normal")}),
+        (
+            "--reward.thurstone.variance fixed --reward.thurstone.sigma_u 0.5",
+            {"thurstone": ThurstoneConfig(variance="fixed", sigma_u=0.5)},
+        ),
+        ("--reward.taps 1 2", {"taps": (1, 2)}),
+        ("--reward.taps 12", {"taps": (12,)}),
+    ],
+)
+def test_an_ablation_of_the_reward_is_one_line(override, changed):
+    preset = load(FitRun, ["--config", str(REWARD_PRESET)], program="test")
+    run = load(FitRun, ["--config", str(REWARD_PRESET), *override.split()], program="test")
+    assert run == preset.model_copy(update={"reward": preset.reward.model_copy(update=changed)})
+
+
+def test_the_papers_reward_preset_says_what_the_defaults_are():
+    """Table 7 and section 5.1 are the defaults of the schema too; the preset adds the machine."""
+    preset = load(FitRun, ["--config", str(REWARD_PRESET)], program="test")
+    assert preset.reward == RewardModelConfig()
+    assert (preset.reward.lora.rank, preset.reward.lora.alpha) == (64, 128)
+    for name in ("steps", "batch_size", "learning_rate", "weight_decay", "ema_decay", "warmup_steps", "decay_start"):
+        assert getattr(preset.fit, name) == getattr(FitConfig(), name), name
+
+
+def test_the_official_reward_preset_has_the_codes_variance():
+    preset = load(FitRun, ["--config", str(CONFIGS / "reward_sd35m_official_code.yaml")], program="test")
+    t = torch.tensor([0.0, 0.3, 1.0])
+    torch.testing.assert_close(comparison_variance(t, preset.reward.thurstone), 2 * t**2 + 0.05)
+    assert (preset.fit.batch_size, preset.fit.ema_decay, preset.pipeline.max_sequence_length) == (32, 0, 128)
+
+
+def test_held_out_sets_are_named_on_the_command_line(capsys):
+    for words in (["{ood: ~/stores/ood, other: there}"], ["ood", "~/stores/ood", "other", "there"]):
+        run = load(FitRun, ["--fit.held_out", *words], program="test")
+        assert run.fit.held_out == {"ood": "~/stores/ood", "other": "there"}
+    with pytest.raises(SystemExit):
+        load(FitRun, ["--fit.held_out", "ood", "~/stores/ood", "other"], program="test")
+    assert "fit.held_out: Input should be a valid dictionary" in capsys.readouterr().err
+    for name in ("test", "a/b"):
+        with pytest.raises(SystemExit):
+            load(FitRun, ["--fit.held_out", f"{{{name}: somewhere}}"], program="test")
+        assert f"held_out: {name!r} must be letters, digits" in capsys.readouterr().err

@@ -54,10 +54,13 @@ def test_a_manifest_may_not_lead_out_of_its_root(folder):
 
 def test_bad_lines_of_a_manifest_are_skipped_with_their_place(folder):
     manifest = folder / "list.jsonl"
-    manifest.write_text('{"image": "a.jpg"}\n{"image"\n[1]\n{"image": 3}\n{"prompt": "x"}\n')
+    (folder / "loop").symlink_to(folder / "loop")
+    lines = ('{"image": "a.jpg"}', '{"image"', "[1]", '{"image": 3}', '{"prompt": "x"}')
+    names = ("nul\0.png", "loop/a.jpg")
+    manifest.write_text("\n".join([*lines, *(json.dumps({"image": name}) for name in names)]))
     good, *bad = list_pictures([str(manifest)], prompt="p", root=None)
     assert good.image == "a.jpg"
-    assert [each.image for each in bad] == [f"{manifest}:{line}" for line in (2, 3, 4, 5)]
+    assert [each.image for each in bad] == [*(f"{manifest}:{line}" for line in (2, 3, 4, 5)), *names]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,7 @@ def test_bad_lines_of_a_manifest_are_skipped_with_their_place(folder):
         (["{}/empty.jsonl"], "empty.jsonl is empty"),
         (["{}/bad.csv"], "has no column `image`"),
         (["{}/latin.csv"], "is not UTF-8"),
+        (["{}/huge.csv"], "is not valid CSV: field larger"),
         (["{}/void"], "holds no pictures"),
     ],
 )
@@ -76,6 +80,7 @@ def test_mistakes_are_one_line(folder, names, message):
     (folder / "empty.jsonl").touch()
     (folder / "bad.csv").write_text("file,prompt\na,b\n")
     (folder / "latin.csv").write_bytes("image\ncafé\n".encode("latin-1"))
+    (folder / "huge.csv").write_text(f"image\n{'x' * 200_000}\n")
     (folder / "void").mkdir()
     with pytest.raises(ValueError, match=message) as mistake:
         list_pictures([name.format(folder) for name in names], prompt=None, root=None)

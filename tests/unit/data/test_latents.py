@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dina_rl.data.latents import ROW_GROUP_BYTES, LatentStore, StoredPair, StoreInfo, training_order
+from dina_rl.data.latents import ROW_GROUP_BYTES, LatentStore, StoredPair, StoreInfo
 from dina_rl.seeding import normal
 
 SHAPES = ((2, 3, 3), (2, 2, 5))
@@ -159,20 +159,3 @@ def test_latents_of_something_else_are_refused(filled, info: StoreInfo, images: 
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         LatentStore(tmp_path)
-
-
-def test_every_epoch_visits_every_pair_once_in_another_order() -> None:
-    order = training_order(12, steps=6, batch_size=4, seed=0)
-    assert order.shape == (6, 4)
-    first, second = order.flatten().split(12)
-    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(12))
-    assert first.tolist() != second.tolist()
-    assert torch.equal(order, training_order(12, steps=6, batch_size=4, seed=0))
-    assert not torch.equal(order, training_order(12, steps=6, batch_size=4, seed=1))
-
-
-def test_order_is_a_prefix_of_a_longer_one_and_serves_small_sets() -> None:
-    assert torch.equal(
-        training_order(10, steps=3, batch_size=4, seed=0), training_order(10, steps=9, batch_size=4, seed=0)[:3]
-    )
-    assert training_order(3, steps=2, batch_size=8, seed=0).shape == (2, 8)

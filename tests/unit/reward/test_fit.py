@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -5,9 +6,9 @@ import torch
 
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitConfig, TimestepConfig
-from dina_rl.reward.fit import RewardFit, fit, rate_factor, training_noise
+from dina_rl.reward.fit import RewardFit, fit, micro_batches, rate_factor, training_noise
 from dina_rl.reward.model import LatentRewardModel
-from tests.tiny_reward import TINY_REWARD, pair_batch
+from tests.tiny_reward import TINY_REWARD, pair_batch, stirred_model
 
 CONFIG = FitConfig(steps=12, batch_size=8, learning_rate=3e-3, ema_decay=0.5)
 
@@ -75,3 +76,100 @@ def test_learning_rate_warms_up_and_decays(step: int, factor: float) -> None:
 
 def test_learning_rate_is_constant_by_default() -> None:
     assert {rate_factor(step, FitConfig(steps=100)) for step in range(100)} == {1.0}
+
+
+def state_after(backbone, encoder, config: FitConfig, *, batches: int = 2, dtype: torch.dtype = torch.float32):
+    """(losses, gradients of the last step before clipping, weights) of a short fit from a model stirred a little."""
+    model = stirred_model(backbone)
+    assert next(model.truncated.parameters()).dtype == dtype
+    progress = RewardFit(model, config)
+    losses = [report.loss for report in fit(progress, (pair_batch(8, n) for n in range(batches)), encoder, seed=0)]
+    gradients = {name: parameter.grad.clone() for name, parameter in progress.parameters.items()}
+    return losses, gradients, progress
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(backbone, encoder, size: int) -> None:
+    config = FitConfig(steps=4, batch_size=8, max_grad_norm=1e9)
+    losses, gradients, _ = state_after(backbone, encoder, config, batches=1)
+    config = config.model_copy(update={"micro_batch_size": size})
+    accumulated, others, _ = state_after(backbone, encoder, config, batches=1)
+    assert accumulated == pytest.approx(losses, abs=1e-6)
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-3
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gradients_travel_between_ranks_once_per_step(backbone, encoder) -> None:
+    """All micro-batches but the last are inside `no_sync`."""
+    entered = []
+
+    @contextmanager
+    def no_sync():
+        entered.append(True)
+        yield
+
+    config = FitConfig(steps=4, batch_size=8, micro_batch_size=3)
+    progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), config)
+    list(fit(progress, [pair_batch(8, 0)], encoder, seed=0, no_sync=no_sync))
+    assert len(entered) == 2  # 3 + 3 inside, 2 outside
+
+
+def test_micro_batches_grow_with_the_bucket_and_keep_the_order() -> None:
+    config = FitConfig(steps=4, batch_size=4, num_workers=2, micro_batch_size=1)
+    largest = micro_batches(pair_batch(2, 0), config, ranks=2)  # a rank's share of a step of the largest images
+    assert [len(part) for part in largest] == [1, 1]
+    smaller = micro_batches(pair_batch(6, 0), config, ranks=2)  # three times as many of a third of the area
+    assert [len(part) for part in smaller] == [3, 3]
+    assert torch.equal(torch.cat([part.pair_ids for part in smaller]), pair_batch(6, 0).pair_ids)
+    assert sum((part.prompts for part in smaller), ()) == pair_batch(6, 0).prompts
+    whole = pair_batch(6, 0)
+    assert micro_batches(whole, config.model_copy(update={"micro_batch_size": None}), ranks=2) == [whole]
+
+
+def test_checkpointed_blocks_give_the_same_gradients(backbone, encoder) -> None:
+    config = FitConfig(steps=4, batch_size=8)
+    losses, gradients, progress = state_after(backbone, encoder, config)
+    config = config.model_copy(update={"gradient_checkpointing": True})
+    recomputed, others, checkpointed = state_after(backbone, encoder, config)
+    assert recomputed == losses
+    assert all(torch.equal(others[name], gradient) for name, gradient in gradients.items())
+    assert set(others) == set(gradients)  # names, and with them saved files, stay as they are
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bfloat16_backbone_is_fitted_with_float32_weights_and_moments(tiny_pipeline: Path, autocast: bool) -> None:
+    backbone = open_backbone(tiny_pipeline, dtype=torch.bfloat16, max_sequence_length=8)
+    config = FitConfig(steps=4, batch_size=8, autocast=autocast)
+    losses, gradients, progress = state_after(backbone, backbone.load_text_encoder(), config, dtype=torch.bfloat16)
+    assert all(torch.tensor(losses).isfinite())
+    trained = progress.parameters.values()
+    frozen = [p for p in progress.model.parameters() if not p.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    floating = {t.dtype for name, t in progress.state().items() if name not in ("steps", "best_step", "best_accuracy")}
+    assert floating == {torch.float32}
+
+
+def test_autocast_computes_the_head_in_bfloat16_and_keeps_the_gradient(tiny_pipeline: Path) -> None:
+    backbone = open_backbone(tiny_pipeline, dtype=torch.bfloat16, max_sequence_length=8)
+    encoder = backbone.load_text_encoder()
+    dtypes, gradients = {}, {}
+    for autocast in (False, True):
+        model = stirred_model(backbone)
+        model.head.agg_visual.register_forward_hook(
+            lambda module, inputs, output, autocast=autocast: dtypes.__setitem__(autocast, output.dtype)
+        )
+        progress = RewardFit(model, FitConfig(steps=4, batch_size=8, autocast=autocast))
+        list(fit(progress, [pair_batch(8, 0)], encoder, seed=0))
+        gradients[autocast] = torch.cat([parameter.grad.flatten() for parameter in progress.parameters.values()])
+    assert (dtypes[False], dtypes[True]) == (torch.float32, torch.bfloat16)
+    similarity = torch.cosine_similarity(gradients[False], gradients[True], dim=0)
+    assert 0.98 < similarity < 1
+
+
+def test_without_averaging_the_saved_weights_are_the_last_ones(backbone, encoder) -> None:
+    progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), CONFIG.model_copy(update={"ema_decay": 0.0}))
+    list(fit(progress, (pair_batch(8, step) for step in range(3)), encoder, seed=0))
+    assert all(torch.equal(progress.averages[name], parameter) for name, parameter in progress.parameters.items())

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from dina_rl.backbones.base import Features
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import (
     DiNaScorerConfig,
@@ -377,15 +379,26 @@ def test_an_adapter_of_another_kind_is_refused(published, change):
         read_card(published)
 
 
-def test_stock_peft_reads_what_we_write(backbone, published, tmp_path):
-    from peft import PeftModel
-
+@pytest.mark.parametrize("exported", [False, True])
+def test_stock_diffusers_and_peft_make_the_same_of_the_directory(backbone, published, tmp_path, exported):
     model = load_reward(published, backbone)
-    save_published(model, tmp_path / "again", pipeline=PipelineConfig(path=backbone.path))
+    directory = published
+    if exported:
+        directory = tmp_path / "again"
+        save_published(model, directory, pipeline=PipelineConfig(path=backbone.path))
     transformer = backbone.load_transformer()
     transformer.transformer_blocks = transformer.transformer_blocks[:BLOCKS]
-    adapted = PeftModel.from_pretrained(transformer, str(tmp_path / "again" / "checkpoint" / "backbone_lora"))
-    state = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
-    assert len(state) == 288
-    expected = adapter_file(published)
-    assert all(torch.equal(tensor, expected[name.replace(".default", "")]) for name, tensor in state.items())
+    tapped = []
+    for tap in (4, 8, 12):
+        transformer.transformer_blocks[tap - 1].register_forward_hook(lambda _, inputs, outputs: tapped.append(outputs))
+    adapted = PeftModel.from_pretrained(transformer, str(directory / "checkpoint" / "backbone_lora")).eval()
+    assert sum("lora_" in name for name in adapted.state_dict()) == 288
+    noisy, t, prompt = latents(3), torch.tensor([0.1, 0.4, 0.8]), backbone.load_text_encoder()(PROMPTS)
+    with torch.no_grad():
+        adapted(noisy, prompt.embeds, prompt.pooled, 1000 * t)
+        features = Features(
+            visual=tuple(visual for _, visual in tapped),
+            text=tuple(text for text, _ in tapped),
+            time_embedding=transformer.time_text_embed(1000 * t, prompt.pooled),
+        )
+        torch.testing.assert_close(model.head(features), model.score(noisy, t, prompt))

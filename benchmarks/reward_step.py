@@ -1,0 +1,192 @@
+"""Pairs per second of a training step of the reward model: `python -m benchmarks.reward_step`, half a minute on a CPU.
+
+Ours scores a pair's two images in one forward, encodes a prompt once, and keys noise by pair; its step averages the
+weights too. The plain loop has the design of the paper's released code: two forwards, the batch's prompts encoded at
+every step, one draw of noise for the batch, no averaging. Both train the same model on the same latents with the same
+precision and optimizer; the kinds take turns, and a ratio is of neighbours. Embeddings weigh more in the miniature than
+in SD3.5, so the plain loop runs with given ones too. With SD3.5-medium on a GPU:
+
+    python -m benchmarks.reward_step --pairs 4 --reward.taps 4 8 12 --reward.num_heads 8 --reward.lora.rank 64 \\
+        --reward.lora.alpha 128 --fit.autocast --pipeline.path stabilityai/stable-diffusion-3.5-medium \\
+        --pipeline.dtype bfloat16 --pipeline.height 1024 --pipeline.width 1024 --pipeline.max_sequence_length 128
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import perf_counter
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import nn
+
+from dina_rl.backbones.base import TextEncoder
+from dina_rl.backbones.registry import pipeline_class
+from dina_rl.cli import fail, load
+from dina_rl.config import FitConfig, LoRAConfig, PipelineConfig, RewardModelConfig
+from dina_rl.config.base import Positive, Section
+from dina_rl.data.pairs import PairBatch
+from dina_rl.reward.fit import RewardFit, fit
+from dina_rl.reward.model import LatentRewardModel, add_noise
+from dina_rl.reward.thurstone import comparison_variance, fidelity_loss
+from dina_rl.runtime import configure_process, device, open_pipeline
+from dina_rl.seeding import normal
+from dina_rl.types import PromptEmbeds
+
+OURS_NEW, OURS_SEEN = "ours, new prompts", "ours, prompts seen before"
+PLAIN, PLAIN_GIVEN = "two forwards", "two forwards, embeddings given"
+RATIOS = ((OURS_NEW, PLAIN), (OURS_SEEN, PLAIN), (OURS_SEEN, PLAIN_GIVEN))
+
+
+class BenchmarkRun(Section):
+    """Speed of a training step of the reward model."""
+
+    pairs: Positive = 24
+    """pairs per step"""
+    steps: Positive = 3
+    """steps of each kind in a repeat"""
+    repeats: Positive = 7
+    """times that the kinds take turns, after one that does not count"""
+    threads: Positive = 2
+    """torch threads"""
+    pipeline: PipelineConfig = PipelineConfig()
+    reward: RewardModelConfig = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=16, alpha=32))
+    fit: FitConfig = FitConfig()
+
+
+class BatchTextEncoder:
+    """A batch's prompts in one forward of the stock pipeline's encoders; nothing is remembered."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            config.location, transformer=None, vae=None, dtype=getattr(torch, config.dtype)
+        )
+        self._pipeline = pipeline.to(device())
+        self._max_sequence_length = config.max_sequence_length
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        embeds, _, pooled, _ = self._pipeline.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            device=torch.device(device()),
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._max_sequence_length,
+        )
+        return PromptEmbeds(embeds=embeds, pooled=pooled)
+
+
+def plain_loss(
+    model: LatentRewardModel, batch: PairBatch, t: torch.Tensor, noise: torch.Tensor, prompt: PromptEmbeds
+) -> torch.Tensor:
+    """The mean fidelity loss of a batch by two forwards, at noise levels t [B] and noise [B, C, H, W]."""
+    preferred = model.score(add_noise(batch.chosen, noise, t), t, prompt)
+    other = model.score(add_noise(batch.rejected, noise, t), t, prompt)
+    margin = preferred.float() - other.float()
+    return fidelity_loss(margin, comparison_variance(t, model.config.thurstone), torch.ones_like(margin)).mean()
+
+
+def plain_step(progress: RewardFit, batch: PairBatch, encoder: TextEncoder) -> float:
+    """One optimizer step of the plain loop; returns its loss."""
+    config, place = progress.config, device()
+    batch = PairBatch(
+        pair_ids=batch.pair_ids,
+        chosen=batch.chosen.to(place),
+        rejected=batch.rejected.to(place),
+        prompts=batch.prompts,
+    )
+    prompt = encoder(batch.prompts)
+    t = torch.rand(len(batch), device=place)
+    noise = torch.randn_like(batch.chosen)
+    with torch.autocast(place, dtype=torch.bfloat16, enabled=config.autocast):
+        loss = plain_loss(progress.model, batch, t, noise, prompt)
+    progress.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(progress.parameters.values(), config.max_grad_norm)
+    progress.optimizer.step()
+    return loss.item()
+
+
+def measure(run: BenchmarkRun) -> dict[str, list[float]]:
+    """Pairs per second of every repeat, by kind of step.
+
+    Raises:
+        ValueError: a pipeline that cannot be read or is not SD3's, or a reward model that does not fit it.
+    """
+    if pipeline_class(run.pipeline.location) != StableDiffusion3Pipeline.__name__:
+        raise ValueError(f"the plain loop encodes prompts as SD3 does; {run.pipeline.path} is another family")
+    backbone = open_pipeline(run.pipeline)
+    shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+    ours, plain = (RewardFit(LatentRewardModel(backbone, run.reward, seed=0), run.fit) for _ in range(2))
+    encoder, batch_encoder = backbone.load_text_encoder(), BatchTextEncoder(run.pipeline)
+
+    def batch(number: int, prompt: str) -> PairBatch:
+        return PairBatch(
+            pair_ids=torch.arange(run.pairs) + number * run.pairs,
+            chosen=normal((run.pairs, *shape), "chosen", number),
+            rejected=normal((run.pairs, *shape), "rejected", number),
+            prompts=tuple(f"{prompt} number {index}" for index in range(run.pairs)),
+        )
+
+    def our_steps(batches: list[PairBatch]) -> None:
+        for _ in fit(ours, batches, encoder, seed=0):
+            pass
+
+    def plain_steps(batches: list[PairBatch]) -> None:
+        for each in batches:
+            plain_step(plain, each, batch_encoder)
+
+    given = batch_encoder(batch(0, "a familiar scene").prompts)
+
+    def plain_steps_of_given(batches: list[PairBatch]) -> None:
+        for each in batches:
+            plain_step(plain, each, lambda prompts: given)
+
+    kinds: dict[str, tuple[Callable[[list[PairBatch]], None], bool]] = {
+        OURS_NEW: (our_steps, True),
+        PLAIN: (plain_steps, True),
+        OURS_SEEN: (our_steps, False),
+        PLAIN_GIVEN: (plain_steps_of_given, False),
+    }
+    speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for repeat in range(run.repeats + 1):
+        for kind, (steps, new) in kinds.items():
+            prompt = f"a scene of {kind} in {repeat}" if new else "a familiar scene"
+            batches = [
+                batch(repeat * run.steps + step, f"{prompt} at {step}" if new else prompt) for step in range(run.steps)
+            ]
+            begin = perf_counter()
+            steps(batches)
+            if repeat:  # the first one warms up
+                speeds[kind].append(run.pairs * run.steps / (perf_counter() - begin))
+    return speeds
+
+
+def table(speeds: dict[str, list[float]]) -> str:
+    """Minimum, median and maximum over repeats of every kind's speed, and of ours over the plain loop's."""
+    rows = {f"{kind}, pairs/s": values for kind, values in speeds.items()}
+    for ours, plain in RATIOS:
+        rows[f"{ours} / {plain}"] = [a / b for a, b in zip(speeds[ours], speeds[plain], strict=True)]
+    width = max(map(len, rows))
+    lines = [f"{'':<{width}}{'min':>8}{'median':>8}{'max':>8}"]
+    for name, values in rows.items():
+        digits = 1 if "pairs/s" in name else 2
+        lines.append(f"{name:<{width}}" + "".join(f"{f(values):>8.{digits}f}" for f in (min, median, max)))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    run = load(BenchmarkRun, argv, program="python -m benchmarks.reward_step")
+    configure_process(run.threads)
+    try:
+        speeds = measure(run)
+    except ValueError as error:
+        fail(str(error))
+    where = torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {run.threads} threads"
+    print(f"{where}; {run.pairs} pairs a step, {run.steps} steps a repeat, {run.repeats} repeats")
+    print(table(speeds))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,100 @@
+"""What a fit reads, checked before anything starts: a preference set to encode, or latent stores made before."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dina_rl.backbones.base import Backbone
+from dina_rl.config import FitRun
+from dina_rl.data.encode import LATENTS, EncodeWork, check_fit, check_inputs, encode_dataset
+from dina_rl.data.latents import SPLITS, LatentStore, PairStore, Split
+from dina_rl.data.order import fit_order
+from dina_rl.data.registry import open_store
+
+MAY_CHANGE = (
+    "inline",
+    *(
+        f"fit.{key}"
+        for key in (
+            *("num_workers", "cpus_per_worker", "gpus_per_worker", "threads_per_worker", "max_failures"),
+            *("micro_batch_size", "gradient_checkpointing", "evaluation_batch_size", "checkpoint_every"),
+        )
+    ),
+)
+"""What a resumed fit may set differently: who does the work and in what portions, not what comes out."""
+
+
+def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
+    """`run` with absolute paths: Ray's workers have working directories of their own.
+
+    Raises:
+        ValueError: no such dataset or latent store, nothing to train on or nothing held out, too many malformed
+            records, latents of another pipeline, or a reward model that the pipeline does not fit.
+    """
+    held_out = {name: _absolute(directory) for name, directory in run.fit.held_out.items()}
+    run = run.model_copy(update={"fit": run.fit.model_copy(update={"held_out": held_out})})
+    needed: tuple[Split, ...] = ("train",) if held_out else SPLITS
+    if run.latents is None:
+        missing = [split for split in needed if split not in run.dataset.splits]
+        if missing:
+            raise ValueError(f"dataset.{missing[0]} is None: a fit needs pairs to train on and pairs to hold out")
+        run = check_inputs(run, backbone)
+    else:
+        check_fit(run, backbone)
+        run = run.model_copy(update={"latents": Path(_absolute(run.latents)), "pipeline": run.pipeline.absolute()})
+        check_store(run.latents, needed, run, backbone)
+    for directory in held_out.values():
+        check_store(Path(directory), ("test",), run, backbone)
+    return run
+
+
+def check_store(directory: Path, splits: Sequence[Split], run: FitRun, backbone: Backbone) -> None:
+    """Raises ValueError if there is no complete store of encoded pairs, or one without pairs in one of `splits` or
+    whose latents the pipeline did not make.
+    """
+    store = open_store(directory)
+    if isinstance(store, LatentStore):
+        if not store.complete():
+            raise ValueError(f"latent store {directory} is not complete; finish it with jobs.encode --resume")
+        made_with = store.info.pipeline
+        if made_with != run.pipeline.path:
+            raise ValueError(
+                f"latent store {directory} was made with pipeline {made_with}, this run's is {run.pipeline.path}"
+            )
+    for (height, width), shape in zip(store.buckets, store.latent_shapes, strict=True):
+        if backbone.latent_shape(height, width) != shape:
+            raise ValueError(
+                f"latent store {directory} holds latents of shape {shape} of {height}x{width} images, "
+                f"{run.pipeline.path} makes {backbone.latent_shape(height, width)}"
+            )
+    for split in splits:
+        if not len(store.pairs(split)):
+            raise ValueError(f"latent store {directory} has no {split} pairs")
+
+
+def training_latents(run: FitRun, run_dir: Path) -> Path:
+    """Where the encoded pairs of a fit lie: in the store that `run` names, else in the run's own."""
+    return run_dir / LATENTS if run.latents is None else run.latents
+
+
+def encode_missing(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeWork) -> None:
+    """Encode what is missing of the run's own store; nothing if `run` names one.
+
+    Raises:
+        ValueError: too many unusable records, found while encoding.
+    """
+    if run.latents is None:
+        encode_dataset(run, run_dir, backbone, work)
+
+
+def unseen_pairs(run: FitRun, store: PairStore) -> list[str]:
+    """A line for every bucket of training pairs that is too small to get one of the run's steps."""
+    left_out = fit_order(store, run.fit, seed=run.seed).left_out(store.pairs("train").bucket)
+    sizes = {bucket: "{}x{}".format(*store.buckets[bucket]) for bucket in left_out}
+    return [
+        f"{count} training pairs of size {sizes[bucket]} are not seen: too few for one of {run.fit.steps} steps"
+        for bucket, count in left_out.items()
+    ]
+
+
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).expanduser().resolve())

@@ -1,0 +1,192 @@
+"""The authors' preprocessed files, in their layout."""
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from dina_rl.config import DatasetConfig, PipelineConfig
+from dina_rl.data.encode import measure_images
+from dina_rl.data.filters import bucketing
+from dina_rl.data.latents import LatentStore, StoreInfo
+from dina_rl.data.plan import EncodePlan
+from dina_rl.data.preprocessed import PreprocessedStore
+from dina_rl.data.preprocessed_set import copy_latents
+from dina_rl.data.registry import open_set, open_store
+
+SHAPES = ((16, 4, 4), (16, 2, 6))
+DETAILS = {
+    "votes_chosen": 9,
+    "votes_rejected": 3,
+    "confidence": 0.0,
+    "orig_chosen_hw": [40, 40],
+    "orig_rejected_hw": [32, 32],
+    "final_chosen_hw": [32, 32],
+    "final_rejected_hw": [32, 32],
+}
+
+
+def npy(array: numpy.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    numpy.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def latent(pair: int, side: int) -> numpy.ndarray:
+    shape = SHAPES[pair % 2]
+    return numpy.random.default_rng([pair, side]).normal(size=shape).astype(numpy.float32)
+
+
+def write_part(file: Path, pairs: range, **changes: list) -> None:
+    """Row groups of 3 pairs; every second pair is of the other shape."""
+    sides = [[latent(pair, side) for pair in pairs] for side in (1, 2)]
+    columns = {
+        "prompt": [f"prompt {pair % 3}" for pair in pairs],
+        "model1": ["m"] * len(pairs),
+        "model2": ["n"] * len(pairs),
+        "detailed_results": [str(DETAILS)] * len(pairs),
+        "image1_path": ["images/a.jpg"] * len(pairs),
+        "image2_path": ["images/b.jpg"] * len(pairs),
+        "latent1": [npy(array) for array in sides[0]],
+        "latent2": [npy(array) for array in sides[1]],
+        "latent1_shape": [list(array.shape) for array in sides[0]],
+        "latent2_shape": [list(array.shape) for array in sides[1]],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns | changes), file, compression="zstd", row_group_size=3)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PreprocessedStore:
+    write_part(tmp_path / "part_rank00.parquet", range(0, 7))
+    write_part(tmp_path / "part_rank01.parquet", range(7, 12))
+    write_part(tmp_path / "test" / "part_rank00.parquet", range(20, 24))
+    return open_store(tmp_path)
+
+
+def test_buckets_are_the_shapes_that_occur(store: PreprocessedStore) -> None:
+    assert store.latent_shapes == ((16, 2, 6), (16, 4, 4))
+    assert store.buckets == ((16, 48), (32, 32))
+
+
+def test_latent1_is_the_preferred_image(store: PreprocessedStore) -> None:
+    table = store.pairs("train")
+    assert table.pair_ids.tolist() == list(range(12))
+    assert table.bucket.tolist() == [1, 0] * 6
+    batch = store.batch(table, torch.tensor([10, 0, 6, 0]))
+    assert batch.prompts == ("prompt 1", "prompt 0", "prompt 0", "prompt 0")
+    for position, pair in enumerate((10, 0, 6, 0)):
+        assert numpy.array_equal(batch.chosen[position].numpy(), latent(pair, 1))
+        assert numpy.array_equal(batch.rejected[position].numpy(), latent(pair, 2))
+    with pytest.raises(AssertionError, match="one bucket"):
+        store.batch(table, torch.tensor([0, 1]))
+
+
+def test_the_held_out_split_is_a_folder(store: PreprocessedStore) -> None:
+    table = store.pairs("test")
+    assert table.pair_ids.tolist() == [0, 1, 2, 3]
+    batch = store.batch(table, torch.tensor([3, 1]))
+    assert numpy.array_equal(batch.rejected[0].numpy(), latent(23, 2))
+    again = pickle.loads(pickle.dumps(store))
+    assert torch.equal(again.batch(again.pairs("test"), torch.tensor([3, 1])).chosen, batch.chosen)
+
+
+def test_a_set_without_held_out_pairs(tmp_path: Path) -> None:
+    write_part(tmp_path / "part_rank00.parquet", range(2))
+    assert len(open_store(tmp_path).pairs("test")) == 0
+
+
+def test_what_the_authors_recorded(store: PreprocessedStore) -> None:
+    assert store.details("train")[4] == DETAILS
+
+
+def test_pairs_of_two_shapes_are_left_out(tmp_path: Path) -> None:
+    shapes = [[16, 4, 4], [16, 2, 2], [16, 4, 4]]
+    write_part(tmp_path / "part_rank00.parquet", range(3), latent2_shape=shapes)
+    assert open_store(tmp_path).pairs("train").pair_ids.tolist() == [0, 2]
+
+
+def test_nothing_is_unpickled_or_executed(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    numpy.save(buffer, numpy.array([print], dtype=object), allow_pickle=True)
+    write_part(
+        tmp_path / "part_rank00.parquet", range(1), latent1=[buffer.getvalue()], detailed_results=["__import__('os')"]
+    )
+    store = open_store(tmp_path)
+    with pytest.raises(ValueError, match="unreadable latent: .*allow_pickle=False"):
+        store.latents(torch.tensor([0]))
+    with pytest.raises(ValueError, match="malformed node"):
+        store.details("train")
+
+
+def voted(chosen: int, rejected: int) -> str:
+    return str(DETAILS | {"votes_chosen": chosen, "votes_rejected": rejected})
+
+
+def test_the_copy_is_filtered_and_holds_the_same_latents(tmp_path: Path) -> None:
+    """What passes the filters, by bucket; an unreadable latent drops its pair."""
+    votes = [voted(9, 1), voted(0, 0), voted(5, 5), *[voted(9, 1)] * 4]
+    write_part(tmp_path / "part_rank00.parquet", range(7), detailed_results=votes)
+    broken = [npy(latent(pair, 1)) for pair in range(7, 12)]
+    broken[1] = broken[1][:-4]
+    write_part(tmp_path / "part_rank01.parquet", range(7, 12), latent1=broken, detailed_results=["{"] + votes[3:])
+    source = open_set("preprocessed", tmp_path)
+    dataset = DatasetConfig(kind="preprocessed", buckets=[[32, 32], [16, 48]], filter={"min_vote_share": 0.6})
+    sizes = bucketing(dataset, PipelineConfig())
+    plan = EncodePlan(tmp_path / "plan.sqlite", made_of={})
+    plan.read({"train": source.records("train")}, preferences=dataset.filter, seed=0)
+    for chunk in plan.unmeasured():
+        plan.measured(chunk, measure_images(source, plan.images(chunk)))
+    plan.place(sizes, max_per_prompt=None)
+    info = StoreInfo(
+        dataset="d",
+        pipeline="p",
+        buckets=sizes.buckets,
+        latent_shapes=SHAPES,
+        rows=plan.rows_per_bucket(2),
+        rows_per_shard=3,
+    )
+    store = LatentStore.create(tmp_path / "latents", info, plan.row_images())
+    copy_latents(source, store, store.missing_shards()[:2])
+    copy_latents(source, store, store.missing_shards())
+    assert store.missing_shards() == []
+    plan.found_unreadable(store.unreadable())
+    store.write_pairs("train", plan.stored_pairs("train"))
+    report = plan.retention(sizes.buckets)["train"]
+    assert (report.records, report.malformed, report.pairs) == (12, 1, 11)
+    assert (report.dropped, report.kept) == ({"vote_share": 1, "unreadable": 1}, 9)
+    assert ["not a literal" in line.reason or "unreadable latent" in line.reason for line in plan.skipped()] == [
+        True
+    ] * 2
+    plan.close()
+    table = store.pairs("train")
+    assert table.pair_ids.tolist() == [0, 1, 3, 4, 5, 6, 9, 10, 11]
+    for position, pair in enumerate(table.pair_ids.tolist()):
+        batch = store.batch(table, torch.tensor([position]))
+        assert numpy.array_equal(batch.chosen[0].numpy(), latent(pair, 1))
+        assert numpy.array_equal(batch.rejected[0].numpy(), latent(pair, 2))
+
+
+def test_latents_cannot_be_stretched(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set dataset.buckets to published"):
+        bucketing(DatasetConfig(kind="preprocessed"), PipelineConfig())
+    exact = bucketing(DatasetConfig(kind="preprocessed", buckets="published"), PipelineConfig())
+    assert exact.of_pair((1024, 768), (1024, 768)) == exact.buckets.index((1024, 768))
+    assert exact.of_pair((1024, 1024), (512, 512)).filter == "bucket"
+    assert exact.of_pair((1032, 1024), (1032, 1024)).filter == "bucket"
+
+
+def test_neither_kind_of_store(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        open_store(tmp_path)
+    with pytest.raises(ValueError, match="holds no part_rankNN"):
+        PreprocessedStore(tmp_path)
+    parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "part_rank00.parquet")
+    with pytest.raises(ValueError, match="not one of the published files"):
+        open_store(tmp_path).pairs("train")
+    assert not isinstance(open_store(tmp_path), LatentStore)

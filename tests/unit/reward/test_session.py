@@ -1,0 +1,78 @@
+"""A whole fit in this process, on encoded pairs of either kind."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dina_rl.config import FitRun
+from dina_rl.data.order import fit_order
+from dina_rl.data.registry import open_store
+from dina_rl.reward.checkpoint import read_card
+from dina_rl.reward.fit import REWARD, RewardFit
+from dina_rl.reward.model import LatentRewardModel
+from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, run_fit
+from dina_rl.runtime import open_pipeline
+from tests.tiny_reward import TINY_REWARD, write_store
+from tests.unit.data.test_preprocessed import write_part
+
+
+def fitted(directory: Path, pipeline: Path, run_dir: Path, **fit: object) -> Outcome:
+    config = {"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "ema_decay": 0.5, **fit}
+    run = FitRun(run_dir=run_dir, pipeline={"path": str(pipeline)}, reward=TINY_REWARD, fit=config)
+    run_dir.mkdir()
+    backbone, store = open_pipeline(run.pipeline), open_store(directory)
+    table = store.pairs("train")
+    return run_fit(
+        RewardFit(LatentRewardModel(backbone, run.reward, seed=0), run.fit),
+        (store.batch(table, index) for index in fit_order(store, run.fit, seed=0).batches),
+        backbone.load_text_encoder(),
+        store,
+        run,
+        run_dir,
+    )
+
+
+def held_out_lines(run_dir: Path) -> dict[int, dict]:
+    lines = map(json.loads, (run_dir / LOG_FILE).read_text().splitlines())
+    return {line["step"]: line["held_out"] for line in lines if "held_out" in line}
+
+
+def test_the_authors_files_are_fitted_on_and_measured_on(tiny_pipeline: Path, tmp_path: Path) -> None:
+    write_part(tmp_path / "authors" / "train" / "part_rank00.parquet", range(16))
+    write_part(tmp_path / "authors" / "test" / "part_rank00.parquet", range(16, 21))
+    outcome = fitted(tmp_path / "authors", tiny_pipeline, tmp_path / "run", evaluate_every=2)
+    assert set(outcome.held_out) == {"test"}
+    right = 5 * outcome.held_out["test"]["accuracy_single"]
+    assert right == pytest.approx(round(right))  # of five test pairs
+    assert set(held_out_lines(tmp_path / "run")) == {2, 4, 5}
+    for name in (REWARD, REWARD_BEST):
+        assert read_card(tmp_path / "run" / name).buckets == ((16, 48), (32, 32))
+
+
+def test_without_test_pairs_the_first_other_set_decides_what_is_best(tiny_pipeline: Path, tmp_path: Path) -> None:
+    write_store(tmp_path / "train", str(tiny_pipeline), train=(6, 6), test=(0, 0))
+    held_out = {}
+    for name in ("first", "second"):
+        write_store(tmp_path / name, str(tiny_pipeline), train=(0, 0), test=(3, 2))
+        held_out[name] = str(tmp_path / name)
+    outcome = fitted(tmp_path / "train", tiny_pipeline, tmp_path / "run", evaluate_every=1, held_out=held_out)
+    lines = held_out_lines(tmp_path / "run")
+    assert list(outcome.held_out) == ["first", "second"]
+    assert outcome.held_out == lines[5]
+    assert outcome.best_accuracy_single == max(line["first"]["accuracy_single"] for line in lines.values())
+    assert lines[outcome.best_step]["first"]["accuracy_single"] == outcome.best_accuracy_single
+    assert (tmp_path / "run" / REWARD_BEST / "head.safetensors").is_file()
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_without_periodic_evaluation_only_the_last_weights_are_kept(
+    tiny_pipeline: Path, tmp_path: Path, ema_decay: float
+) -> None:
+    store = write_store(tmp_path / "store", str(tiny_pipeline), train=(6, 6), test=(2, 1))
+    outcome = fitted(store.directory, tiny_pipeline, tmp_path / "run", ema_decay=ema_decay)
+    assert (outcome.best_step, outcome.best_accuracy_single) == (None, None)
+    assert set(held_out_lines(tmp_path / "run")) == {5}
+    assert not (tmp_path / "run" / REWARD_BEST).exists()
+    assert load_file(tmp_path / "run" / REWARD / "head.safetensors")

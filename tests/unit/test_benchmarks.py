@@ -1,0 +1,53 @@
+"""The reward step's benchmark: both loops do the same work, and the command runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import reward_step
+from dina_rl.backbones.registry import open_backbone
+from dina_rl.config import FitConfig, PipelineConfig
+from dina_rl.reward.fit import RewardFit, fit, training_noise
+from tests.tiny_reward import pair_batch, stirred_model
+
+CONFIG = FitConfig(steps=4, batch_size=6, max_grad_norm=1e9)
+
+
+def test_two_forwards_have_the_gradient_of_one(tiny_pipeline: Path) -> None:
+    backbone = open_backbone(tiny_pipeline, max_sequence_length=8)
+    batch = pair_batch(6, 0)
+    ours = RewardFit(stirred_model(backbone), CONFIG)
+    report = next(fit(ours, [batch], backbone.load_text_encoder(), seed=0))
+    plain = stirred_model(backbone)
+    t, noise = training_noise(batch, plain.config.timestep, seed=0, step=0)
+    config = PipelineConfig(path=str(tiny_pipeline), max_sequence_length=8)
+    prompt = reward_step.BatchTextEncoder(config)(batch.prompts)
+    loss = reward_step.plain_loss(plain, batch, t, noise, prompt)
+    loss.backward()
+    assert loss.item() == pytest.approx(report.loss, rel=1e-5)
+    for name, parameter in ours.parameters.items():
+        torch.testing.assert_close(plain.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_command_prints_both_speeds_and_their_ratio(tiny_pipeline: Path, capsys: pytest.CaptureFixture) -> None:
+    reward_step.main(
+        ["--pairs", "2", "--steps", "1", "--repeats", "2", "--threads", "1", "--pipeline.path", str(tiny_pipeline)]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    speeds = {
+        name.strip(): [float(value) for value in values]
+        for name, *values in (line.rsplit(maxsplit=3) for line in lines[2:])
+    }
+    kinds = {"ours, new prompts", "ours, prompts seen before", "two forwards", "two forwards, embeddings given"}
+    assert {f"{kind}, pairs/s" for kind in kinds} <= set(speeds)
+    assert {tuple(name.split(" / ")) for name in speeds if "pairs/s" not in name} == set(reward_step.RATIOS)
+    assert all(len(values) == 3 and 0 < values[0] <= values[1] <= values[2] for values in speeds.values())
+
+
+def test_another_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(SystemExit) as ending:
+        reward_step.main(["--pipeline.path", str(tmp_path)])
+    assert ending.value.code == 2
+    assert "another family" in capsys.readouterr().err
