@@ -62,7 +62,11 @@ class FittedRun:
 
     @property
     def scorer(self) -> PictureScorerConfig:
-        return PictureScorerConfig(path=str(self.directory / REWARD))
+        """Its reward model as a scorer; the run knows sizes and precision, which cards of version 1 do not."""
+        pipeline = self.run.pipeline
+        return PictureScorerConfig(
+            path=str(self.directory / REWARD), dtype=pipeline.dtype, height=pipeline.height, width=pipeline.width
+        )
 
     @property
     def single(self) -> View:

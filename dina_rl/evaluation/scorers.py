@@ -58,7 +58,8 @@ def named_scorer(
         )
     card = read_card(config.reward.location)
     pipeline = dina_pipeline(config, card)
-    sizes = bucketing(_sized(dataset or DatasetConfig(), buckets or _fitted(config, card)), pipeline)
+    fitted = "pipeline" if dataset is None and config.height is not None else _of_card(card)
+    sizes = bucketing(_sized(dataset or DatasetConfig(), buckets or fitted), pipeline)
     backbone = open_pipeline(pipeline)
     for height, width in sizes.buckets:
         backbone.latent_shape(height, width)
@@ -73,10 +74,8 @@ def named_scorer(
     )
 
 
-def _fitted(config: PictureScorerConfig, card: RewardCard) -> Buckets | None:
-    """The buckets that the card names, unless images are to be stretched."""
-    if config.height is not None:
-        return "pipeline"
+def _of_card(card: RewardCard) -> Buckets | None:
+    """The buckets that the card names."""
     return "published" if card.buckets == PUBLISHED else card.buckets
 
 

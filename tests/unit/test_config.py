@@ -175,6 +175,36 @@ def test_a_local_run_points_its_alignment_at_its_own_reward_and_latents(tmp_path
     assert set(without.align_run(tmp_path / "reward", tmp_path).rewards.scorers) == {"clip_score"}
 
 
+def test_sections_by_names_of_the_users_own():
+    argv = ["--sets.test.path", "a", "--sets.out_of_domain.path=b", "--sets.out_of_domain.kind", "hpdv2", "--runs", "x"]
+    run = load(EvaluateRun, [*argv, "--scorers.mine.levels", "0.2", "0.5"], program="test")
+    assert {name: (each.kind, each.path) for name, each in run.sets.items()} == {
+        "test": ("hpdv3", "a"),
+        "out_of_domain": ("hpdv2", "b"),
+    }
+    assert run.scorers["mine"].levels == (0.2, 0.5)
+    assert run.runs == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sets.test.pth", "a"], "--sets.test.pth: unknown key; did you mean --sets.NAME.path?"),
+        (["--sets.test.path.more", "a"], "--sets.test.path.more: unknown key"),
+        (["--sets.test.kind", "hpdv3"], "sets.test.path: Field required"),
+        (["--sets", "a"], "sets: Input should be a valid dictionary (got 'a')"),
+        (["--training.path", "a", "--training.max_records", "3"], "looks at the whole training set"),
+        (["--paper", "table9"], "paper: Input should be 'table1'"),
+    ],
+)
+def test_mistakes_in_named_sections_are_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as ending:
+        load(EvaluateRun, argv, program="test")
+    assert ending.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
 REWARD_PRESET = CONFIGS / "reward_sd35m.yaml"
 
 
@@ -228,33 +258,3 @@ def test_held_out_sets_are_named_on_the_command_line(capsys):
         with pytest.raises(SystemExit):
             load(FitRun, ["--fit.held_out", f"{{{name}: somewhere}}"], program="test")
         assert f"held_out: {name!r} must be letters, digits" in capsys.readouterr().err
-
-
-def test_sections_by_names_of_the_users_own():
-    argv = ["--sets.test.path", "a", "--sets.out_of_domain.path=b", "--sets.out_of_domain.kind", "hpdv2", "--runs", "x"]
-    run = load(EvaluateRun, [*argv, "--scorers.mine.levels", "0.2", "0.5"], program="test")
-    assert {name: (each.kind, each.path) for name, each in run.sets.items()} == {
-        "test": ("hpdv3", "a"),
-        "out_of_domain": ("hpdv2", "b"),
-    }
-    assert run.scorers["mine"].levels == (0.2, 0.5)
-    assert run.runs == ("x",)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--sets.test.pth", "a"], "--sets.test.pth: unknown key; did you mean --sets.NAME.path?"),
-        (["--sets.test.path.more", "a"], "--sets.test.path.more: unknown key"),
-        (["--sets.test.kind", "hpdv3"], "sets.test.path: Field required"),
-        (["--sets", "a"], "sets: Input should be a valid dictionary (got 'a')"),
-        (["--training.path", "a", "--training.max_records", "3"], "looks at the whole training set"),
-        (["--paper", "table9"], "paper: Input should be 'table1'"),
-    ],
-)
-def test_mistakes_in_named_sections_are_one_line(argv, message, capsys):
-    with pytest.raises(SystemExit) as ending:
-        load(EvaluateRun, argv, program="test")
-    assert ending.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line
