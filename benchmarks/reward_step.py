@@ -4,8 +4,8 @@ Ours scores a pair's two images in one forward, encodes a prompt once, and keys 
 weights too. The plain loop has the design of the paper's released code: two forwards, the batch's prompts encoded at
 every step, one draw of noise for the batch, no averaging. Both train the same model on the same latents with the same
 precision and optimizer; the kinds take turns, and a ratio is of neighbours. New prompts cost us more: they are encoded
-one at a time, so that an embedding does not depend on its batch. That weighs more in the miniature than in SD3.5, so the
-plain loop runs with given embeddings too. With SD3.5-medium on a GPU:
+one at a time, so that an embedding does not depend on its batch. That weighs more in the miniature than in SD3.5, so
+the plain loop runs with given embeddings too. With SD3.5-medium on a GPU:
 
     python -m benchmarks.reward_step --pairs 4 --reward.taps 4 8 12 --reward.num_heads 8 --reward.lora.rank 64 \\
         --reward.lora.alpha 128 --fit.autocast --pipeline.path stabilityai/stable-diffusion-3.5-medium \\
