@@ -194,7 +194,7 @@ def _single_level(runs: Sequence[FittedRun], title: str, name: str, label: Label
 def _over_levels(
     runs: Sequence[FittedRun], title: str, names: tuple[str, ...], label: Label, views: Sequence[View]
 ) -> Plan:
-    """One row per group and view, which the second label says."""
+    """One row per group and view, whose level is the last of the named labels."""
     rows = []
     for group in _groups(runs, label, _training_order):
         for view in views:
