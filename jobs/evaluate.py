@@ -36,7 +36,8 @@ from dina_rl.evaluation.scores import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, open_source, read_sets
 from dina_rl.runtime import configure_process
 
-MAY_CHANGE = ("inline", "workers", "cache")
+MAY_CHANGE = ("inline", "workers", "cache", "max_broken", "bootstrap", "bins", "convention")
+"""What a resumed run may set differently: it is found in the kept scores anew."""
 DROPPED_FILE = "dropped.jsonl"
 
 
@@ -94,7 +95,7 @@ def evaluate(run: EvaluateRun, inputs: Inputs, run_dir: Path) -> str:
     assert run.paper is not None
     scored = [(scorer.name, job, view) for scorer, job in jobs for view in job.views]
     if run.paper == "table4":
-        spreads = {(name, job.data.name, view): uncertainty_of(store.read(job, view)) for name, job, view in scored}
+        spreads = {(name, job.data.name, view): uncertainty_of(store, name, job, view) for name, job, view in scored}
         table = uncertainty_table(inputs.plan, spreads, inputs.sets, inputs.notes)
     else:
         results = [measured(run, store, name, job, view) for name, job, view in scored]

@@ -88,7 +88,7 @@ def audit(run: EvaluateRun, store: ScoreStore, jobs: Sequence[tuple[NamedScorer,
         for view in job.views:
             key = scorer.name, job.data.name, view.label
             if view.draws > 1:
-                uncertainties[key] = uncertainty_of(store.read(job, view))
+                uncertainties[key] = uncertainty_of(store, scorer.name, job, view)
                 continue
             accuracies.append(measured(run, store, scorer.name, job, view))
             if view not in (scorer.main, scorer.ensemble):

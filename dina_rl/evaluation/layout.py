@@ -21,11 +21,16 @@ class Layout:
     problems: Mapping[int, tuple[Problem | None, ...]]  # `PreferenceRecord.index` -> why images of it have none
 
 
+def needs_sizes(bucketing: Bucketing) -> bool:
+    """Whether images' own sizes decide anything."""
+    return not bucketing.stretch or bucketing.min_area > 0
+
+
 def lay_out(records: Sequence[PreferenceRecord], bucketing: Bucketing, size_of: Callable[[str], Size | str]) -> Layout:
     """Rows for every image of `records`, each once per bucket that it is needed in.
 
     Args:
-        size_of: (height, width) of an image, or why it has none; not asked where all images are stretched to one size.
+        size_of: (height, width) of an image, or why it has none; asked only where `needs_sizes`.
     """
     places: list[dict[str, int]] = [{} for _ in bucketing.buckets]
     wanted: dict[int, list[tuple[int, int] | None]] = {}  # (bucket, number in it)
@@ -53,7 +58,7 @@ def _buckets(
     record: PreferenceRecord, bucketing: Bucketing, size_of: Callable[[str], Size | str]
 ) -> list[int | Problem]:
     """The bucket of each image, or why it has none."""
-    if bucketing.stretch and not bucketing.min_area:
+    if not needs_sizes(bucketing):
         return [0] * len(record.images)
     sizes = [size_of(image) for image in record.images]
     if len(sizes) == 2:

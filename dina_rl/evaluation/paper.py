@@ -129,9 +129,9 @@ def plan_table(request: EvaluateRun, scorers: Sequence[NamedScorer], runs: Seque
 def notes_on(runs: Sequence[FittedRun]) -> tuple[str, ...]:
     """Which runs a table is made of, and on which preference sets they were fitted if those are several."""
     notes = [f"Fit runs: {', '.join(f'{run.name} (seed {run.run.seed})' for run in runs)}."] if runs else []
-    fitted_on = list(dict.fromkeys(run.run.dataset.path for run in runs))
+    fitted_on = list(dict.fromkeys(str(run.run.latents or run.run.dataset.path) for run in runs))
     if len(fitted_on) > 1:
-        notes.append(f"Fitted on {len(fitted_on)} preference sets: {', '.join(fitted_on)}.")
+        notes.append(f"Fitted on {len(fitted_on)} sets of pairs: {', '.join(fitted_on)}.")
     return tuple(notes)
 
 
@@ -194,7 +194,7 @@ def _single_level(runs: Sequence[FittedRun], title: str, name: str, label: Label
 def _over_levels(
     runs: Sequence[FittedRun], title: str, names: tuple[str, ...], label: Label, views: Sequence[View]
 ) -> Plan:
-    """One row per group and view, which the second label says."""
+    """One row per group and view, whose level is the last of the named labels."""
     rows = []
     for group in _groups(runs, label, _training_order):
         for view in views:

@@ -99,11 +99,15 @@ def measured(run: EvaluateRun, store: ScoreStore, scorer: str, job: ScoringJob, 
     )
 
 
-def uncertainty_of(scores: SetScores) -> Uncertainty:
-    """Appendix A's numbers of repeated scores; raises ValueError like `uncertainty`."""
-    draws = [compare(scores.records, scores.draw(number)).untied().margins for number in range(_draws(scores))]
-    images = torch.cat([scores.scores[record.index] for record in scores.records if record.ordered_pairs()], 1)
-    return uncertainty(torch.stack(draws), images)
+def uncertainty_of(store: ScoreStore, scorer: str, job: ScoringJob, view: View) -> Uncertainty:
+    """Appendix A's numbers of the kept, repeated scores of a job; raises ValueError like `uncertainty`."""
+    scores = store.read(job, view)
+    draws = [compare(scores.records, scores.draw(number)).untied().margins for number in range(view.draws)]
+    images = [scores.scores[record.index] for record in scores.records if record.ordered_pairs()]
+    try:
+        return uncertainty(torch.stack(draws), torch.cat([torch.empty(view.draws, 0), *images], 1))
+    except ValueError as error:
+        raise ValueError(f"uncertainty of {scorer} on {job.data.name} at {view.label}: {error}") from error
 
 
 def write_accuracies(results: Sequence[Measured], path: Path) -> None:
@@ -192,7 +196,3 @@ def _over_t(table: Table) -> dict[str, dict[str, list[tuple[float, Cell]]]]:
             if column in panels and cell is not None:
                 panels[column].setdefault(name, []).append((float(row.labels[place]), cell))
     return panels
-
-
-def _draws(scores: SetScores) -> int:
-    return len(next(iter(scores.scores.values())))

@@ -26,7 +26,7 @@ from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.latents import LatentStore, StoreInfo
 from dina_rl.data.records import PreferenceRecord, PreferenceSet
 from dina_rl.evaluation.identity import Identities, digest
-from dina_rl.evaluation.layout import Layout, lay_out
+from dina_rl.evaluation.layout import Layout, lay_out, needs_sizes
 from dina_rl.evaluation.requests import EncodeRequest, Problem, ScoreRequest, View, Workers
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.runtime import open_pipeline
@@ -90,7 +90,7 @@ class ScoreStore:
         self._layouts: dict[tuple[str, Bucketing], Layout] = {}
         self._unreadable: dict[Path, dict[int, str]] = {}  # latent store -> row -> reason
         self._identities = Identities()
-        self._tasks: dict[tuple[PictureScorerConfig, str, View], str] = {}
+        self._tasks: dict[tuple[PictureScorerConfig, Bucketing | None, str, View], str] = {}
 
     def missing(self, jobs: Sequence[ScoringJob]) -> list[MissingPart]:
         """The scores of `jobs` that are not there yet, in the jobs' order."""
@@ -200,7 +200,7 @@ class ScoreStore:
         return [data.records[first : first + size] for first in range(0, len(data.records), size)]
 
     def _part(self, job: ScoringJob, view: View, number: int) -> Path:
-        key = job.scorer, job.data.digest, view
+        key = job.scorer, job.bucketing, job.data.digest, view
         if key not in self._tasks:
             self._tasks[key] = self._task(job, view)
         return self._root / "scores" / self._tasks[key] / f"part-{number:05d}.safetensors"
@@ -239,7 +239,7 @@ class ScoreStore:
         data, bucketing = job.data.whole, job.bucketing
         key = data.digest, bucketing
         if key not in self._layouts:
-            sizes = {} if bucketing.stretch else self._sizes(data)
+            sizes = self._sizes(data) if needs_sizes(bucketing) else {}
             self._layouts[key] = lay_out(data.records, bucketing, sizes.__getitem__)
         return self._layouts[key]
 
@@ -254,10 +254,11 @@ class ScoreStore:
         return {image: size if isinstance(size, str) else (size[0], size[1]) for image, size in stored.items()}
 
     def _store_directory(self, job: ScoringJob) -> Path:
+        assert job.bucketing is not None
         identity = {
             "records": job.data.whole.digest,
             "pipeline": self._identities.of_pipeline(job.scorer),
-            "buckets": [job.bucketing.buckets, job.bucketing.stretch],
+            "bucketing": asdict(job.bucketing),
             "rows_per_shard": self._run.encode_batch_size,
         }
         return self._root / "latents" / digest(identity)

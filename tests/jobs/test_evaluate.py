@@ -11,6 +11,7 @@ from dina_rl.config import FitRun
 from dina_rl.reward.checkpoint import load_reward, save_reward
 from dina_rl.runtime import open_pipeline
 from jobs import evaluate
+from tests.tiny_clip import save_tiny_clip
 from tests.tiny_reward import write_preferences
 
 SMALL = ["--records_per_part", "2", "--batch_size", "4", "--encode_batch_size", "4", "--bootstrap.resamples", "50"]
@@ -139,6 +140,20 @@ def test_table4_and_figure2(world: Path, inline: dict) -> None:
         found["score_variance"],
     ]
     assert [line["t"] for line in table(world, "figure2", "--levels", "0.2", "0.7")] == ["0.2", "0.7"]
+
+
+def test_table1_sets_other_scorers_beside_the_runs(world: Path, inline: dict, tmp_path: Path) -> None:
+    clip = str(save_tiny_clip(tmp_path / "clip"))
+    scorer = [
+        f"--scorers.pick.{key}={value}" for key, value in {"kind": "pickscore", "path": clip, "processor": clip}.items()
+    ]
+    lines = table(world, "table1", *scorer)
+    assert [(line["Model"], line["Backbone"], line["n"]) for line in lines] == [
+        ("pick", "CLIP", "1"),
+        ("DiNa-LRM", "tiny", "2"),
+        ("DiNa-LRM *", "tiny", "2"),
+    ]
+    assert float(lines[0]["pairs_low"]) <= float(lines[0]["pairs"]) <= float(lines[0]["pairs_high"])
 
 
 @pytest.mark.parametrize(

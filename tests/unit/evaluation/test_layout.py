@@ -21,6 +21,13 @@ def test_one_size_needs_no_sizes() -> None:
     assert layout.problems == {}
 
 
+def test_one_size_may_still_refuse_small_images() -> None:
+    small = Bucketing(buckets=((8, 8),), stretch=True, min_area=100)
+    layout = lay_out([record(0, "small", "large"), record(1, "small", "tiny")], small, SIZES.__getitem__)
+    assert layout.rows == {0: (0, 1), 1: (None, None)}
+    assert "below the minimum" in layout.problems[1][0].reason
+
+
 def test_a_pair_shares_a_bucket_and_a_larger_group_does_not() -> None:
     """A small image beside a large one is seen at the large size; in a group of three each at its own."""
     layout = lay_out([record(0, "small", "large"), record(1, "small", "large", "wide")], BUCKETS, SIZES.__getitem__)

@@ -71,7 +71,7 @@ def test_places_and_processes_do_not_make_rows() -> None:
         fitted("b", 1, run={"dataset": {"path": "y"}, "fit": {"num_workers": 4, "checkpoint_every": 9}}),
     ]
     assert {entry.labels for entry in plan_table(request("table3"), [], runs).entries} == {("LoRA fine-tuning",)}
-    assert notes_on(runs) == ("Fit runs: a (seed 0), b (seed 1).", "Fitted on 2 preference sets: x, y.")
+    assert notes_on(runs) == ("Fit runs: a (seed 0), b (seed 1).", "Fitted on 2 sets of pairs: x, y.")
 
 
 def test_one_fit_is_not_counted_twice() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dina_rl.config import EvaluateRun, PictureScorerConfig
 from dina_rl.evaluation.images import read_image
@@ -139,6 +140,30 @@ def test_unreadable_images_are_dropped_with_their_reason(kind, tmp_path, dataset
     assert (result.dropped_images, result.dropped_pairs, result.accuracy.pairs) == (1, 1, 4)
     with pytest.raises(ValueError, match="set test: 1 of 5 records .* max_broken = 0.1 allows"):
         measured(run.model_copy(update={"max_broken": 0.1}), store, "scorer", job, view)
+
+
+def test_images_are_seen_in_buckets(tmp_path, dina) -> None:
+    """A wide pair beside square ones; a pair of two shapes has no bucket, which breaks nothing."""
+    write_preferences(tmp_path / "set", train=1, test=4)
+    images = tmp_path / "set" / "images"
+    for name in ("test-1-bright", "test-1-dark", "test-2-dark"):
+        with Image.open(images / f"{name}.png") as image:
+            image.resize((66, 33)).save(images / f"{name}.png")
+    run = evaluation(tmp_path / "cache", tmp_path / "set", max_broken=0.0)
+    (data,) = read_sets(run.sets, seed=0)
+    scorer = named_scorer("scorer", dina, buckets=((32, 32), (32, 64)))
+    store, job = ScoreStore(run), scorer.job(data, (SINGLE,))
+    store.fill(store.missing([job]), InlineWorkers())
+    scores = store.read(job, SINGLE)
+    assert [record.index for record in scores.records] == [0, 1, 3]
+    assert [(image.record, image.problem.broken) for image in scores.dropped] == [(2, False), (2, False)]
+    result = measured(run, store, "scorer", job, SINGLE)
+    assert (result.dropped_images, result.dropped_pairs, result.accuracy.pairs) == (2, 1, 3)
+    opened, record = open_scorer(dina), data.records[1]
+    latents = opened.encode(torch.stack([read_image(data.source, key, size=(32, 64)) for key in record.images]))
+    keys = [NoiseKey(group=("hpdv3", "test", 1, 0), member=member) for member in range(2)]
+    expected = opened.at((0.4,)).score_latents(latents, [record.prompt] * 2, keys)
+    torch.testing.assert_close(scores.scores[1][0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sample_uses_the_latents_of_its_set(tmp_path, dataset, dina) -> None:
