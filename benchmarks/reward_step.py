@@ -46,10 +46,10 @@ class BenchmarkRun(Section):
     """pairs per step"""
     steps: Positive = 3
     """steps of each kind in a repeat"""
-    repeats: Positive = 7
+    repeats: Positive = 5
     """times that the kinds take turns, after one that does not count"""
-    threads: Positive = 2
-    """torch threads"""
+    threads: Positive = 1
+    """torch threads; with other work on the machine, more than one wait for each other"""
     pipeline: PipelineConfig = PipelineConfig()
     reward: RewardModelConfig = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=16, alpha=32))
     fit: FitConfig = FitConfig()
