@@ -18,9 +18,6 @@ paper.py        fit runs -> which scores a table of the paper needs, and its row
 results.py      scores -> the numbers of both
 tables.py, figures.py   CSV, Markdown, PNG
 images.py       images of a set as scorers take them
-pairs.py        the short way for a fit: accuracy on the pairs of a latent store
+
+A fit measures itself by the short way of `dina_rl/reward/held_out.py`, on the pairs of latent stores.
 """
-
-from dina_rl.evaluation.pairs import GOLDEN_FILE, label_ceiling, pairwise_accuracy, score_pairs, store_ceiling
-
-__all__ = ["GOLDEN_FILE", "label_ceiling", "pairwise_accuracy", "score_pairs", "store_ceiling"]

@@ -21,7 +21,6 @@ from dina_rl.evaluation.accuracy import CONVENTIONS, Comparisons, bootstrap, by_
 from dina_rl.evaluation.calibration import Calibration, calibrate, thurstone_probability
 from dina_rl.evaluation.figures import plot_lines, plot_reliability, plot_table
 from dina_rl.evaluation.leak import Leak, find_leak, fingerprints
-from dina_rl.evaluation.pairs import GOLDEN_FILE, label_ceiling
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import Measured, comparisons_of, measured, uncertainty_of, write_accuracies
 from dina_rl.evaluation.scorers import NamedScorer
@@ -29,6 +28,7 @@ from dina_rl.evaluation.scores import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, open_source
 from dina_rl.evaluation.tables import Cell, Row, Table, grid, markdown, shown, write_rows
 from dina_rl.evaluation.uncertainty import Uncertainty
+from dina_rl.reward.held_out import GOLDEN_FILE, label_ceiling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,9 @@ from dina_rl.data.latents import LatentStore, PairStore
 from dina_rl.data.order import evaluation_batches
 from dina_rl.data.pairs import PairBatch
 from dina_rl.data.registry import open_store
-from dina_rl.evaluation import pairwise_accuracy, score_pairs, store_ceiling
 from dina_rl.reward.checkpoint import save_reward
 from dina_rl.reward.fit import REWARD, Accuracies, FitResult, RewardFit, StepReport, fit
+from dina_rl.reward.held_out import pairwise_accuracy, score_pairs, store_ceiling
 from dina_rl.reward.model import LatentRewardModel
 
 LOG_FILE = "fit.jsonl"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dina_rl.backbones.registry import open_backbone
-from dina_rl.evaluation import label_ceiling, pairwise_accuracy, score_pairs
+from dina_rl.reward.held_out import label_ceiling, pairwise_accuracy, score_pairs
 from tests.tiny_reward import pair_batch, stirred_model
 
 

@@ -1,4 +1,4 @@
-"""How well a reward model agrees with held-out preferences."""
+"""How well a reward model agrees with the held-out pairs of a latent store: what a fit reports of itself."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
