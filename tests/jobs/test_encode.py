@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy
 import pyarrow
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 
@@ -14,6 +15,7 @@ from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, RETENTION_FILE, SKIPPED_FILE, EncodingHere, check_inputs, encode_dataset
 from dina_rl.data.latents import LatentStore
+from dina_rl.data.prompt_store import PROMPTS, PromptStore, StoredPrompts
 from jobs import encode
 
 SIZES = ((32, 32), (24, 48))
@@ -61,6 +63,7 @@ def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
             "max_skipped": 0.1,
             "encode_batch_size": 4,
             "batches_per_shard": 2,
+            "prompt_embeddings": True,
         },
         "reward": {"taps": [1, 2], "num_heads": 4},
     }
@@ -86,12 +89,21 @@ def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
     for bucket in range(2):
         chosen = tables[0].chosen[tables[0].bucket == bucket]
         assert numpy.allclose(store.latents(chosen), ours.latents(chosen), rtol=1e-4, atol=1e-5)
-    for name in (SKIPPED_FILE, RETENTION_FILE, "latents/pairs-test.parquet", "latents/rows.parquet"):
+    index = f"latents/{PROMPTS}/prompts.parquet"
+    for name in (SKIPPED_FILE, RETENTION_FILE, "latents/pairs-test.parquet", "latents/rows.parquet", index):
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
 
-    shards = sorted(store.directory.glob("shard-*"))
+    stored, encoder = StoredPrompts([PromptStore(store.directory)]), backbone.load_text_encoder()
+    prompts = [tables[0].prompts[number] for number in tables[0].prompt.tolist()]
+    assert len(set(prompts)) == PromptStore(store.directory).num_prompts == 28
+    assert torch.allclose(stored(prompts).embeds, encoder(prompts).embeds, rtol=1e-4, atol=1e-5)
+
+    shards = sorted(store.directory.rglob("shard-*"))
     before = {shard: (shard.stat().st_mtime_ns, shard.read_bytes()) for shard in shards}
-    shards[-1].unlink()
+    lost = {shards[-1], store.directory / PROMPTS / "shard-00000.parquet"}
+    assert len(lost) == 2
+    for shard in lost:
+        shard.unlink()
     encode.main([*argv, "--resume"])
     assert {shard: shard.read_bytes() for shard in shards} == {shard: content for shard, (_, content) in before.items()}
-    assert [shard.stat().st_mtime_ns for shard in shards[:-1]] == [before[shard][0] for shard in shards[:-1]]
+    assert lost == {shard for shard in shards if shard.stat().st_mtime_ns != before[shard][0]}
