@@ -15,7 +15,7 @@ from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, RETENTION_FILE, SKIPPED_FILE, EncodingHere, check_inputs, encode_dataset
 from dina_rl.data.latents import LatentStore
-from dina_rl.data.prompt_store import PROMPTS, PromptStore, StoredPrompts
+from dina_rl.data.prompt_store import StoredPrompts, find_prompts
 from jobs import encode
 
 SIZES = ((32, 32), (24, 48))
@@ -51,7 +51,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
     ray_local, dataset: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """The same files; and with --resume, what was lost meanwhile is made again, and nothing else."""
+    """The same files; and with --resume, what was lost meanwhile is made again and prompts are added, nothing else."""
     monkeypatch.setattr(encode, "MEASURED_HERE", 0)  # image headers by Ray too
     values = {
         "pipeline": {"path": str(tiny_pipeline)},
@@ -63,7 +63,6 @@ def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
             "max_skipped": 0.1,
             "encode_batch_size": 4,
             "batches_per_shard": 2,
-            "prompt_embeddings": True,
         },
         "reward": {"taps": [1, 2], "num_heads": 4},
     }
@@ -89,21 +88,17 @@ def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
     for bucket in range(2):
         chosen = tables[0].chosen[tables[0].bucket == bucket]
         assert numpy.allclose(store.latents(chosen), ours.latents(chosen), rtol=1e-4, atol=1e-5)
-    index = f"latents/{PROMPTS}/prompts.parquet"
-    for name in (SKIPPED_FILE, RETENTION_FILE, "latents/pairs-test.parquet", "latents/rows.parquet", index):
+    for name in (SKIPPED_FILE, RETENTION_FILE, "latents/pairs-test.parquet", "latents/rows.parquet"):
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
 
-    stored, encoder = StoredPrompts([PromptStore(store.directory)]), backbone.load_text_encoder()
-    prompts = [tables[0].prompts[number] for number in tables[0].prompt.tolist()]
-    assert len(set(prompts)) == PromptStore(store.directory).num_prompts == 28
-    assert torch.allclose(stored(prompts).embeds, encoder(prompts).embeds, rtol=1e-4, atol=1e-5)
-
-    shards = sorted(store.directory.rglob("shard-*"))
+    shards = sorted(store.directory.glob("shard-*"))
     before = {shard: (shard.stat().st_mtime_ns, shard.read_bytes()) for shard in shards}
-    lost = {shards[-1], store.directory / PROMPTS / "shard-00000.parquet"}
-    assert len(lost) == 2
-    for shard in lost:
-        shard.unlink()
-    encode.main([*argv, "--resume"])
+    shards[-1].unlink()
+    encode.main([*argv, "--resume", "--dataset.prompt_embeddings"])
     assert {shard: shard.read_bytes() for shard in shards} == {shard: content for shard, (_, content) in before.items()}
-    assert lost == {shard for shard in shards if shard.stat().st_mtime_ns != before[shard][0]}
+    assert [shard.stat().st_mtime_ns for shard in shards[:-1]] == [before[shard][0] for shard in shards[:-1]]
+    embeddings, kept = find_prompts(store.directory, run.pipeline), tables[0].prompts
+    assert list(embeddings.iter_prompts()) == list(kept)
+    stored, expected = StoredPrompts([embeddings])(kept), backbone.load_text_encoder()(kept)
+    assert torch.allclose(stored.embeds, expected.embeds, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(stored.pooled, expected.pooled, rtol=1e-4, atol=1e-5)
