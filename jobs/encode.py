@@ -2,7 +2,8 @@
 
 What to encode is decided first, from records and image headers (`dina_rl/data/plan.py`); tasks read the headers of a
 large set. Then shards of images go to actors, which decode, run the VAE and write: pixels never travel. What is on disk
-already is not done again, so a killed encode continues with --resume. At the end stands what became of every pair. On a
+already is not done again, so a killed encode continues with --resume. At the end stands what became of every pair. With
+`dataset.prompt_embeddings`, also switched on later with --resume, the pairs' prompts follow, in the same way. On a
 cluster, `run_dir` and the dataset must lie on storage that all nodes share.
 """
 
@@ -20,19 +21,20 @@ from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
 from dina_rl.data.encode import check_inputs, encode_dataset, encode_shard, measure_images
 from dina_rl.data.latents import LatentStore
 from dina_rl.data.plan import EncodePlan, Measured
+from dina_rl.data.prompt_store import PromptStore
 from dina_rl.data.registry import open_set
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
 
 DEFAULT_CONFIG = "configs/shapes_reward.yaml"
 MAY_CHANGE = (
-    "dataset.max_skipped",
+    *("dataset.max_skipped", "dataset.prompt_embeddings"),
     *(
         f"fit.{key}"
         for key in ("num_workers", "cpus_per_worker", "gpus_per_worker", "threads_per_worker", "checkpoint_every")
     ),
 )
-"""What a resumed run may set differently: who does the work and what is tolerated, not what comes out."""
+"""What a resumed run may set differently: who does the work, what is tolerated, and what is added to the latents."""
 
 MEASURED_HERE = 32
 """Chunks of image headers that this process reads before Ray's workers would have started."""
@@ -67,7 +69,19 @@ class EncodeShard:
             batch_size=self._batch_size,
             threads=self._threads,
         )
-        return {"images": count}
+        return {"done": count}
+
+
+class EncodePrompts:
+    """Ray Data actor: runs the text encoders on the prompts of a shard and writes it."""
+
+    def __init__(self, directory: Path, pipeline: PipelineConfig, threads: int) -> None:
+        configure_process(threads)
+        self._prompts = PromptStore(directory)
+        self._encoder = open_pipeline(pipeline).load_text_encoder(cached=1)  # prompts are distinct
+
+    def __call__(self, shard: dict) -> dict:
+        return {"done": self._prompts.write_shard(int(shard["shard"]), self._encoder)}
 
 
 class RayEncoding:
@@ -88,21 +102,32 @@ class RayEncoding:
                 yield int(row["chunk"]), [problem or (int(height), int(width)) for height, width, problem in found]
 
     def encode(self, run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
-        gpus = run.fit.gpus_per_worker
-        actors = run.fit.num_workers if gpus else 1  # on a CPU one VAE with all threads beats two, and starts sooner
-        threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
-        done = ray.data.from_items([{"shard": shard} for shard in shards]).map(
-            EncodeShard,
-            fn_constructor_args=(store.directory, run.pipeline, run.dataset, threads),
-            compute=ActorPoolStrategy(size=actors),
-            num_cpus=run.fit.cpus_per_worker,
-            num_gpus=gpus,
-            runtime_env=visible_gpus(gpus),
-        )
         images = sum(len(store.info.shard(shard)[1]) for shard in shards)
         with tqdm(total=images, desc="encode", unit="img") as bar:
-            for shard in done.iter_rows():
-                bar.update(shard["images"])
+            for done in _on_actors(EncodeShard, (store.directory, run.pipeline, run.dataset), run, shards):
+                bar.update(done)
+
+    def encode_prompts(self, run: FitRun, prompts: PromptStore, shards: Sequence[int]) -> None:
+        count = sum(len(prompts.rows(shard)) for shard in shards)
+        with tqdm(total=count, desc="prompts", unit="prompt") as bar:
+            for done in _on_actors(EncodePrompts, (prompts.directory.parent, run.pipeline), run, shards):
+                bar.update(done)
+
+
+def _on_actors(actor: type, arguments: tuple, run: FitRun, shards: Sequence[int]) -> Iterator[int]:
+    """How much of every shard is done, as it is. An actor is made of `arguments` and its number of threads."""
+    gpus = run.fit.gpus_per_worker
+    actors = run.fit.num_workers if gpus else 1  # on a CPU one model with all threads beats two, and starts sooner
+    threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
+    done = ray.data.from_items([{"shard": shard} for shard in shards]).map(
+        actor,
+        fn_constructor_args=(*arguments, threads),
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=run.fit.cpus_per_worker,
+        num_gpus=gpus,
+        runtime_env=visible_gpus(gpus),
+    )
+    return (row["done"] for row in done.iter_rows())
 
 
 def main(argv: Sequence[str]) -> None:

@@ -4,6 +4,8 @@ Run directory:
     config.yaml, versions.json   the resolved configuration
     skipped.jsonl                unusable records and why (absent if there are none)
     latents/                     the encoded images (jobs/encode.py); absent with --latents, a store that fits share
+    latents/prompts/             the encoded prompts, with dataset.prompt_embeddings; a fit whose stores, the held-out
+                                 ones too, all have theirs loads no text encoders
     train/                       Ray Train's own: checkpoints that a killed fit continues from with --resume
     tensorboard/, fit.jsonl      curves, those of the held-out sets among them
     reward/, reward_best/        the averaged weights, what `load_reward` reads: at the end, and at their best
@@ -28,7 +30,14 @@ from dina_rl.cli import fail, load
 from dina_rl.config import FitRun
 from dina_rl.data.registry import open_store
 from dina_rl.reward.fit import METRICS_FILE, FitResult
-from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents, unseen_pairs
+from dina_rl.reward.inputs import (
+    MAY_CHANGE,
+    check_fit_inputs,
+    encode_missing,
+    training_latents,
+    unseen_pairs,
+    without_embeddings,
+)
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, result_of
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
@@ -60,7 +69,8 @@ def fit_reward_model(run: FitRun) -> FitResult:
     encode_missing(run, run_dir, backbone, RayEncoding())
     latents = training_latents(run, run_dir)
     store = open_store(latents)
-    print("".join(f"{line}\n" for line in unseen_pairs(run, store)), end="", flush=True)
+    notes = unseen_pairs(run, store) + without_embeddings(run, latents)
+    print("".join(f"{line}\n" for line in notes), end="", flush=True)
     encode_seconds = perf_counter() - begin
     with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
         outcome = Outcome(**_trainer(run, run_dir, latents).fit().return_value)

@@ -15,6 +15,7 @@ from dina_rl.checkpoint import load_tensors, save_tensors
 from dina_rl.config import FitRun
 from dina_rl.data.registry import open_store
 from dina_rl.reward.fit import RewardFit
+from dina_rl.reward.inputs import open_encoder
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import run_fit
 from dina_rl.runtime import configure_process, open_pipeline
@@ -65,7 +66,7 @@ def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> dict:
     outcome = run_fit(
         progress,
         pair_batches(ray.train.get_dataset_shard("train"), store.pairs("train").prompts, first_step=progress.step),
-        backbone.load_text_encoder(),
+        open_encoder(run, latents, backbone),
         store,
         run,
         run_dir,

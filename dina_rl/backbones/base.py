@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from dina_rl.backbones.text import CACHED_PROMPTS
 from dina_rl.types import PromptEmbeds
 
 
@@ -60,7 +61,9 @@ class Backbone(Protocol):
         """The denoiser on torch's meta device: shapes and names without weights."""
         ...
 
-    def load_text_encoder(self) -> TextEncoder: ...
+    def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> TextEncoder:
+        """The text encoders, behind a cache of the `cached` prompts used last (at least one)."""
+        ...
 
     def load_codec(self) -> LatentCodec: ...
 

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig
 from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
 from dina_rl.backbones.lora import export_adapter
-from dina_rl.backbones.text import CachedTextEncoder
+from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.types import PromptEmbeds
 
@@ -91,7 +91,7 @@ class SD3:
     def empty_transformer(self) -> SD3Transformer2DModel:
         return without_weights(SD3Transformer2DModel, self.path, self.dtype)
 
-    def load_text_encoder(self) -> CachedTextEncoder:
+    def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """CLIP-L, CLIP-G and T5 through the stock pipeline's `encode_prompt`."""
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
         pipeline.to(self.device)
@@ -107,7 +107,7 @@ class SD3:
             )
             return PromptEmbeds(embeds=embeds, pooled=pooled)
 
-        return CachedTextEncoder(encode, self.device)
+        return CachedTextEncoder(encode, self.device, cached=cached)
 
     def load_codec(self) -> KLCodec:
         return load_kl_codec(self.path, self.dtype, self.device)

@@ -18,9 +18,10 @@ class CachedTextEncoder:
     Prompts are encoded one at a time: an embedding must not depend on which prompts happened to share its batch.
     """
 
-    def __init__(self, encode: Callable[[str], PromptEmbeds], device: str) -> None:
+    def __init__(self, encode: Callable[[str], PromptEmbeds], device: str, *, cached: int) -> None:
         self._encode = encode
         self._device = device
+        self._cached = cached  # at least 1
         self._cache: OrderedDict[str, PromptEmbeds] = OrderedDict()
 
     @torch.no_grad()
@@ -30,7 +31,7 @@ class CachedTextEncoder:
     def _one(self, prompt: str) -> PromptEmbeds:
         if prompt not in self._cache:
             self._cache[prompt] = self._encode(prompt).to("cpu")  # GPU memory is dear
-            if len(self._cache) > CACHED_PROMPTS:
+            if len(self._cache) > self._cached:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(prompt)
         return self._cache[prompt]

@@ -20,7 +20,7 @@ from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
-from dina_rl.backbones.text import CachedTextEncoder
+from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.types import PromptEmbeds
 
@@ -147,7 +147,7 @@ class ZImage:
     def empty_transformer(self) -> ZImageTransformer2DModel:
         return without_weights(ZImageTransformer2DModel, self.path, self.dtype)
 
-    def load_text_encoder(self) -> CachedTextEncoder:
+    def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """Qwen3's last hidden states but one of the chat, through the stock pipeline's `encode_prompt`."""
         pipeline = ZImagePipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
         pipeline.to(self.device)
@@ -165,7 +165,7 @@ class ZImage:
                 lengths=torch.tensor([len(tokens)]),
             )
 
-        return CachedTextEncoder(encode, self.device)
+        return CachedTextEncoder(encode, self.device, cached=cached)
 
     def load_codec(self) -> KLCodec:
         return load_kl_codec(self.path, self.dtype, self.device)

@@ -124,6 +124,8 @@ class DatasetConfig(Section):
     """images per VAE forward"""
     batches_per_shard: Positive = 1
     """VAE forwards whose latents share a file"""
+    prompt_embeddings: bool = False
+    """store every prompt's embeddings too, so that a fit needs no text encoders in memory"""
 
     @property
     def location(self) -> Path:

@@ -1,7 +1,7 @@
 """From a preference set on disk to a complete latent store; who reads sizes and runs the VAE is the caller's choice.
 
 run_dir/plan.sqlite       what is encoded (`plan.py`); with the shards it lets a killed run go on
-run_dir/latents/          the store
+run_dir/latents/          the store, with `dataset.prompt_embeddings` also its prompts/ (`prompt_store.py`)
 run_dir/skipped.jsonl     every entry with something wrong in it, and what: malformed, unreadable, refused paths,
                           repeats, images without a bucket (absent if there are none)
 run_dir/retention.json    what became of every pair: in = kept + dropped
@@ -28,6 +28,7 @@ from dina_rl.data.latents import SPLITS, LatentStore, Split, StoreInfo
 from dina_rl.data.parquet import write_lines
 from dina_rl.data.plan import CHUNK, EncodePlan, Measured, SplitRetention
 from dina_rl.data.preprocessed_set import PreprocessedSet, copy_latents
+from dina_rl.data.prompt_store import PromptsInfo, PromptStore
 from dina_rl.data.records import PreferenceRecord, PreferenceSet
 from dina_rl.data.registry import open_set
 
@@ -48,6 +49,10 @@ class EncodeWork(Protocol):
         """Encode the given shards of the store by `encode_shard`."""
         ...
 
+    def encode_prompts(self, run: FitRun, prompts: PromptStore, shards: Sequence[int]) -> None:
+        """Encode the given shards of the prompts by `PromptStore.write_shard`."""
+        ...
+
 
 class EncodingHere:
     """`EncodeWork` in this process."""
@@ -64,6 +69,12 @@ class EncodingHere:
         codec = self._backbone.load_codec()
         for shard in tqdm(shards, desc="encode", unit="shard"):
             encode_shard(source, store, shard, codec, batch_size=run.dataset.encode_batch_size, threads=1)
+
+    def encode_prompts(self, run: FitRun, prompts: PromptStore, shards: Sequence[int]) -> None:
+        encoder = self._backbone.load_text_encoder(cached=1)  # prompts are distinct
+        with tqdm(total=sum(len(prompts.rows(shard)) for shard in shards), desc="prompts", unit="prompt") as bar:
+            for shard in shards:
+                bar.update(prompts.write_shard(shard, encoder))
 
 
 def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
@@ -106,6 +117,8 @@ def check_fit(run: FitRun, backbone: Backbone) -> None:
 def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeWork) -> LatentStore:
     """The complete latent store of `run.dataset` in `run_dir`; whatever of it is missing is encoded now.
 
+    With `dataset.prompt_embeddings` its prompts are encoded last, those of the pairs that are left.
+
     Raises:
         ValueError: no such dataset, too many unusable records, or the directory holds latents of something else.
     """
@@ -132,6 +145,11 @@ def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeW
             work.encode(run, store, missing)
         if missing or not store.complete():
             _finish(plan, store, run_dir, dataset)
+        if dataset.prompt_embeddings:
+            prompts = PromptStore.create(store.directory, PromptsInfo.of(run.pipeline, backbone), plan.prompts())
+            missing = prompts.missing_shards()
+            if missing:
+                work.encode_prompts(run, prompts, missing)
         return store
     finally:
         plan.close()
@@ -213,7 +231,7 @@ def retention_lines(retention: Mapping[Split, SplitRetention]) -> list[str]:
 
 def _ingredients(run: FitRun) -> dict[str, object]:
     """What the plan and the latents depend on."""
-    dataset = run.dataset.model_dump(mode="json", exclude={"max_skipped"})
+    dataset = run.dataset.model_dump(mode="json", exclude={"max_skipped", "prompt_embeddings"})
     pipeline = run.pipeline.model_dump(mode="json", include={"path", "dtype", "height", "width"})
     return {"dataset": dataset, "pipeline": pipeline, "seed": run.seed, "chunk": CHUNK}
 

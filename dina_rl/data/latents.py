@@ -4,6 +4,7 @@
     rows.parquet                    {image}: the image of every row, the index of the store
     shard-00000.parquet             {latent, problem}: normalised latents of rows of one bucket, as bytes
     pairs-train.parquet, -test      {pair_id, chosen, rejected, prompt}; written last: with them the store is complete
+    prompts/                        embeddings of the pairs' prompts, where they were asked for (`prompt_store.py`)
 
 Rows are ordered by bucket. Every file is zstd-compressed and appears whole or not at all. Row groups of a shard are
 small, so that a row costs little to read. A row whose image could not be read holds zeros, and no pair refers to it.

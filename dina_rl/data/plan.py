@@ -295,6 +295,11 @@ class EncodePlan:
         for pair, chosen, rejected, prompt in self._db.execute(query, (split,)):
             yield StoredPair(pair_id=pair, chosen=chosen - 1, rejected=rejected - 1, prompt=prompt)
 
+    def prompts(self) -> Iterator[str]:
+        """The distinct prompts of the pairs that can be used, in order of appearance."""
+        query = f"SELECT text FROM prompts WHERE id IN (SELECT pairs.prompt {_USABLE}) ORDER BY id"
+        return (text for (text,) in self._db.execute(query))
+
     def skipped(self) -> Iterator[SkippedRecord]:
         """Everything that is wrong with a record of the set, in the order of its files."""
         query = "SELECT file, record, reason FROM listed ORDER BY file, record, rowid"

@@ -20,7 +20,15 @@ from dina_rl.data.order import fit_order
 from dina_rl.data.pairs import PairBatch
 from dina_rl.data.registry import open_store
 from dina_rl.reward.fit import METRICS_FILE, FitResult, RewardFit, StepReport, fit
-from dina_rl.reward.inputs import MAY_CHANGE, check_fit_inputs, encode_missing, training_latents, unseen_pairs
+from dina_rl.reward.inputs import (
+    MAY_CHANGE,
+    check_fit_inputs,
+    encode_missing,
+    open_encoder,
+    training_latents,
+    unseen_pairs,
+    without_embeddings,
+)
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import result_of, run_fit
 from dina_rl.runtime import open_pipeline
@@ -39,9 +47,11 @@ def fit_inline(run: FitRun) -> FitResult:
     if (run_dir / METRICS_FILE).is_file():
         return FitResult(**json.loads((run_dir / METRICS_FILE).read_text()))
     encode_missing(run, run_dir, backbone, EncodingHere(backbone))
-    store = open_store(training_latents(run, run_dir))
-    print("".join(f"{line}\n" for line in unseen_pairs(run, store)), end="", flush=True)
-    encoder = backbone.load_text_encoder()
+    latents = training_latents(run, run_dir)
+    store = open_store(latents)
+    notes = unseen_pairs(run, store) + without_embeddings(run, latents)
+    print("".join(f"{line}\n" for line in notes), end="", flush=True)
+    encoder = open_encoder(run, latents, backbone)
     encoded = perf_counter()
     with tqdm(total=run.fit.steps, desc="fit reward", unit="step") as bar:
 

@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dina_rl.backbones.base import Backbone
+from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, EncodeWork, check_fit, check_inputs, encode_dataset
 from dina_rl.data.latents import SPLITS, LatentStore, PairStore, Split
 from dina_rl.data.order import fit_order
+from dina_rl.data.prompt_store import StoredPrompts, find_prompts
 from dina_rl.data.registry import open_store
 
 MAY_CHANGE = (
-    "inline",
+    *("inline", "dataset.prompt_embeddings"),
     *(
         f"fit.{key}"
         for key in (
@@ -28,7 +29,7 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
 
     Raises:
         ValueError: no such dataset or latent store, nothing to train on or nothing held out, too many malformed
-            records, latents of another pipeline, or a reward model that the pipeline does not fit.
+            records, latents or prompt embeddings of another pipeline, or a reward model that the pipeline does not fit.
     """
     held_out = {name: _absolute(directory) for name, directory in run.fit.held_out.items()}
     run = run.model_copy(update={"fit": run.fit.model_copy(update={"held_out": held_out})})
@@ -49,7 +50,7 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
 
 def check_store(directory: Path, splits: Sequence[Split], run: FitRun, backbone: Backbone) -> None:
     """Raises ValueError if there is no complete store of encoded pairs, or one without pairs in one of `splits` or
-    whose latents the pipeline did not make.
+    whose latents the pipeline did not make, or prompt embeddings that it would make differently.
     """
     store = open_store(directory)
     if isinstance(store, LatentStore):
@@ -69,6 +70,7 @@ def check_store(directory: Path, splits: Sequence[Split], run: FitRun, backbone:
     for split in splits:
         if not len(store.pairs(split)):
             raise ValueError(f"latent store {directory} has no {split} pairs")
+    find_prompts(directory, run.pipeline)
 
 
 def training_latents(run: FitRun, run_dir: Path) -> Path:
@@ -84,6 +86,36 @@ def encode_missing(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeW
     """
     if run.latents is None:
         encode_dataset(run, run_dir, backbone, work)
+
+
+def open_encoder(run: FitRun, latents: Path, backbone: Backbone) -> TextEncoder:
+    """The embeddings stored beside the encoded pairs, if every store that the fit reads has them: the one at `latents`
+    and the held-out ones. Otherwise the pipeline's text encoders, for all prompts; `without_embeddings` says why.
+
+    Raises:
+        ValueError: stored embeddings that are not complete, or were made with other settings of the pipeline.
+    """
+    stores = [find_prompts(directory, run.pipeline) for directory in _stores(run, latents)]
+    found = [store for store in stores if store is not None]
+    return StoredPrompts(found) if len(found) == len(stores) else backbone.load_text_encoder()
+
+
+def without_embeddings(run: FitRun, latents: Path) -> list[str]:
+    """A line for every store whose lack of embeddings makes a fit load text encoders although they were asked for, by
+    `dataset.prompt_embeddings` or by storing them elsewhere.
+
+    Raises:
+        ValueError: as `open_encoder`.
+    """
+    stores = _stores(run, latents)
+    lacking = [directory for directory in stores if find_prompts(directory, run.pipeline) is None]
+    if len(lacking) == len(stores) and not run.dataset.prompt_embeddings:
+        return []
+    return [f"{directory} has no prompt embeddings: the text encoders are loaded" for directory in lacking]
+
+
+def _stores(run: FitRun, latents: Path) -> list[Path]:
+    return [latents, *(Path(directory) for directory in run.fit.held_out.values())]
 
 
 def unseen_pairs(run: FitRun, store: PairStore) -> list[str]:

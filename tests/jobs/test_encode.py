@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy
 import pyarrow
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 
@@ -14,6 +15,7 @@ from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, RETENTION_FILE, SKIPPED_FILE, EncodingHere, check_inputs, encode_dataset
 from dina_rl.data.latents import LatentStore
+from dina_rl.data.prompt_store import StoredPrompts, find_prompts
 from jobs import encode
 
 SIZES = ((32, 32), (24, 48))
@@ -49,7 +51,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
     ray_local, dataset: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """The same files; and with --resume, what was lost meanwhile is made again, and nothing else."""
+    """The same files; and with --resume, what was lost meanwhile is made again and prompts are added, nothing else."""
     monkeypatch.setattr(encode, "MEASURED_HERE", 0)  # image headers by Ray too
     values = {
         "pipeline": {"path": str(tiny_pipeline)},
@@ -92,6 +94,11 @@ def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
     shards = sorted(store.directory.glob("shard-*"))
     before = {shard: (shard.stat().st_mtime_ns, shard.read_bytes()) for shard in shards}
     shards[-1].unlink()
-    encode.main([*argv, "--resume"])
+    encode.main([*argv, "--resume", "--dataset.prompt_embeddings"])
     assert {shard: shard.read_bytes() for shard in shards} == {shard: content for shard, (_, content) in before.items()}
     assert [shard.stat().st_mtime_ns for shard in shards[:-1]] == [before[shard][0] for shard in shards[:-1]]
+    embeddings, kept = find_prompts(store.directory, run.pipeline), tables[0].prompts
+    assert list(embeddings.iter_prompts()) == list(kept)
+    stored, expected = StoredPrompts([embeddings])(kept), backbone.load_text_encoder()(kept)
+    assert torch.allclose(stored.embeds, expected.embeds, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(stored.pooled, expected.pooled, rtol=1e-4, atol=1e-5)
