@@ -46,15 +46,16 @@ def learner_footprint(run: AlignRun, backbone: Backbone) -> LearnerFootprint:
     if learner.gradient_checkpointing:
         module.enable_gradient_checkpointing()
         activations = saved_bytes(module, backbone, run) + activations // backbone.num_blocks
-    weights = _bytes(module)
+    buffers = sum(_size(buffer) for buffer in module.buffers())
+    parameters, whole = _bytes(module) - buffers, buffers  # `whole` is on every rank whatever the stage
     if learner.lora is None:
-        masters = trained * FP32 + sum(_size(buffer) for buffer in module.buffers())
-        cast = frozen if run.pipeline.dtype != "float32" else 0
-        weights = masters + cast + (frozen if run.kl_weight else 0)
+        parameters = trained * FP32
+        whole += frozen if run.pipeline.dtype != "float32" else 0  # the cast copy
+        whole += frozen if run.kl_weight else 0  # the reference
     gradients = trained * FP32 // (ranks if learner.zero_stage >= 2 else 1)
     moments = MOMENTS * trained * FP32 // (ranks if learner.zero_stage >= 1 else 1)
-    sharded = ranks if learner.zero_stage == 3 else 1
-    return LearnerFootprint(weights=weights // sharded, optimizer=gradients + moments, activations=activations)
+    weights = parameters // (ranks if learner.zero_stage == 3 else 1) + whole
+    return LearnerFootprint(weights=weights, optimizer=gradients + moments, activations=activations)
 
 
 def saved_bytes(module: nn.Module, backbone: Backbone, run: AlignRun) -> int:

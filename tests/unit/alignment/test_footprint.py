@@ -88,3 +88,15 @@ def test_sd35_medium_fits_where_it_should(tmp_path):
     whole = learner_footprint(run_of(pipeline, lora=None, zero_stage=2), backbone)
     assert whole.optimizer == 3 * 4 * 2_243_171_520 // 2
     assert whole.weights == 4 * (2_243_171_520) + 2 * 226_492_416 + 2 * base  # masters, their cast, the reference
+
+
+def test_the_reference_of_full_fine_tuning_is_whole_on_every_rank(tiny_pipeline):
+    def weights(kl_weight):
+        values = {"pipeline": {"path": str(tiny_pipeline)}, "grpo": {"kl_weight": kl_weight}}
+        learner = {"lora": None, "zero_stage": 3, "micro_batch_size": 9}
+        run = AlignRun.model_validate({**values, "learner": learner, "workers": {"learner_ranks": 4}})
+        return learner_footprint(run, open_pipeline(run.pipeline)).weights
+
+    transformer = open_pipeline(run_of({"path": str(tiny_pipeline)}).pipeline).load_transformer()
+    numbers = sum(tensor.numel() for tensor in (*transformer.parameters(), *transformer.buffers()))
+    assert weights(0.1) - weights(0.0) == 4 * numbers
