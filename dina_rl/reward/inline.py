@@ -39,6 +39,7 @@ def fit_inline(run: FitRun) -> FitResult:
 
     Raises:
         ValueError: mistakes in the inputs or a used run directory; too many unreadable images.
+        RunStopped: a gradient is not finite.
     """
     begin = perf_counter()
     backbone = open_pipeline(run.pipeline)
