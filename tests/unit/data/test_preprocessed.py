@@ -129,11 +129,12 @@ def voted(chosen: int, rejected: int) -> str:
 
 
 def test_the_copy_is_filtered_and_holds_the_same_latents(tmp_path: Path) -> None:
-    """What passes the filters, by bucket; an unreadable latent drops its pair."""
+    """What passes the filters, by bucket; a latent that is unreadable or no number drops its pair."""
     votes = [voted(9, 1), voted(0, 0), voted(5, 5), *[voted(9, 1)] * 4]
     write_part(tmp_path / "part_rank00.parquet", range(7), detailed_results=votes)
     broken = [npy(latent(pair, 1)) for pair in range(7, 12)]
     broken[1] = broken[1][:-4]
+    broken[3] = npy(latent(10, 1) * numpy.float32("nan"))
     write_part(tmp_path / "part_rank01.parquet", range(7, 12), latent1=broken, detailed_results=["{"] + votes[3:])
     source = open_set("preprocessed", tmp_path)
     dataset = DatasetConfig(kind="preprocessed", buckets=[[32, 32], [16, 48]], filter={"min_vote_share": 0.6})
@@ -159,13 +160,13 @@ def test_the_copy_is_filtered_and_holds_the_same_latents(tmp_path: Path) -> None
     store.write_pairs("train", plan.stored_pairs("train"))
     report = plan.retention(sizes.buckets)["train"]
     assert (report.records, report.malformed, report.pairs) == (12, 1, 11)
-    assert (report.dropped, report.kept) == ({"vote_share": 1, "unreadable": 1}, 9)
-    assert ["not a literal" in line.reason or "unreadable latent" in line.reason for line in plan.skipped()] == [
-        True
-    ] * 2
+    assert (report.dropped, report.kept) == ({"vote_share": 1, "unreadable": 2}, 8)
+    listed = [line.reason for line in plan.skipped()]
+    for reason, words in zip(listed, ("not a literal", "unreadable latent", "latent is not finite"), strict=True):
+        assert words in reason
     plan.close()
     table = store.pairs("train")
-    assert table.pair_ids.tolist() == [0, 1, 3, 4, 5, 6, 9, 10, 11]
+    assert table.pair_ids.tolist() == [0, 1, 3, 4, 5, 6, 9, 11]
     for position, pair in enumerate(table.pair_ids.tolist()):
         batch = store.batch(table, torch.tensor([position]))
         assert numpy.array_equal(batch.chosen[0].numpy(), latent(pair, 1))
