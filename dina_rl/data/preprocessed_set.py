@@ -38,13 +38,16 @@ class PreprocessedSet:
         return files.records(split, [*COLUMNS], _record)
 
     def image(self, key: str) -> bytes:
-        return self._folders.image(key)
+        return self._files_of(key).image(key)
 
     def size(self, key: str) -> Size:
-        shape = self._folders.cell(f"{key}_shape")
+        shape = self._files_of(key).cell(f"{key}_shape")
         if not isinstance(shape, list) or len(shape) != 3:
             raise ValueError(f"the shape of a latent must be [C, h, w], got {shape}")
         return PIXELS_PER_LATENT * shape[1], PIXELS_PER_LATENT * shape[2]
+
+    def _files_of(self, key: str) -> ParquetSet:
+        return self._folders if "/" in key.partition("#")[0] else self._plain
 
 
 def copy_latents(source: PreprocessedSet, store: LatentStore, shards: Sequence[int]) -> None:

@@ -114,8 +114,25 @@ def test_genai_bench(tmp_path: Path) -> None:
     assert len(list(source.records("test_v1"))) == 1
     with pytest.raises(ValueError, match="the cell is empty"):
         source.image("image_generation/test-00000-of-00001.parquet#1/1/right_image")
-    with pytest.raises(ValueError, match="leaves the data directory"):
-        source.image("../elsewhere.parquet#0/0/right_image")
+    write_parquet(tmp_path / "image_generation" / "other" / "test.parquet", columns)
+    write_parquet(tmp_path.parent / "elsewhere.parquet", columns)
+    for place in ("../elsewhere.parquet", "image_generation/other/test.parquet", str(folder / "test.parquet")):
+        with pytest.raises(ValueError, match="is no file of dataset"):
+            source.image(f"{place}#0/0/right_image")
+
+
+def test_parquet_in_hugging_faces_cache(tmp_path: Path) -> None:
+    """A snapshot's files are symlinks to blobs outside it; images stay inside cells, so no record names a path."""
+    cells = [{"bytes": jpeg(7), "path": "a.jpg"}]
+    columns = {"prompt": ["p"], "left_model": ["m"], "left_image": cells, "right_model": ["n"], "right_image": cells}
+    write_parquet(tmp_path / "blobs" / "0123", columns | {"vote_type": ["leftvote"]})
+    snapshot = tmp_path / "snapshots" / "abc"
+    (snapshot / "image_generation").mkdir(parents=True)
+    (snapshot / "image_generation" / "test-00000-of-00001.parquet").symlink_to("../../../blobs/0123")
+    (record,) = open_set("genai_bench", snapshot).records("test")
+    source = open_set("genai_bench", snapshot)  # as another process opens it
+    assert source.image(record.images[0]) == jpeg(7)
+    assert source.size(record.images[1]) == (4, 8)
 
 
 def picks(first: int, count: int, *, images: bool) -> dict[str, list]:
