@@ -5,7 +5,7 @@ is bytes, or a struct {bytes, path}. The key of an image is `file#row_group/row/
 anywhere, as all are in Hugging Face's cache: which ones are opened is the layout's choice, not the records'.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pyarrow
 from pyarrow import parquet
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.fields import Parse, parsed
+from dina_rl.data.fields import Parse, parsed, shown
 from dina_rl.data.images import image_size
 from dina_rl.data.records import PreferenceRecord, SkippedRecord
 
@@ -63,19 +63,24 @@ class ParquetSet:
         """Columns of the split's first file. Raises ValueError if it is not parquet."""
         return _schema(self.files(split)[0]).names
 
-    def records(self, split: str, columns: list[str], parse: Parse) -> Iterator[PreferenceRecord | SkippedRecord]:
+    def records(
+        self, split: str, columns: Sequence[str], parse: Parse, *, images: Sequence[str] = ()
+    ) -> Iterator[PreferenceRecord | SkippedRecord]:
         """Every row as `parse` makes it of {column: value} and `KEY`.
+
+        Args:
+            images: columns that are not read now, but must be there.
 
         Raises:
             ValueError: a file that is not parquet or lacks a column.
         """
         first = 0
         for file in self.files(split):
-            missing = sorted(set(columns) - set(_schema(file).names))
+            missing = sorted({*columns, *images} - set(_schema(file).names))
             if missing:
                 raise ValueError(f"{file} has no column {', '.join(missing)}")
             name = file.relative_to(self._directory).as_posix()
-            yield from parsed(_rows(file, name, columns), name, parse, first=first)
+            yield from parsed(_rows(file, name, list(columns)), name, parse, first=first)
             with parquet.ParquetFile(file) as opened:
                 first += opened.metadata.num_rows
 
@@ -86,11 +91,13 @@ class ParquetSet:
         return self._column(place, int(group), column)[int(row)].as_py()
 
     def image(self, key: str) -> bytes:
-        """The image in a cell. Raises ValueError if it is empty or cannot be read."""
+        """The image in a cell. Raises ValueError if it holds none or cannot be read."""
         value = self.cell(key)
-        content = value["bytes"] if isinstance(value, dict) else value
-        if not content:
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None or content == b"":
             raise ValueError("unreadable image: the cell is empty")
+        if not isinstance(content, bytes):
+            raise ValueError(f"unreadable image: the cell holds no bytes, but {shown(content)}")
         return content
 
     def size(self, key: str) -> Size:

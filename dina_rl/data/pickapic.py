@@ -29,7 +29,9 @@ class PickAPic:
     def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
         columns = self._files.columns(split)
         read = ["caption", "label_0", "label_1"] + [name for name in ("model_0", "model_1") if name in columns]
-        return self._files.records(split, read, _compared if set(IMAGES) <= set(columns) else _prompt)
+        if set(IMAGES) <= set(columns):
+            return self._files.records(split, read, _compared, images=IMAGES)
+        return self._files.records(split, read, _prompt)
 
     def image(self, key: str) -> bytes:
         return self._files.image(key)

@@ -121,6 +121,21 @@ def test_genai_bench(tmp_path: Path) -> None:
             source.image(f"{place}#0/0/right_image")
 
 
+def test_cells_without_an_image(tmp_path: Path) -> None:
+    columns = {"prompt": ["p"], "left_model": ["m"], "right_model": ["n"], "vote_type": ["leftvote"]}
+    file = tmp_path / "test-00000-of-00001.parquet"
+    write_parquet(file, columns)
+    with pytest.raises(ValueError, match="has no column left_image, right_image"):
+        next(open_set("genai_bench", tmp_path).records("test"))
+    write_parquet(file, columns | {"left_image": ["a.png"], "right_image": [{"path": "a.png"}]})
+    source = open_set("genai_bench", tmp_path)
+    (record,) = source.records("test")
+    for key, reason in zip(record.images, ("holds no bytes, but 'a.png'", "the cell is empty"), strict=True):
+        for read in (source.image, source.size):
+            with pytest.raises(ValueError, match=f"unreadable image: .*{reason}"):
+                read(key)
+
+
 def test_parquet_in_hugging_faces_cache(tmp_path: Path) -> None:
     """A snapshot's files are symlinks to blobs outside it; images stay inside cells, so no record names a path."""
     cells = [{"bytes": jpeg(7), "path": "a.jpg"}]
