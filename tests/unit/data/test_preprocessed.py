@@ -15,8 +15,9 @@ from dina_rl.data.encode import measure_images
 from dina_rl.data.filters import bucketing
 from dina_rl.data.latents import LatentStore, StoreInfo
 from dina_rl.data.plan import EncodePlan
-from dina_rl.data.preprocessed import PreprocessedStore
+from dina_rl.data.preprocessed import PreprocessedStore, read_latent
 from dina_rl.data.preprocessed_set import copy_latents
+from dina_rl.data.records import PreferenceRecord, SkippedRecord
 from dina_rl.data.registry import open_set, open_store
 
 SHAPES = ((16, 4, 4), (16, 2, 6))
@@ -118,10 +119,56 @@ def test_nothing_is_unpickled_or_executed(tmp_path: Path) -> None:
         tmp_path / "part_rank00.parquet", range(1), latent1=[buffer.getvalue()], detailed_results=["__import__('os')"]
     )
     store = open_store(tmp_path)
-    with pytest.raises(ValueError, match="unreadable latent: .*allow_pickle=False"):
+    with pytest.raises(ValueError, match="unreadable latent: object of shape"):
         store.latents(torch.tensor([0]))
     with pytest.raises(ValueError, match="malformed node"):
         store.details("train")
+
+
+def npy_header(**values: object) -> bytes:
+    """A .npy file of a header and 100 bytes."""
+    buffer = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": SHAPES[0]}
+    numpy.lib.format.write_array_header_1_0(buffer, header | values)
+    return buffer.getvalue() + bytes(100)
+
+
+def test_a_rotten_latent_costs_no_memory_and_says_why() -> None:
+    huge = (16, 10**6, 10**6)
+    for content, shape, reason in (
+        (npy_header(shape=huge), SHAPES[0], "float32 of shape .16, 1000000, 1000000., not floats of shape .16, 4, 4."),
+        (npy_header(shape=huge), huge, "bytes are too few for float32"),
+        (npy_header(), SHAPES[0], "bytes are too few for float32"),
+        (npy_header(descr="<i4"), SHAPES[0], "int32 of shape"),
+        (npy_header(descr="|O"), SHAPES[0], "object of shape"),
+        (npy(latent(0, 1)).replace(b"{'descr'", b"{('descr'"), SHAPES[0], "header"),
+        (npy(latent(0, 1)).replace(b"'shape'", b"'(ape' "), SHAPES[0], "header|Header"),
+        (npy(latent(0, 1))[:20], SHAPES[0], "EOF"),
+        (b"\x93NUMPY\x03\x00", SHAPES[0], "format .3, 0."),
+        (b"", SHAPES[0], "EOF"),
+        (None, SHAPES[0], "the cell holds None"),
+    ):
+        with pytest.raises(ValueError, match=f"unreadable latent: .*({reason})"):
+            read_latent(content, shape)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8", numpy.longdouble])
+def test_a_latent_is_read_as_float32(dtype: str) -> None:
+    array = latent(0, 1).astype(numpy.float16)
+    assert numpy.array_equal(read_latent(npy(array.astype(dtype)), SHAPES[0]).numpy(), array.astype(numpy.float32))
+
+
+def test_rotten_cells_are_listed(tmp_path: Path) -> None:
+    details = [str(DETAILS | {"confidence": value}) for value in (0.9, "0.9", 1.5, None, [0.9])]
+    shapes = [[16, None, 4], None, [16, 4], [16, -4, 4], [16, 4, 4]]
+    write_part(tmp_path / "part_rank00.parquet", range(5), detailed_results=details, latent1_shape=shapes)
+    source = open_set("preprocessed", tmp_path)
+    records = list(source.records("train"))
+    assert [isinstance(record, SkippedRecord) for record in records] == [False, True, True, False, True]
+    assert [record.confidence for record in records if isinstance(record, PreferenceRecord)] == [0.9, None]
+    sizes = measure_images(source, [f"part_rank00.parquet#{row // 3}/{row % 3}/latent1" for row in range(5)])
+    assert all("the shape of a latent must be" in problem for problem in sizes[:4])
+    assert sizes[4] == (32, 32)
 
 
 def voted(chosen: int, rejected: int) -> str:
