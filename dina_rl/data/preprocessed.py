@@ -66,7 +66,7 @@ class PreprocessedStore:
         return self._shapes[0]
 
     def pairs(self, split: Split) -> PairTable:
-        """The pairs of a split; those whose latents differ in shape are left out.
+        """The pairs of a split; those whose latents differ in shape are left out, `left_out` counts them.
 
         Raises:
             ValueError: a file without the published columns.
@@ -87,10 +87,9 @@ class PreprocessedStore:
             prompts=tuple(numbers),
         )
 
-    def details(self, split: Split) -> list[dict]:
-        """Votes, confidence and sizes of every row of a split, as the authors recorded them."""
-        columns = [_read(file, ["detailed_results"]).column("detailed_results") for file in self._files[split]]
-        return [read_details(text) for column in columns for text in column.to_pylist()]
+    def left_out(self, split: Split) -> int:
+        """How many pairs of a split cannot be used: their latents differ in shape. Raises ValueError as `pairs`."""
+        return int((self._shapes[1][split] < 0).sum())
 
     def latents(self, rows: torch.Tensor) -> torch.Tensor:
         """Latents [N, C, h, w] fp32 of int64 rows [N], which are of one bucket."""

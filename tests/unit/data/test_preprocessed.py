@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dina_rl.config import DatasetConfig, PipelineConfig
+from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
 from dina_rl.data.encode import measure_images
 from dina_rl.data.filters import bucketing
 from dina_rl.data.latents import LatentStore, StoreInfo
@@ -19,6 +19,7 @@ from dina_rl.data.preprocessed import PreprocessedStore, read_latent
 from dina_rl.data.preprocessed_set import copy_latents
 from dina_rl.data.records import PreferenceRecord, SkippedRecord
 from dina_rl.data.registry import open_set, open_store
+from dina_rl.reward.inputs import unseen_pairs
 
 SHAPES = ((16, 4, 4), (16, 2, 6))
 DETAILS = {
@@ -102,14 +103,19 @@ def test_a_set_without_held_out_pairs(tmp_path: Path) -> None:
     assert len(open_store(tmp_path).pairs("test")) == 0
 
 
-def test_what_the_authors_recorded(store: PreprocessedStore) -> None:
-    assert store.details("train")[4] == DETAILS
-
-
 def test_pairs_of_two_shapes_are_left_out(tmp_path: Path) -> None:
-    shapes = [[16, 4, 4], [16, 2, 2], [16, 4, 4]]
-    write_part(tmp_path / "part_rank00.parquet", range(3), latent2_shape=shapes)
-    assert open_store(tmp_path).pairs("train").pair_ids.tolist() == [0, 2]
+    shapes = [[16, 4, 4], [16, 2, 2], [16, 4, 4], [16, None, 6], [16, 4, 4]]
+    write_part(tmp_path / "part_rank00.parquet", range(5), latent2_shape=shapes)
+    store = open_store(tmp_path)
+    assert store.pairs("train").pair_ids.tolist() == [0, 2, 4]
+    assert (store.left_out("train"), store.left_out("test")) == (2, 0)
+    write_part(tmp_path / "other" / "test" / "part_rank00.parquet", range(1, 4), latent2_shape=[[16, 4, 4]] * 3)
+    run = FitRun(latents=tmp_path, fit={"steps": 3, "batch_size": 2, "held_out": {"other": str(tmp_path / "other")}})
+    reason = "are left out: their latents differ in shape"
+    assert unseen_pairs(run, store) == [
+        f"2 train pairs of {tmp_path} {reason}",
+        f"2 test pairs of {tmp_path / 'other'} {reason}",
+    ]
 
 
 def test_nothing_is_unpickled_or_executed(tmp_path: Path) -> None:
@@ -121,8 +127,9 @@ def test_nothing_is_unpickled_or_executed(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     with pytest.raises(ValueError, match="unreadable latent: object of shape"):
         store.latents(torch.tensor([0]))
-    with pytest.raises(ValueError, match="malformed node"):
-        store.details("train")
+    (record,) = open_set("preprocessed", tmp_path).records("train")
+    assert isinstance(record, SkippedRecord)
+    assert "malformed node" in record.reason
 
 
 def npy_header(**values: object) -> bytes:
