@@ -179,6 +179,17 @@ def test_pickapic(tmp_path: Path) -> None:
     assert records[6].models == ("a", "b")
 
 
+def test_pickapic_rows_without_a_label_are_no_comparisons(tmp_path: Path) -> None:
+    """Whatever stands in their labels. As prompts they are as good as others."""
+    labelled = {"has_label": [True, False, None, False, True]}
+    write_parquet(tmp_path / "train.parquet", picks(0, 5, images=True) | labelled)
+    records = list(open_set("pickapic", tmp_path).records("train"))
+    assert reasons(records) == [(row, "has_label is false: no comparison") for row in (1, 2, 3)]
+    assert [records[row].ranks for row in (0, 4)] == [(0, 1), (0, 1)]
+    write_parquet(tmp_path / "train.parquet", picks(0, 5, images=False) | labelled)
+    assert len(reasons(open_set("pickapic", tmp_path).records("train"))) == 0
+
+
 def test_pickapic_without_images_is_prompts(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-00000-of-00001.parquet", picks(0, 4, images=False))
     source = open_set("pickapic", tmp_path)
