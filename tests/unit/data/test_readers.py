@@ -194,7 +194,7 @@ def test_pickapic_without_images_is_prompts(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-00000-of-00001.parquet", picks(0, 4, images=False))
     source = open_set("pickapic", tmp_path)
     assert [(record.prompt, record.images) for record in source.records("train")][0] == ("prompt 0", ())
-    assert list(prompts_of(source, "train")) == [f"prompt {row}" for row in range(4)]
+    assert prompts_of(source, "train") == ([f"prompt {row}" for row in range(4)], [])
 
 
 def test_parquet_that_is_not(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a cat\n\n  ein Hund 🐕  \n")
     for path in (tmp_path, tmp_path / "train.txt"):
         source = open_set("prompts", path)
-        assert list(prompts_of(source, "train")) == ["a cat", "ein Hund 🐕"]
+        assert prompts_of(source, "train") == (["a cat", "ein Hund 🐕"], [])
     with pytest.raises(ValueError, match=r"has no dev\.txt"):
         list(open_set("prompts", tmp_path).records("dev"))
     with pytest.raises(ValueError, match="does not exist"):
