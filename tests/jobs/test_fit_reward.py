@@ -16,8 +16,9 @@ from dina_rl.data.encode import LATENTS, SKIPPED_FILE, encode_dataset
 from dina_rl.data.images import load_image
 from dina_rl.data.latents import LatentStore
 from dina_rl.errors import RunStopped
-from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult
-from dina_rl.reward.inline import fit_inline, training_steps
+from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult, RewardFit, fit
+from dina_rl.reward.inline import fit_inline, training_batches
+from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD
 from dina_rl.runtime import open_pipeline
 from jobs import encode, fit_reward
@@ -90,8 +91,9 @@ def log_of(run: FitRun) -> tuple[list[dict], dict[int, dict]]:
 def losses_of_one_process(run: FitRun) -> list[float]:
     """Every step's loss of the plain loop, without Ray, on the same data."""
     backbone = open_pipeline(run.pipeline)
-    _, steps = training_steps(run, LatentStore(run.run_dir / LATENTS), backbone, backbone.load_text_encoder())
-    return [report.loss for report in steps]
+    progress = RewardFit(LatentRewardModel(backbone, run.reward, seed=run.seed), run.fit)
+    batches = training_batches(run, LatentStore(run.run_dir / LATENTS))
+    return [report.loss for report in fit(progress, batches, backbone.load_text_encoder(), seed=run.seed)]
 
 
 def test_bad_records_are_skipped_and_listed(finished) -> None:
