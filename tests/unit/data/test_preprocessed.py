@@ -244,4 +244,9 @@ def test_neither_kind_of_store(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "part_rank00.parquet")
     with pytest.raises(ValueError, match="not one of the published files"):
         open_store(tmp_path).pairs("train")
+    write_part(tmp_path / "part_rank00.parquet", range(2))
+    incomplete = parquet.read_table(tmp_path / "part_rank00.parquet").drop_columns(["latent2"])
+    parquet.write_table(incomplete, tmp_path / "part_rank00.parquet")
+    with pytest.raises(ValueError, match="it has no column latent2"):
+        open_store(tmp_path).pairs("train")
     assert not isinstance(open_store(tmp_path), LatentStore)
