@@ -26,9 +26,10 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
 from dina_rl.checkpoint import open_run_dir, write_json
-from dina_rl.cli import fail, load
+from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import FitRun
 from dina_rl.data.registry import open_store
+from dina_rl.errors import RunStopped
 from dina_rl.reward.fit import METRICS_FILE, FitResult
 from dina_rl.reward.inputs import (
     MAY_CHANGE,
@@ -47,6 +48,7 @@ from jobs.progress import FollowedSteps
 
 TRAIN = "train"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+STOPPED = "stopped"
 
 
 def fit_reward_model(run: FitRun) -> FitResult:
@@ -56,6 +58,7 @@ def fit_reward_model(run: FitRun) -> FitResult:
     Raises:
         ValueError: mistakes in the inputs or a used run directory, found before anything starts; too many unreadable
             images, found while encoding.
+        RunStopped: a gradient is not finite.
     """
     begin = perf_counter()
     backbone = open_pipeline(run.pipeline)
@@ -73,9 +76,11 @@ def fit_reward_model(run: FitRun) -> FitResult:
     print("".join(f"{line}\n" for line in notes), end="", flush=True)
     encode_seconds = perf_counter() - begin
     with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
-        outcome = Outcome(**_trainer(run, run_dir, latents).fit().return_value)
+        returned = _trainer(run, run_dir, latents).fit().return_value
+    if STOPPED in returned:
+        raise RunStopped(returned[STOPPED])
     result = result_of(
-        outcome,
+        Outcome(**returned),
         run,
         run_dir,
         store,
@@ -119,7 +124,10 @@ def _on_worker(arguments: dict) -> dict:
     # Imported here: the driver and Ray Train's controller need no models, and importing those takes seconds of CPU.
     from jobs.fit_worker import fit_on_worker
 
-    return fit_on_worker(**arguments)
+    try:
+        return fit_on_worker(**arguments)
+    except RunStopped as stopped:  # on all ranks; an error Ray Train would retry, `max_failures` times in vain
+        return {STOPPED: str(stopped)}
 
 
 def _checkpointed_step(train_dir: Path) -> int:
@@ -133,13 +141,14 @@ def _checkpointed_step(train_dir: Path) -> int:
 def main(argv: Sequence[str]) -> None:
     run = load(FitRun, argv, program="python -m jobs.fit_reward", default_config=DEFAULT_CONFIG)
     try:
-        if run.inline:
-            from dina_rl.reward.inline import fit_inline
+        with interruptible(run.run_dir):
+            if run.inline:
+                from dina_rl.reward.inline import fit_inline
 
-            configure_process(run.fit.threads_per_worker * run.fit.num_workers)
-            result = fit_inline(run)
-        else:
-            result = fit_reward_model(run)
+                configure_process(run.fit.threads_per_worker * run.fit.num_workers)
+                result = fit_inline(run)
+            else:
+                result = fit_reward_model(run)
     except ValueError as error:
         fail(str(error))
     print(f"accuracy at t={run.reward.single_level:g} and with the ensemble {list(run.reward.ensemble_levels)}")

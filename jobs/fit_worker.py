@@ -51,6 +51,9 @@ def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> dict:
 
     Returns:
         `Outcome` as a dictionary.
+
+    Raises:
+        RunStopped: a gradient is not finite; every rank raises it.
     """
     configure_process(run.fit.threads_per_worker)
     ranks = TrainRanks()

@@ -13,6 +13,8 @@ _SET = re.compile(rf"({'|'.join(KINDS)}):(.+):([^:/]+)")
 def load_prompts(config: PromptsConfig) -> Prompts:
     """The three splits. A source is `shapes`, a text file, or `kind:/directory/of/a/set:split`.
 
+    A line is printed of every source with malformed records.
+
     Raises:
         ValueError: a missing or empty source, or a prompt that is in train and in dev or test.
     """
@@ -30,18 +32,25 @@ def load_prompts(config: PromptsConfig) -> Prompts:
 
 def _read(split: str, source: str) -> tuple[str, ...]:
     if source == "shapes":
-        from dina_rl.shapes.grammar import prompts
+        from dina_rl.shapes import grammar
 
-        return tuple(prompts(split))
+        return grammar.prompts(split)
     of_a_set = _SET.fullmatch(source)
     kind, path, part = of_a_set.groups() if of_a_set else ("prompts", source, split)
     file = Path(path).expanduser()
     if not of_a_set and not file.is_file():
         raise ValueError(f"prompts.{split}: file {file} does not exist")
     try:
-        lines = [prompt.strip() for prompt in prompts_of(open_set(kind, file), part)]
+        prompts, skipped = prompts_of(open_set(kind, file), part)
     except ValueError as error:
         raise ValueError(f"prompts.{split}: {error}") from error
-    if not lines:
+    if skipped:
+        first = skipped[0]
+        print(
+            f"prompts.{split}: {len(skipped)} of {len(prompts) + len(skipped)} records of {source} are malformed and "
+            f"left out, the first is record {first.index} of {first.file}: {first.reason}",
+            flush=True,
+        )
+    if not prompts:
         raise ValueError(f"prompts.{split}: {file} holds no prompts")
-    return tuple(dict.fromkeys(lines))  # a repeated prompt is one prompt
+    return tuple(dict.fromkeys(prompt.strip() for prompt in prompts))  # a repeated prompt is one prompt

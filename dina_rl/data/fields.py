@@ -73,6 +73,14 @@ def integers(raw: dict, key: str, count: int) -> tuple[int, ...]:
     return tuple(value)
 
 
+def share(raw: dict, key: str) -> float | None:
+    """A number in [0, 1], or none."""
+    value = raw.get(key)
+    if value is None or (type(value) in (int, float) and 0 <= value <= 1):
+        return value
+    raise ValueError(f"{key} must be a number in [0, 1] or null, got {shown(value)}")
+
+
 def pair_of_names(raw: dict, first: str, second: str) -> tuple[str, str] | None:
     """Two optional names, both or none."""
     names = raw.get(first), raw.get(second)

@@ -13,6 +13,9 @@ from dina_rl.data.records import PreferenceRecord, SkippedRecord
 
 RANKS = {"leftvote": (0, 1), "rightvote": (1, 0), "tievote": (0, 0), "bothbad_vote": (0, 0)}
 
+COLUMNS = ("prompt", "left_model", "right_model", "vote_type")
+IMAGES = ("left_image", "right_image")
+
 
 class GenAIBench:
     """`PreferenceSet`.
@@ -25,7 +28,7 @@ class GenAIBench:
         self._files = ParquetSet(directory, folders=("", "image_generation", "data"))
 
     def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
-        return self._files.records(split, ["prompt", "left_model", "right_model", "vote_type"], _record)
+        return self._files.records(split, COLUMNS, _record, images=IMAGES)
 
     def image(self, key: str) -> bytes:
         return self._files.image(key)
@@ -41,7 +44,7 @@ def _record(index: int, raw: dict) -> PreferenceRecord:
     return PreferenceRecord(
         index=index,
         prompt=text(raw, "prompt"),
-        images=(f"{raw[KEY]}/left_image", f"{raw[KEY]}/right_image"),
+        images=tuple(f"{raw[KEY]}/{side}" for side in IMAGES),
         ranks=RANKS[vote],
         models=pair_of_names(raw, "left_model", "right_model"),
     )

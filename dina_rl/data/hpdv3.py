@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.fields import json_array, pair_of_names, parsed, shown, text
+from dina_rl.data.fields import json_array, pair_of_names, parsed, share, shown, text
 from dina_rl.data.records import PreferenceRecord, SkippedRecord
 from dina_rl.data.root import DataRoot
 
@@ -41,7 +41,7 @@ def _record(index: int, raw: dict) -> PreferenceRecord:
         images=(text(raw, "path1"), text(raw, "path2")),
         ranks=(0, 1),
         votes=_votes(raw.get("choice_dist")),
-        confidence=_confidence(raw.get("confidence")),
+        confidence=share(raw, "confidence"),
         models=pair_of_names(raw, "model1", "model2"),
     )
 
@@ -53,9 +53,3 @@ def _votes(value: object) -> tuple[int, int] | None:
     if isinstance(value, list) and len(value) == 2 and all(type(v) is int and v >= 0 for v in value):
         return value[0], value[1]
     raise ValueError(f"choice_dist must be two vote counts or null, got {shown(value)}")
-
-
-def _confidence(value: object) -> float | None:
-    if value is None or (type(value) in (int, float) and 0 <= value <= 1):
-        return value
-    raise ValueError(f"confidence must be a number in [0, 1] or null, got {shown(value)}")

@@ -37,6 +37,7 @@ ROWS_FILE = "rows.parquet"
 ROW_GROUP_BYTES = 2**20
 CACHE_BYTES = 64 * 2**20  # of row groups that a reader keeps: all of a miniature store, nothing of a real one's
 INDEX_GROUP = 4096  # rows of the index, or pairs, in one row group
+NOT_FINITE = "the latent is not finite"
 _BYTES = {"float32": 4, "bfloat16": 2}
 _ROWS_SCHEMA = pyarrow.schema([("image", pyarrow.string())])
 _PAIRS_SCHEMA = pyarrow.schema(
@@ -239,7 +240,7 @@ class LatentStore:
         return [number for number in range(self.info.num_shards) if not self._shard(number).exists()]
 
     def write_shard(self, number: int, latents: torch.Tensor, unreadable: Mapping[int, str]) -> None:
-        """Store the latents [n, C, h, w] of a shard's rows.
+        """Store the latents [n, C, h, w] of a shard's rows. One that is not finite is stored as zeros and unreadable.
 
         Args:
             unreadable: row -> reason, for rows without an image.
@@ -248,7 +249,10 @@ class LatentStore:
         assert latents.shape == (len(rows), *self.latent_shapes[bucket])
         width = self._width(bucket)
         schema = pyarrow.schema([("latent", pyarrow.binary(width)), ("problem", pyarrow.string())])
-        stored = latents.cpu().to(getattr(torch, self.info.dtype)).contiguous()
+        stored = latents.cpu().to(getattr(torch, self.info.dtype), copy=True).contiguous()
+        broken = (~stored.isfinite().flatten(1).all(1)).nonzero()[:, 0]  # in the store's precision: rounding overflows
+        stored[broken] = 0
+        problems = {rows[offset]: NOT_FINITE for offset in broken.tolist()} | dict(unreadable)
         per_group = self._rows_per_group(bucket)
 
         def batches() -> Iterator[pyarrow.RecordBatch]:
@@ -256,8 +260,8 @@ class LatentStore:
                 part = stored[offset : offset + per_group]
                 content = pyarrow.py_buffer(part.view(torch.uint8).numpy().tobytes())
                 column = pyarrow.FixedSizeBinaryArray.from_buffers(pyarrow.binary(width), len(part), [None, content])
-                problems = [unreadable.get(row) for row in rows[offset : offset + per_group]]
-                yield pyarrow.record_batch([column, pyarrow.array(problems, pyarrow.string())], schema=schema)
+                reasons = [problems.get(row) for row in rows[offset : offset + per_group]]
+                yield pyarrow.record_batch([column, pyarrow.array(reasons, pyarrow.string())], schema=schema)
 
         write_table(self._shard(number), batches(), schema, use_dictionary=False, write_statistics=False)
 

@@ -46,11 +46,6 @@ def pair_id(record: int, position: int, num_images: int) -> int:
     return record if num_images == 2 else ((record + 1) << _RANKED) + position
 
 
-def record_index(pair: int) -> int:
-    """Index of the record that a pair id belongs to."""
-    return pair if pair < 1 << _RANKED else (pair >> _RANKED) - 1
-
-
 def pairs_of(record: PreferenceRecord) -> Iterator[PreferencePair]:
     """Every pair of images that people do not rank alike, the better one as `chosen`."""
     for position, (better, worse) in enumerate(record.ordered_pairs()):

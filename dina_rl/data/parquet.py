@@ -1,14 +1,13 @@
 """Files that are written piece by piece and appear whole or not at all."""
 
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import pyarrow
 from pyarrow import parquet
+
+from dina_rl.checkpoint import replaced_file
 
 
 def write_table(path: Path, batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema, **options: object) -> None:
@@ -18,7 +17,7 @@ def write_table(path: Path, batches: Iterable[pyarrow.RecordBatch], schema: pyar
         options: of `pyarrow.parquet.ParquetWriter`.
     """
     with (
-        replacing(path) as temporary,
+        replaced_file(path) as temporary,
         parquet.ParquetWriter(temporary, schema, compression="zstd", **options) as writer,
     ):
         for batch in batches:
@@ -27,23 +26,8 @@ def write_table(path: Path, batches: Iterable[pyarrow.RecordBatch], schema: pyar
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write text line by line to a file that appears when it is complete."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replaced_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` when the block ends, and vanishes if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)  # mkstemp's are private; a run directory is there to be shared
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def chunked(items: Iterable, size: int) -> Iterator[list]:

@@ -1,7 +1,8 @@
 """Pick-a-Pic v1 and v2 (yuvalkirstain/pickapic_v2): parquet with JPEGs in `jpg_0`, `jpg_1`, or `_no_images` without.
 
-label_0 and label_1 are 1 and 0 for a decision and 0.5 for a tie. Without images a record is its prompt alone. An image
-that several rows hold is several images here: the rows repeat its bytes.
+label_0 and label_1 are 1 and 0 for a decision and 0.5 for a tie; a row whose has_label is false is no comparison.
+Without images a record is its prompt alone. An image that several rows hold is several images here: the rows repeat
+its bytes.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from dina_rl.data.records import PreferenceRecord, SkippedRecord
 
 RANKS = {(1.0, 0.0): (0, 1), (0.0, 1.0): (1, 0), (0.5, 0.5): (0, 0)}
 IMAGES = ("jpg_0", "jpg_1")
+OPTIONAL = ("has_label", "model_0", "model_1")
 
 
 class PickAPic:
@@ -28,8 +30,10 @@ class PickAPic:
 
     def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
         columns = self._files.columns(split)
-        read = ["caption", "label_0", "label_1"] + [name for name in ("model_0", "model_1") if name in columns]
-        return self._files.records(split, read, _compared if set(IMAGES) <= set(columns) else _prompt)
+        read = ["caption", "label_0", "label_1"] + [name for name in OPTIONAL if name in columns]
+        if set(IMAGES) <= set(columns):
+            return self._files.records(split, read, _compared, images=IMAGES)
+        return self._files.records(split, read, _prompt)
 
     def image(self, key: str) -> bytes:
         return self._files.image(key)
@@ -39,6 +43,8 @@ class PickAPic:
 
 
 def _compared(index: int, raw: dict) -> PreferenceRecord:
+    if not raw.get("has_label", True):
+        raise ValueError("has_label is false: no comparison")
     labels = raw["label_0"], raw["label_1"]
     if labels not in RANKS:
         raise ValueError(f"label_0 and label_1 must be 1 and 0, or 0.5 both, got {shown(labels)}")

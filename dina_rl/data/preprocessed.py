@@ -7,6 +7,9 @@ Parquet files `part_rankNN.parquet` (liuhuohuo/DiNa-LRM-SD35m-HPSv3-Preprocess-D
 
 import ast
 import io
+import math
+import tokenize
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -16,12 +19,17 @@ import torch
 from pyarrow import parquet
 
 from dina_rl.data.buckets import Size
+from dina_rl.data.fields import shown
 from dina_rl.data.latents import PairTable, Split, read_batch
 from dina_rl.data.pairs import PairBatch
 
 NAME = "part_rank[0-9]*.parquet"
 PIXELS_PER_LATENT = 8
 SIDES = ("latent1", "latent2")
+_NPY_HEADERS = {
+    (1, 0): numpy.lib.format.read_array_header_1_0,
+    (2, 0): numpy.lib.format.read_array_header_2_0,
+}
 CACHED_GROUPS = 2  # both sides of the row group that is being read
 
 
@@ -58,7 +66,7 @@ class PreprocessedStore:
         return self._shapes[0]
 
     def pairs(self, split: Split) -> PairTable:
-        """The pairs of a split; those whose latents differ in shape are left out.
+        """The pairs of a split; those whose latents differ in shape are left out, `left_out` counts them.
 
         Raises:
             ValueError: a file without the published columns.
@@ -79,10 +87,9 @@ class PreprocessedStore:
             prompts=tuple(numbers),
         )
 
-    def details(self, split: Split) -> list[dict]:
-        """Votes, confidence and sizes of every row of a split, as the authors recorded them."""
-        columns = [_read(file, ["detailed_results"]).column("detailed_results") for file in self._files[split]]
-        return [read_details(text) for column in columns for text in column.to_pylist()]
+    def left_out(self, split: Split) -> int:
+        """How many pairs of a split cannot be used: their latents differ in shape. Raises ValueError as `pairs`."""
+        return int((self._shapes[1][split] < 0).sum())
 
     def latents(self, rows: torch.Tensor) -> torch.Tensor:
         """Latents [N, C, h, w] fp32 of int64 rows [N], which are of one bucket."""
@@ -105,9 +112,9 @@ class PreprocessedStore:
         for split, files in self._files.items():
             rows[split] = []
             for file in files:
-                table = _read(file, [f"{side}_shape" for side in SIDES])
-                first, second = (table.column(f"{side}_shape").to_pylist() for side in SIDES)
-                rows[split] += [tuple(a) if a == b else None for a, b in zip(first, second, strict=True)]
+                columns = [shape_column(side) for side in SIDES]
+                first, second = (column.to_pylist() for column in _read(file, columns, needed=SIDES).columns)
+                rows[split] += map(_common_shape, first, second)
         shapes = sorted({shape for part in rows.values() for shape in part if shape is not None})
         number = {shape: index for index, shape in enumerate(shapes)} | {None: -1}
         buckets = {
@@ -150,22 +157,65 @@ def _rows(file: Path) -> int:
         return opened.metadata.num_rows
 
 
-def _read(file: Path, columns: list[str]) -> pyarrow.Table:
+def _read(file: Path, columns: list[str], *, needed: Sequence[str] = ()) -> pyarrow.Table:
+    """Columns of a file. Raises ValueError if it is not parquet, or lacks one of them or of those `needed` later."""
     try:
+        missing = sorted({*columns, *needed} - set(parquet.read_schema(file).names))
+        if missing:
+            raise ValueError(f"{file} is not one of the published files: it has no column {', '.join(missing)}")
         return parquet.read_table(file, columns=columns)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not one of the published files: {' '.join(str(error).split())}") from error
 
 
-def read_latent(content: bytes, shape: tuple[int, int, int]) -> torch.Tensor:
-    """The latent [C, h, w] fp32 of a .npy file. Raises ValueError if it is none, or of another shape."""
+def _common_shape(first: object, second: object) -> tuple[int, int, int] | None:
+    """The shape of both latents of a pair; None if they differ, or one has none."""
     try:
-        array = numpy.load(io.BytesIO(content), allow_pickle=False)
+        return latent_shape(first) if latent_shape(first) == latent_shape(second) else None
+    except ValueError:
+        return None
+
+
+def shape_column(side: str) -> str:
+    """The column that holds the shape of the latents in column `side`."""
+    return f"{side}_shape"
+
+
+def latent_shape(value: object) -> tuple[int, int, int]:
+    """(C, h, w) as a cell records it. Raises ValueError if it is no shape."""
+    if not isinstance(value, list) or len(value) != 3 or any(type(size) is not int or size <= 0 for size in value):
+        raise ValueError(f"the shape of a latent must be [C, h, w], got {shown(value)}")
+    return tuple(value)
+
+
+def read_latent(content: object, shape: tuple[int, int, int]) -> torch.Tensor:
+    """The latent [C, h, w] fp32 of a .npy file. Raises ValueError if it is none, or of another shape."""
+    if not isinstance(content, bytes):
+        raise ValueError(f"unreadable latent: the cell holds {shown(content)}")
+    stream = io.BytesIO(content)
+    try:
+        found, dtype = _npy_header(stream)
+        if found != shape or dtype.kind != "f":
+            raise ValueError(f"{dtype} of shape {found}, not floats of shape {shape}")
+        if len(content) - stream.tell() < math.prod(found) * dtype.itemsize:
+            raise ValueError(f"{len(content)} bytes are too few for {dtype} of shape {found}")
+        stream.seek(0)
+        array = numpy.load(stream, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"unreadable latent: {error}") from error
-    if array.shape != shape or array.dtype.kind != "f":
-        raise ValueError(f"unreadable latent: {array.dtype} of shape {array.shape}, not floats of shape {shape}")
-    return torch.from_numpy(array).float()
+    return torch.from_numpy(numpy.ascontiguousarray(array, dtype=numpy.float32))
+
+
+def _npy_header(stream: io.BytesIO) -> tuple[tuple[int, ...], numpy.dtype]:
+    """(shape, dtype) that a .npy file claims to hold: believed before they are checked, they cost any memory."""
+    version = numpy.lib.format.read_magic(stream)
+    if version not in _NPY_HEADERS:
+        raise ValueError(f".npy format {version} is not one of {', '.join(map(str, _NPY_HEADERS))}")
+    try:
+        shape, _, dtype = _NPY_HEADERS[version](stream)
+    except (tokenize.TokenError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"its .npy header is broken: {error}") from error
+    return shape, dtype
 
 
 def read_details(text: object) -> dict:

@@ -12,10 +12,18 @@ import torch
 from tqdm import tqdm
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.fields import pair_of_names, text
+from dina_rl.data.fields import pair_of_names, share, text
 from dina_rl.data.latents import LatentStore
 from dina_rl.data.parquet_set import KEY, ParquetSet
-from dina_rl.data.preprocessed import NAME, PIXELS_PER_LATENT, SIDES, read_details, read_latent
+from dina_rl.data.preprocessed import (
+    NAME,
+    PIXELS_PER_LATENT,
+    SIDES,
+    latent_shape,
+    read_details,
+    read_latent,
+    shape_column,
+)
 from dina_rl.data.records import PreferenceRecord, SkippedRecord
 
 COLUMNS = ("prompt", "model1", "model2", "detailed_results")
@@ -35,16 +43,17 @@ class PreprocessedSet:
 
     def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
         files = self._plain if split == "train" and self._is_plain else self._folders
-        return files.records(split, [*COLUMNS], _record)
+        return files.records(split, COLUMNS, _record, images=[*SIDES, *map(shape_column, SIDES)])
 
     def image(self, key: str) -> bytes:
-        return self._folders.image(key)
+        return self._files_of(key).image(key)
 
     def size(self, key: str) -> Size:
-        shape = self._folders.cell(f"{key}_shape")
-        if not isinstance(shape, list) or len(shape) != 3:
-            raise ValueError(f"the shape of a latent must be [C, h, w], got {shape}")
-        return PIXELS_PER_LATENT * shape[1], PIXELS_PER_LATENT * shape[2]
+        _, h, w = latent_shape(self._files_of(key).cell(shape_column(key)))
+        return PIXELS_PER_LATENT * h, PIXELS_PER_LATENT * w
+
+    def _files_of(self, key: str) -> ParquetSet:
+        return self._folders if "/" in key.partition("#")[0] else self._plain
 
 
 def copy_latents(source: PreprocessedSet, store: LatentStore, shards: Sequence[int]) -> None:
@@ -92,6 +101,6 @@ def _record(index: int, raw: dict) -> PreferenceRecord:
         images=tuple(f"{raw[KEY]}/{side}" for side in SIDES),
         ranks=(0, 1),
         votes=votes if any(votes) else None,  # nulls were stored as zeros
-        confidence=details.get("confidence") or None,
+        confidence=share(details, "confidence") or None,
         models=pair_of_names(raw, "model1", "model2"),
     )

@@ -1,6 +1,5 @@
 """Preference sets by name, and stores of encoded pairs by what lies in a directory."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +13,7 @@ from dina_rl.data.pickapic import PickAPic
 from dina_rl.data.preprocessed import NAME, PreprocessedStore
 from dina_rl.data.preprocessed_set import PreprocessedSet
 from dina_rl.data.prompt_files import PromptFiles
-from dina_rl.data.records import PreferenceRecord, PreferenceSet
+from dina_rl.data.records import PreferenceSet, SkippedRecord
 
 KINDS: tuple[SetKind, ...] = get_args(SetKind)
 _SETS = {
@@ -39,13 +38,19 @@ def open_set(kind: SetKind, path: Path) -> PreferenceSet:
     return _SETS[kind](path)
 
 
-def prompts_of(source: PreferenceSet, split: str) -> Iterator[str]:
-    """The prompts of a split's records in order, repeated where they are; malformed records have none.
+def prompts_of(source: PreferenceSet, split: str) -> tuple[list[str], list[SkippedRecord]]:
+    """(the prompts of a split's records in order, repeated where they are; the malformed records, which have none).
 
     Raises:
         ValueError: no such split, or a file that is not what it should be.
     """
-    return (record.prompt for record in source.records(split) if isinstance(record, PreferenceRecord))
+    prompts, skipped = [], []
+    for record in source.records(split):
+        if isinstance(record, SkippedRecord):
+            skipped.append(record)
+        else:
+            prompts.append(record.prompt)
+    return prompts, skipped
 
 
 def open_store(directory: Path) -> PairStore:

@@ -4,6 +4,7 @@ Noise levels and noise are keyed by (seed, step, pair), so a pair sees the same 
 restarted fit repeats them.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dina_rl.backbones.base import TextEncoder
 from dina_rl.backbones.lora import trainable
 from dina_rl.config import FitConfig, TimestepConfig
 from dina_rl.data.pairs import PairBatch
+from dina_rl.errors import RunStopped
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.thurstone import comparison_variance, fidelity_loss
 from dina_rl.reward.timesteps import draw_timestep
@@ -155,6 +157,9 @@ def fit(
         forward: `progress.model` in a wrapper that averages gradients over ranks; the model itself on one rank.
         no_sync: inside, `forward` only accumulates this rank's gradients.
         ranks: how many share a step.
+
+    Raises:
+        RunStopped: a step's gradient is not finite. Ranks share gradients, so all of them stop, before the step.
     """
     model, config = progress.model, progress.config
     forward = model if forward is None else forward
@@ -172,7 +177,12 @@ def fit(
                 loss.backward()
             losses.append(loss.detach())
             margins.append(margin.detach())
-        grad_norm = nn.utils.clip_grad_norm_(progress.parameters.values(), config.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(progress.parameters.values(), config.max_grad_norm).item()
+        if not math.isfinite(grad_norm):
+            raise RunStopped(
+                f"the gradient norm of step {progress.step + 1} is {grad_norm}, this rank's loss {sum(losses).item()}: "
+                "a latent or a weight is not finite, or the learning rate is too high; the step is not taken"
+            )
         progress.optimizer.step()
         progress.update_averages()
         progress.step += 1
@@ -181,7 +191,7 @@ def fit(
             loss=sum(losses).item(),
             pairs=len(batch),
             accuracy=(torch.cat(margins) > 0).float().mean().item(),
-            grad_norm=grad_norm.item(),
+            grad_norm=grad_norm,
             learning_rate=rate,
         )
 

@@ -11,7 +11,6 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.config import FitRun
 from dina_rl.data.encode import EncodingHere
@@ -19,7 +18,7 @@ from dina_rl.data.latents import PairStore
 from dina_rl.data.order import fit_order
 from dina_rl.data.pairs import PairBatch
 from dina_rl.data.registry import open_store
-from dina_rl.reward.fit import METRICS_FILE, FitResult, RewardFit, StepReport, fit
+from dina_rl.reward.fit import METRICS_FILE, FitResult, RewardFit, StepReport
 from dina_rl.reward.inputs import (
     MAY_CHANGE,
     check_fit_inputs,
@@ -39,6 +38,7 @@ def fit_inline(run: FitRun) -> FitResult:
 
     Raises:
         ValueError: mistakes in the inputs or a used run directory; too many unreadable images.
+        RunStopped: a gradient is not finite.
     """
     begin = perf_counter()
     backbone = open_pipeline(run.pipeline)
@@ -84,11 +84,3 @@ def training_batches(run: FitRun, store: PairStore) -> Iterator[PairBatch]:
     """Every step's whole batch."""
     pairs = store.pairs("train")
     return (store.batch(pairs, index) for index in fit_order(store, run.fit, seed=run.seed).batches)
-
-
-def training_steps(
-    run: FitRun, store: PairStore, backbone: Backbone, encoder: TextEncoder
-) -> tuple[RewardFit, Iterator[StepReport]]:
-    """A fresh fit and its steps, to be iterated."""
-    progress = RewardFit(LatentRewardModel(backbone, run.reward, seed=run.seed), run.fit)
-    return progress, fit(progress, training_batches(run, store), encoder, seed=run.seed)

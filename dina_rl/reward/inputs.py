@@ -8,6 +8,7 @@ from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, EncodeWork, check_fit, check_inputs, encode_dataset
 from dina_rl.data.latents import SPLITS, LatentStore, PairStore, Split
 from dina_rl.data.order import fit_order
+from dina_rl.data.preprocessed import PreprocessedStore
 from dina_rl.data.prompt_store import StoredPrompts, find_prompts
 from dina_rl.data.registry import open_store
 
@@ -119,10 +120,20 @@ def _stores(run: FitRun, latents: Path) -> list[Path]:
 
 
 def unseen_pairs(run: FitRun, store: PairStore) -> list[str]:
-    """A line for every bucket of training pairs that is too small to get one of the run's steps."""
+    """A line for every bucket of training pairs that is too small to get one of the run's steps, and for every split
+    of preprocessed files, held-out ones too, of which pairs cannot be used.
+    """
+    held_out = [(open_store(Path(directory)), ("test",)) for directory in run.fit.held_out.values()]
+    unusable = [
+        f"{each.left_out(split)} {split} pairs of {each.directory} are left out: their latents differ in shape"
+        for each, splits in [(store, SPLITS), *held_out]
+        if isinstance(each, PreprocessedStore)
+        for split in splits
+        if each.left_out(split)
+    ]
     left_out = fit_order(store, run.fit, seed=run.seed).left_out(store.pairs("train").bucket)
     sizes = {bucket: "{}x{}".format(*store.buckets[bucket]) for bucket in left_out}
-    return [
+    return unusable + [
         f"{count} training pairs of size {sizes[bucket]} are not seen: too few for one of {run.fit.steps} steps"
         for bucket, count in left_out.items()
     ]

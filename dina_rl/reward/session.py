@@ -99,6 +99,9 @@ def run_fit(
         store: of the training pairs.
         save_checkpoint: called by all ranks every `fit.checkpoint_every` steps.
         on_step: called by this rank after every step.
+
+    Raises:
+        RunStopped: a gradient is not finite; every rank raises it.
     """
     config = run.fit
     ranks = OneRank() if ranks is None else ranks

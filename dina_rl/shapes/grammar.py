@@ -7,10 +7,8 @@ They are split once and for all into training, development and test prompts.
 import functools
 import hashlib
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -121,16 +119,6 @@ def prompts(split: Split) -> tuple[str, ...]:
             return tuple(shuffled[start : start + size])
         start += size
     raise AssertionError("unreachable: the split was checked above")
-
-
-def write_prompts(directory: Path) -> None:
-    """Write train.txt, dev.txt and test.txt into a directory, one prompt a line."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for split in SPLIT_SIZES:
-        target = directory / f"{split}.txt"
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text("".join(f"{prompt}\n" for prompt in prompts(split)), encoding="utf-8")
-        os.replace(temporary, target)
 
 
 def _row(spec: Spec) -> tuple[int, int, int, int]:

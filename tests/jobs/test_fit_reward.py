@@ -15,8 +15,9 @@ from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, SKIPPED_FILE, encode_dataset
 from dina_rl.data.images import load_image
 from dina_rl.data.latents import LatentStore
-from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult
-from dina_rl.reward.inline import fit_inline, training_steps
+from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult, RewardFit, fit
+from dina_rl.reward.inline import fit_inline, training_batches
+from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD
 from dina_rl.runtime import open_pipeline
 from jobs import encode, fit_reward
@@ -89,8 +90,9 @@ def log_of(run: FitRun) -> tuple[list[dict], dict[int, dict]]:
 def losses_of_one_process(run: FitRun) -> list[float]:
     """Every step's loss of the plain loop, without Ray, on the same data."""
     backbone = open_pipeline(run.pipeline)
-    _, steps = training_steps(run, LatentStore(run.run_dir / LATENTS), backbone, backbone.load_text_encoder())
-    return [report.loss for report in steps]
+    progress = RewardFit(LatentRewardModel(backbone, run.reward, seed=run.seed), run.fit)
+    batches = training_batches(run, LatentStore(run.run_dir / LATENTS))
+    return [report.loss for report in fit(progress, batches, backbone.load_text_encoder(), seed=run.seed)]
 
 
 def test_bad_records_are_skipped_and_listed(finished) -> None:
@@ -193,6 +195,18 @@ def test_the_command_fits_without_ray_on_a_shared_store(
     assert lines[3].startswith("  reward_best/ holds step ")
     assert lines[-1] == f"reward model  {tmp_path / 'run' / REWARD}"
     assert "holds a run already; add --resume" in refused(fit_reward.main, argv, capsys)
+
+
+def test_a_fit_that_cannot_go_on_ends_with_one_line(small_config, stores, tiny_pipeline, tmp_path, capsys) -> None:
+    """After a first step as large as this no score is a number."""
+    argv = small_config + arguments(tmp_path / "run", tmp_path / "no-dataset", tiny_pipeline)
+    argv += ["--inline", "--latents", str(stores[0]), "--fit.num_workers", "1", "--fit.learning_rate", "1e30"]
+    with pytest.raises(SystemExit) as ending:
+        fit_reward.main(argv)
+    assert ending.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "the gradient norm of step 2 is nan" in lines[0]
 
 
 def test_a_finished_run_returns_its_result(finished) -> None:

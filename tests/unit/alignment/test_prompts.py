@@ -21,10 +21,17 @@ def dev(tmp_path: Path) -> str:
     return str(tmp_path / "dev.txt")
 
 
-def test_sources_may_be_mixed(hpdv3: str, dev: str) -> None:
+def test_sources_may_be_mixed(hpdv3: str, dev: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A repeated prompt is one prompt; images need not be there."""
     found = load_prompts(PromptsConfig(train=f"{hpdv3}:train", dev=dev, test=f"{hpdv3}:test"))
     assert (found.train, found.dev, found.test) == (("a cat", "a dog"), ("a hen", "a fox"), ("a cow",))
+    reason = "prompt must be a non-empty string, got None"
+    assert capsys.readouterr().out.splitlines() == [
+        f"prompts.train: 1 of 4 records of {hpdv3}:train are malformed and left out, the first is record 3 of "
+        f"train.json: {reason}",
+        f"prompts.test: 1 of 2 records of {hpdv3}:test are malformed and left out, the first is record 1 of "
+        f"test.json: {reason}",
+    ]
 
 
 def test_held_out_prompts_are_held_out(hpdv3: str, dev: str) -> None:

@@ -57,6 +57,22 @@ def test_a_bucket_may_be_empty() -> None:
     assert info.bucket_of(torch.tensor([0, 2])).tolist() == [1, 1]
 
 
+def test_a_latent_that_is_not_finite_is_unreadable(tmp_path: Path) -> None:
+    """Also one that only the store's precision overflows, and whatever else is wrong with the row stays its reason."""
+    info = replace(INFO, buckets=((12, 12),), latent_shapes=SHAPES[:1], rows=(5,), rows_per_shard=5, dtype="bfloat16")
+    latents = normal((5, *SHAPES[0]), "spoilt")
+    for row, value in ((1, float("nan")), (2, torch.finfo(torch.float32).max), (4, float("-inf"))):
+        latents[row, 1, 2, 0] = value
+    given = latents.clone()
+    store = LatentStore.create(tmp_path / "latents", info, IMAGES[:5])
+    store.write_shard(0, latents, {4: "broken"})
+    assert store.unreadable() == {1: "the latent is not finite", 2: "the latent is not finite", 4: "broken"}
+    stored = store.latents(torch.arange(5))
+    assert torch.equal(stored[[0, 3]], latents[[0, 3]].bfloat16().float())
+    assert not stored[[1, 2, 4]].any()
+    assert torch.equal(latents.nan_to_num(), given.nan_to_num())
+
+
 def test_rows_come_back_in_any_order_and_repeated(filled) -> None:
     store, latents = filled
     rows = torch.tensor([4, 0, 0, 2, 1])

@@ -10,14 +10,16 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dina_rl.config import DatasetConfig, PipelineConfig
+from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
 from dina_rl.data.encode import measure_images
 from dina_rl.data.filters import bucketing
 from dina_rl.data.latents import LatentStore, StoreInfo
 from dina_rl.data.plan import EncodePlan
-from dina_rl.data.preprocessed import PreprocessedStore
+from dina_rl.data.preprocessed import PreprocessedStore, read_latent
 from dina_rl.data.preprocessed_set import copy_latents
+from dina_rl.data.records import PreferenceRecord, SkippedRecord
 from dina_rl.data.registry import open_set, open_store
+from dina_rl.reward.inputs import unseen_pairs
 
 SHAPES = ((16, 4, 4), (16, 2, 6))
 DETAILS = {
@@ -101,14 +103,19 @@ def test_a_set_without_held_out_pairs(tmp_path: Path) -> None:
     assert len(open_store(tmp_path).pairs("test")) == 0
 
 
-def test_what_the_authors_recorded(store: PreprocessedStore) -> None:
-    assert store.details("train")[4] == DETAILS
-
-
 def test_pairs_of_two_shapes_are_left_out(tmp_path: Path) -> None:
-    shapes = [[16, 4, 4], [16, 2, 2], [16, 4, 4]]
-    write_part(tmp_path / "part_rank00.parquet", range(3), latent2_shape=shapes)
-    assert open_store(tmp_path).pairs("train").pair_ids.tolist() == [0, 2]
+    shapes = [[16, 4, 4], [16, 2, 2], [16, 4, 4], [16, None, 6], [16, 4, 4]]
+    write_part(tmp_path / "part_rank00.parquet", range(5), latent2_shape=shapes)
+    store = open_store(tmp_path)
+    assert store.pairs("train").pair_ids.tolist() == [0, 2, 4]
+    assert (store.left_out("train"), store.left_out("test")) == (2, 0)
+    write_part(tmp_path / "other" / "test" / "part_rank00.parquet", range(1, 4), latent2_shape=[[16, 4, 4]] * 3)
+    run = FitRun(latents=tmp_path, fit={"steps": 3, "batch_size": 2, "held_out": {"other": str(tmp_path / "other")}})
+    reason = "are left out: their latents differ in shape"
+    assert unseen_pairs(run, store) == [
+        f"2 train pairs of {tmp_path} {reason}",
+        f"2 test pairs of {tmp_path / 'other'} {reason}",
+    ]
 
 
 def test_nothing_is_unpickled_or_executed(tmp_path: Path) -> None:
@@ -118,10 +125,57 @@ def test_nothing_is_unpickled_or_executed(tmp_path: Path) -> None:
         tmp_path / "part_rank00.parquet", range(1), latent1=[buffer.getvalue()], detailed_results=["__import__('os')"]
     )
     store = open_store(tmp_path)
-    with pytest.raises(ValueError, match="unreadable latent: .*allow_pickle=False"):
+    with pytest.raises(ValueError, match="unreadable latent: object of shape"):
         store.latents(torch.tensor([0]))
-    with pytest.raises(ValueError, match="malformed node"):
-        store.details("train")
+    (record,) = open_set("preprocessed", tmp_path).records("train")
+    assert isinstance(record, SkippedRecord)
+    assert "malformed node" in record.reason
+
+
+def npy_header(**values: object) -> bytes:
+    """A .npy file of a header and 100 bytes."""
+    buffer = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": SHAPES[0]}
+    numpy.lib.format.write_array_header_1_0(buffer, header | values)
+    return buffer.getvalue() + bytes(100)
+
+
+def test_a_rotten_latent_costs_no_memory_and_says_why() -> None:
+    huge = (16, 10**6, 10**6)
+    for content, shape, reason in (
+        (npy_header(shape=huge), SHAPES[0], "float32 of shape .16, 1000000, 1000000., not floats of shape .16, 4, 4."),
+        (npy_header(shape=huge), huge, "bytes are too few for float32"),
+        (npy_header(), SHAPES[0], "bytes are too few for float32"),
+        (npy_header(descr="<i4"), SHAPES[0], "int32 of shape"),
+        (npy_header(descr="|O"), SHAPES[0], "object of shape"),
+        (npy(latent(0, 1)).replace(b"{'descr'", b"{('descr'"), SHAPES[0], "header"),
+        (npy(latent(0, 1)).replace(b"'shape'", b"'(ape' "), SHAPES[0], "header|Header"),
+        (npy(latent(0, 1))[:20], SHAPES[0], "EOF"),
+        (b"\x93NUMPY\x03\x00", SHAPES[0], "format .3, 0."),
+        (b"", SHAPES[0], "EOF"),
+        (None, SHAPES[0], "the cell holds None"),
+    ):
+        with pytest.raises(ValueError, match=f"unreadable latent: .*({reason})"):
+            read_latent(content, shape)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8", numpy.longdouble])
+def test_a_latent_is_read_as_float32(dtype: str) -> None:
+    array = latent(0, 1).astype(numpy.float16)
+    assert numpy.array_equal(read_latent(npy(array.astype(dtype)), SHAPES[0]).numpy(), array.astype(numpy.float32))
+
+
+def test_rotten_cells_are_listed(tmp_path: Path) -> None:
+    details = [str(DETAILS | {"confidence": value}) for value in (0.9, "0.9", 1.5, None, [0.9])]
+    shapes = [[16, None, 4], None, [16, 4], [16, -4, 4], [16, 4, 4]]
+    write_part(tmp_path / "part_rank00.parquet", range(5), detailed_results=details, latent1_shape=shapes)
+    source = open_set("preprocessed", tmp_path)
+    records = list(source.records("train"))
+    assert [isinstance(record, SkippedRecord) for record in records] == [False, True, True, False, True]
+    assert [record.confidence for record in records if isinstance(record, PreferenceRecord)] == [0.9, None]
+    sizes = measure_images(source, [f"part_rank00.parquet#{row // 3}/{row % 3}/latent1" for row in range(5)])
+    assert all("the shape of a latent must be" in problem for problem in sizes[:4])
+    assert sizes[4] == (32, 32)
 
 
 def voted(chosen: int, rejected: int) -> str:
@@ -129,11 +183,12 @@ def voted(chosen: int, rejected: int) -> str:
 
 
 def test_the_copy_is_filtered_and_holds_the_same_latents(tmp_path: Path) -> None:
-    """What passes the filters, by bucket; an unreadable latent drops its pair."""
+    """What passes the filters, by bucket; a latent that is unreadable or no number drops its pair."""
     votes = [voted(9, 1), voted(0, 0), voted(5, 5), *[voted(9, 1)] * 4]
     write_part(tmp_path / "part_rank00.parquet", range(7), detailed_results=votes)
     broken = [npy(latent(pair, 1)) for pair in range(7, 12)]
     broken[1] = broken[1][:-4]
+    broken[3] = npy(latent(10, 1) * numpy.float32("nan"))
     write_part(tmp_path / "part_rank01.parquet", range(7, 12), latent1=broken, detailed_results=["{"] + votes[3:])
     source = open_set("preprocessed", tmp_path)
     dataset = DatasetConfig(kind="preprocessed", buckets=[[32, 32], [16, 48]], filter={"min_vote_share": 0.6})
@@ -159,13 +214,13 @@ def test_the_copy_is_filtered_and_holds_the_same_latents(tmp_path: Path) -> None
     store.write_pairs("train", plan.stored_pairs("train"))
     report = plan.retention(sizes.buckets)["train"]
     assert (report.records, report.malformed, report.pairs) == (12, 1, 11)
-    assert (report.dropped, report.kept) == ({"vote_share": 1, "unreadable": 1}, 9)
-    assert ["not a literal" in line.reason or "unreadable latent" in line.reason for line in plan.skipped()] == [
-        True
-    ] * 2
+    assert (report.dropped, report.kept) == ({"vote_share": 1, "unreadable": 2}, 8)
+    listed = [line.reason for line in plan.skipped()]
+    for reason, words in zip(listed, ("not a literal", "unreadable latent", "latent is not finite"), strict=True):
+        assert words in reason
     plan.close()
     table = store.pairs("train")
-    assert table.pair_ids.tolist() == [0, 1, 3, 4, 5, 6, 9, 10, 11]
+    assert table.pair_ids.tolist() == [0, 1, 3, 4, 5, 6, 9, 11]
     for position, pair in enumerate(table.pair_ids.tolist()):
         batch = store.batch(table, torch.tensor([position]))
         assert numpy.array_equal(batch.chosen[0].numpy(), latent(pair, 1))
@@ -188,5 +243,10 @@ def test_neither_kind_of_store(tmp_path: Path) -> None:
         PreprocessedStore(tmp_path)
     parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "part_rank00.parquet")
     with pytest.raises(ValueError, match="not one of the published files"):
+        open_store(tmp_path).pairs("train")
+    write_part(tmp_path / "part_rank00.parquet", range(2))
+    incomplete = parquet.read_table(tmp_path / "part_rank00.parquet").drop_columns(["latent2"])
+    parquet.write_table(incomplete, tmp_path / "part_rank00.parquet")
+    with pytest.raises(ValueError, match="it has no column latent2"):
         open_store(tmp_path).pairs("train")
     assert not isinstance(open_store(tmp_path), LatentStore)

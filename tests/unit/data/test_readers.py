@@ -114,8 +114,40 @@ def test_genai_bench(tmp_path: Path) -> None:
     assert len(list(source.records("test_v1"))) == 1
     with pytest.raises(ValueError, match="the cell is empty"):
         source.image("image_generation/test-00000-of-00001.parquet#1/1/right_image")
-    with pytest.raises(ValueError, match="leaves the data directory"):
-        source.image("../elsewhere.parquet#0/0/right_image")
+    write_parquet(tmp_path / "image_generation" / "other" / "test.parquet", columns)
+    write_parquet(tmp_path.parent / "elsewhere.parquet", columns)
+    for place in ("../elsewhere.parquet", "image_generation/other/test.parquet", str(folder / "test.parquet")):
+        with pytest.raises(ValueError, match="is no file of dataset"):
+            source.image(f"{place}#0/0/right_image")
+
+
+def test_cells_without_an_image(tmp_path: Path) -> None:
+    columns = {"prompt": ["p"], "left_model": ["m"], "right_model": ["n"], "vote_type": ["leftvote"]}
+    file = tmp_path / "test-00000-of-00001.parquet"
+    write_parquet(file, columns)
+    with pytest.raises(ValueError, match="has no column left_image, right_image"):
+        next(open_set("genai_bench", tmp_path).records("test"))
+    write_parquet(file, columns | {"left_image": ["a.png"], "right_image": [{"path": "a.png"}]})
+    source = open_set("genai_bench", tmp_path)
+    (record,) = source.records("test")
+    for key, reason in zip(record.images, ("holds no bytes, but 'a.png'", "the cell is empty"), strict=True):
+        for read in (source.image, source.size):
+            with pytest.raises(ValueError, match=f"unreadable image: .*{reason}"):
+                read(key)
+
+
+def test_parquet_in_hugging_faces_cache(tmp_path: Path) -> None:
+    """A snapshot's files are symlinks to blobs outside it; images stay inside cells, so no record names a path."""
+    cells = [{"bytes": jpeg(7), "path": "a.jpg"}]
+    columns = {"prompt": ["p"], "left_model": ["m"], "left_image": cells, "right_model": ["n"], "right_image": cells}
+    write_parquet(tmp_path / "blobs" / "0123", columns | {"vote_type": ["leftvote"]})
+    snapshot = tmp_path / "snapshots" / "abc"
+    (snapshot / "image_generation").mkdir(parents=True)
+    (snapshot / "image_generation" / "test-00000-of-00001.parquet").symlink_to("../../../blobs/0123")
+    (record,) = open_set("genai_bench", snapshot).records("test")
+    source = open_set("genai_bench", snapshot)  # as another process opens it
+    assert source.image(record.images[0]) == jpeg(7)
+    assert source.size(record.images[1]) == (4, 8)
 
 
 def picks(first: int, count: int, *, images: bool) -> dict[str, list]:
@@ -147,11 +179,22 @@ def test_pickapic(tmp_path: Path) -> None:
     assert records[6].models == ("a", "b")
 
 
+def test_pickapic_rows_without_a_label_are_no_comparisons(tmp_path: Path) -> None:
+    """Whatever stands in their labels. As prompts they are as good as others."""
+    labelled = {"has_label": [True, False, None, False, True]}
+    write_parquet(tmp_path / "train.parquet", picks(0, 5, images=True) | labelled)
+    records = list(open_set("pickapic", tmp_path).records("train"))
+    assert reasons(records) == [(row, "has_label is false: no comparison") for row in (1, 2, 3)]
+    assert [records[row].ranks for row in (0, 4)] == [(0, 1), (0, 1)]
+    write_parquet(tmp_path / "train.parquet", picks(0, 5, images=False) | labelled)
+    assert len(reasons(open_set("pickapic", tmp_path).records("train"))) == 0
+
+
 def test_pickapic_without_images_is_prompts(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-00000-of-00001.parquet", picks(0, 4, images=False))
     source = open_set("pickapic", tmp_path)
     assert [(record.prompt, record.images) for record in source.records("train")][0] == ("prompt 0", ())
-    assert list(prompts_of(source, "train")) == [f"prompt {row}" for row in range(4)]
+    assert prompts_of(source, "train") == ([f"prompt {row}" for row in range(4)], [])
 
 
 def test_parquet_that_is_not(tmp_path: Path) -> None:
@@ -170,7 +213,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a cat\n\n  ein Hund 🐕  \n")
     for path in (tmp_path, tmp_path / "train.txt"):
         source = open_set("prompts", path)
-        assert list(prompts_of(source, "train")) == ["a cat", "ein Hund 🐕"]
+        assert prompts_of(source, "train") == (["a cat", "ein Hund 🐕"], [])
     with pytest.raises(ValueError, match=r"has no dev\.txt"):
         list(open_set("prompts", tmp_path).records("dev"))
     with pytest.raises(ValueError, match="does not exist"):

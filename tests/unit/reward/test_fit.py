@@ -6,6 +6,7 @@ import torch
 
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitConfig, TimestepConfig
+from dina_rl.errors import RunStopped
 from dina_rl.reward.fit import RewardFit, fit, micro_batches, rate_factor, training_noise
 from dina_rl.reward.model import LatentRewardModel
 from tests.tiny_reward import TINY_REWARD, pair_batch, stirred_model
@@ -37,6 +38,24 @@ def test_only_trainable_weights_move(backbone, encoder) -> None:
     list(fit(RewardFit(model, CONFIG), [pair_batch(8, 0), pair_batch(8, 1)], encoder, seed=0))
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_a_latent_that_is_not_finite_stops_the_fit_and_changes_nothing(
+    backbone, encoder, value: float, micro_batch_size: int | None
+) -> None:
+    config = CONFIG.model_copy(update={"micro_batch_size": micro_batch_size})
+    progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), config)
+    spoilt = pair_batch(8, 1)
+    spoilt.rejected[0, 0, 0, 0] = value
+    steps = fit(progress, [pair_batch(8, 0), spoilt, pair_batch(8, 2)], encoder, seed=0)
+    next(steps)
+    before = progress.state()
+    with pytest.raises(RunStopped, match="gradient norm of step 2 is nan"):
+        next(steps)
+    after = progress.state()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_averages_follow_the_recursion_and_are_swapped_in_and_out(backbone, encoder) -> None:

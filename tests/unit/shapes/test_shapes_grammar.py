@@ -7,7 +7,6 @@ from dina_rl.shapes.grammar import (
     parse_caption,
     prompts,
     spec_tensor,
-    write_prompts,
 )
 
 
@@ -70,11 +69,3 @@ def test_spec_tensor_indexes_the_attributes():
     rows = spec_tensor(["a small red circle on green", "a large cyan ring on black"])
     assert rows.tolist() == [[0, 1, 0, 0], [8, 7, 3, 1]]
     assert spec_tensor([]).shape == (0, 4)
-
-
-def test_prompt_files_hold_one_prompt_a_line(tmp_path):
-    write_prompts(tmp_path / "prompts")
-    for split in ("train", "dev", "test"):
-        lines = (tmp_path / "prompts" / f"{split}.txt").read_text().splitlines()
-        assert tuple(lines) == prompts(split)
-    assert len(list((tmp_path / "prompts").iterdir())) == 3
