@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_rl.config import EvaluateRun, PictureScorerConfig
+from dina_rl.config import DatasetConfig, EvaluateRun, FilterConfig, PictureScorerConfig
+from dina_rl.data.buckets import PUBLISHED, PUBLISHED_MIN_AREA, Bucketing
 from dina_rl.evaluation.images import read_image
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import measured
@@ -164,6 +165,28 @@ def test_images_are_seen_in_buckets(tmp_path, dina) -> None:
     keys = [NoiseKey(group=("hpdv3", "test", 1, 0), member=member) for member in range(2)]
     expected = opened.at((0.4,)).score_latents(latents, [record.prompt] * 2, keys)
     torch.testing.assert_close(scores.scores[1][0], expected, rtol=1e-4, atol=1e-5)
+
+
+def with_buckets(reward: Path, directory: Path, buckets) -> PictureScorerConfig:
+    """A copy of a reward model whose card names these buckets."""
+    shutil.copytree(reward, directory)
+    card = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(card | {"buckets": buckets}))
+    return PictureScorerConfig(path=str(directory))
+
+
+def test_a_fit_on_latents_does_not_ask_images_for_exact_sizes(tmp_path, tiny_reward, tiny_flux) -> None:
+    """Sizes and smallest area are those of the fit; the authors' files list the buckets in ascending order."""
+    scorer = with_buckets(tiny_reward, tmp_path / "some", [[32, 16], [32, 32]])
+    of_latents, of_images = (
+        named_scorer("scorer", scorer, dataset=DatasetConfig(kind=kind, filter=FilterConfig(min_area=9))).bucketing
+        for kind in ("preprocessed", "hpdv3")
+    )
+    assert of_latents == of_images == Bucketing(buckets=((32, 16), (32, 32)), stretch=False, min_area=9)
+    ascending = with_buckets(tiny_reward, tmp_path / "all", sorted(PUBLISHED))
+    ascending = ascending.model_copy(update={"pipeline": str(tiny_flux)})  # its positions reach that far
+    found = named_scorer("scorer", ascending, dataset=DatasetConfig(kind="preprocessed")).bucketing
+    assert found == Bucketing(buckets=PUBLISHED, stretch=False, min_area=PUBLISHED_MIN_AREA)
 
 
 def test_a_sample_uses_the_latents_of_its_set(tmp_path, dataset, dina) -> None:
