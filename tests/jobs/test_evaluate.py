@@ -187,5 +187,18 @@ def test_a_broken_set_stops_the_run(world: Path, tmp_path: Path, capsys) -> None
     with pytest.raises(SystemExit) as ending:
         evaluate.main([*argv, "--sets.a.kind", "imagereward", "--sets.a.path", str(world / "groups"), *SMALL])
     assert ending.value.code == 2
-    assert "set a: 1 of 2 records are malformed or have unreadable images" in capsys.readouterr().err
+    assert "set a: 0 of 2 records are malformed and 1 of the 2 scored have unreadable images" in capsys.readouterr().err
     assert (tmp_path / "run" / "dropped.jsonl").is_file()
+
+
+def test_a_malformed_set_stops_before_anything_is_scored(world: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "set").mkdir()
+    records = json.loads((world / "pairs" / "test.json").read_text())
+    (tmp_path / "set" / "test.json").write_text(json.dumps([*records, {"prompt": ""}]))
+    argv = ["--inline", "--run_dir", str(tmp_path / "run"), "--runs", str(world / "fit-0")]
+    with pytest.raises(SystemExit) as ending:
+        evaluate.main([*argv, "--sets.a.path", str(tmp_path / "set"), *SMALL])
+    assert ending.value.code == 2
+    assert "set a: 1 of 6 records are malformed" in capsys.readouterr().err
+    assert len((tmp_path / "run" / "dropped.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "run" / "cache").exists()

@@ -16,7 +16,7 @@ from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import measured
 from dina_rl.evaluation.scorers import PLAIN, named_scorer
 from dina_rl.evaluation.scores import ScoreStore, ScoringJob
-from dina_rl.evaluation.sets import EvaluationSet, read_sets
+from dina_rl.evaluation.sets import EvaluationSet, check_malformed, read_sets
 from dina_rl.evaluation.worker import InlineWorkers
 from dina_rl.scoring import NoiseKey, open_scorer
 from tests.tiny_clip import save_tiny_clip
@@ -139,7 +139,7 @@ def test_unreadable_images_are_dropped_with_their_reason(kind, tmp_path, dataset
     assert "unreadable image" in scores.dropped[0].problem.reason
     result = measured(run, store, "scorer", job, view)
     assert (result.dropped_images, result.dropped_pairs, result.accuracy.pairs) == (1, 1, 4)
-    with pytest.raises(ValueError, match="set test: 1 of 5 records .* max_broken = 0.1 allows"):
+    with pytest.raises(ValueError, match="set test: .* 1 of the 5 scored have .* max_broken = 0.1 allows"):
         measured(run.model_copy(update={"max_broken": 0.1}), store, "scorer", job, view)
 
 
@@ -219,3 +219,19 @@ def test_sets_are_read_sampled_and_refused(tmp_path, dataset) -> None:
     (tmp_path / "empty" / "test.json").write_text(json.dumps([]))
     with pytest.raises(ValueError, match="set x: .* has no comparison in split test"):
         read(path=str(tmp_path / "empty"))
+
+
+def test_the_broken_share_is_one_of_the_whole_split(tmp_path, dina) -> None:
+    """2 of 20 records are malformed, and a sample of 3 is scored: no more than 1 in 10 is broken."""
+    write_preferences(tmp_path / "set", train=1, test=20)
+    file = tmp_path / "set" / "test.json"
+    records = json.loads(file.read_text())
+    file.write_text(json.dumps([{"prompt": ""} if number in (4, 9) else each for number, each in enumerate(records)]))
+    sets = {"test": {"path": str(tmp_path / "set"), "max_records": 3}}
+    run = evaluation(tmp_path / "cache", tmp_path / "set", sets=sets, max_broken=0.1)
+    store, job = scored(run, dina, SINGLE)
+    check_malformed(job.data, 0.1)
+    assert measured(run, store, "scorer", job, SINGLE).malformed == 2
+    assert job.data.sample(1, seed=0).malformed_share == 0.1
+    with pytest.raises(ValueError, match="set test: 2 of 20 records are malformed, more than max_broken = 0.09"):
+        check_malformed(job.data, 0.09)
