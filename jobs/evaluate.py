@@ -21,7 +21,7 @@ from dina_rl.checkpoint import open_run_dir, write_text
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import EvaluateRun
 from dina_rl.evaluation.audit import audit, audit_jobs, write_report
-from dina_rl.evaluation.paper import Plan, notes_on, plan_table, read_runs
+from dina_rl.evaluation.paper import Plan, plan_table
 from dina_rl.evaluation.requests import Workers
 from dina_rl.evaluation.results import (
     accuracy_table,
@@ -31,6 +31,7 @@ from dina_rl.evaluation.results import (
     write_accuracies,
     write_table,
 )
+from dina_rl.evaluation.runs import notes_on, read_runs
 from dina_rl.evaluation.scorers import NamedScorer, named_scorer
 from dina_rl.evaluation.scores import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, check_malformed, open_source, read_sets

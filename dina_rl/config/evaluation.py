@@ -86,6 +86,8 @@ class EvaluateRun(Section):
     """a table or figure of the paper, its rows derived from the configurations of `runs`; None: an audit"""
     runs: tuple[str, ...] = ()
     """directories of fit runs; those that differ in their seed alone are one row of a table"""
+    pool_data_sets: bool = False
+    """runs fitted on different data are seeds of one row (each seed of the miniature world draws its own)"""
     scorers: dict[str, PictureScorerConfig] = {}
     """further scorers by name: an audit's, or rows of table1"""
     sets: dict[str, SetConfig] = {}
