@@ -157,11 +157,15 @@ def uncertainty_table(
         cells = {}
         for data in sets:
             for title, name in UNCERTAINTY_COLUMNS.items():
-                values = [getattr(results[entry.scorer, data.name, entry.view], name) for entry in entries]
-                cells[f"{data.name}: {title}"] = Cell.over_seeds(values)
+                found = [getattr(results[entry.scorer, data.name, entry.view], name) for entry in entries]
+                values = [value for value in found if value is not None]
+                cells[f"{data.name}: {title}"] = Cell.over_seeds(values) if values else None
         columns = list(cells)
         rows.append(Row(labels=labels, cells=cells))
     one = next(iter(results.values()))
+    failed = sum(result.failed_pairs for result in results.values())
+    if failed:
+        notes = (f"{failed} comparisons with a score that is not a number are left out.", *notes)
     notes = (f"{one.draws} noise draws.", *notes)
     return Table(
         title=plan.title, labels=plan.labels, columns=tuple(columns), rows=tuple(rows), percent=False, notes=notes
