@@ -139,6 +139,10 @@ class EvaluateRun(Section):
                 )
             if scorer.noise != "shared":
                 raise ValueError(f"scorers.{name}.noise: set noise of the whole evaluation instead")
+        holding = {f"sets.{name}": each for name, each in self.sets.items()} | {"training": self.training}
+        for section, each in holding.items():
+            if each is not None and each.kind == "preprocessed":
+                raise ValueError(f"{section}.kind preprocessed holds latents without images: name the set they are of")
         for section, names in (("sets", self.sets), ("scorers", self.scorers)):
             for name in names:
                 if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

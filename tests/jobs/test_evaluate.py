@@ -169,6 +169,8 @@ def test_table1_sets_other_scorers_beside_the_runs(world: Path, inline: dict, tm
         (["--sets.a.pth", "PAIRS"], "--sets.a.pth: unknown key; did you mean --sets.NAME.path?"),
         (["--paper", "table2", "--sets.a.path", "PAIRS", "--scorers.x.kind", "dina"], "is made of fit runs alone"),
         (["--sets.a.path", "PAIRS", "--scorers.x.normalisation", "readme"], "leave it raw"),
+        (["--sets.a.path", "PAIRS", "--sets.a.kind", "preprocessed"], "sets.a.kind preprocessed holds latents without"),
+        (["--training.path", "PAIRS", "--training.kind", "preprocessed"], "training.kind preprocessed holds latents"),
         (["--sets.a/b.path", "PAIRS", "--runs", "RUN"], "must be letters, digits"),
     ],
 )
