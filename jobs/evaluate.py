@@ -37,7 +37,7 @@ from dina_rl.evaluation.scores import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, check_malformed, open_source, read_sets
 from dina_rl.runtime import configure_process
 
-MAY_CHANGE = ("inline", "workers", "cache", "max_broken", "bootstrap", "bins", "convention")
+MAY_CHANGE = ("inline", "workers", "cache", "max_broken", "bootstrap", "bins", "convention", "pool_data_sets")
 """What a resumed run may set differently: it is found in the kept scores anew."""
 DROPPED_FILE = "dropped.jsonl"
 
@@ -84,7 +84,8 @@ def evaluate(run: EvaluateRun, inputs: Inputs, run_dir: Path) -> str:
     Raises:
         ValueError: a model that cannot be loaded, a set without comparisons, or too much of it broken.
     """
-    write_dropped([line for data in inputs.sets for line in _malformed(data)], run_dir / DROPPED_FILE)
+    malformed = [line for data in inputs.sets for line in _malformed(data)]
+    write_dropped(malformed, run_dir / DROPPED_FILE)
     for data in inputs.sets:
         check_malformed(data, run.max_broken)
     store = ScoreStore(run)
@@ -93,7 +94,8 @@ def evaluate(run: EvaluateRun, inputs: Inputs, run_dir: Path) -> str:
     if missing:
         with open_workers(run) as workers:
             store.fill(missing, workers)
-    write_dropped(dropped_lines(store, jobs), run_dir / DROPPED_FILE)
+    if (lines := dropped_lines(store, jobs)) != malformed:
+        write_dropped(lines, run_dir / DROPPED_FILE)
     if inputs.plan is None:
         return write_report(audit(run, store, jobs), jobs, run_dir)
     assert run.paper is not None

@@ -82,8 +82,8 @@ def essence(run: FittedRun, *, pool: bool) -> dict[str, object]:
         pool: which data it was fitted on does not count, only how they were filtered and encoded.
     """
     values = _flat(run.run.model_dump(mode="json"))
-    essence = {key: value for key, value in values.items() if not _covered(key, PLACES)} | training_data(run)
-    return {key: value for key, value in essence.items() if key not in PROCESSES and not (pool and key == DATA_PATH)}
+    values = {key: value for key, value in values.items() if not _covered(key, PLACES)} | training_data(run)
+    return {key: value for key, value in values.items() if key not in PROCESSES and not (pool and key == DATA_PATH)}
 
 
 def training_data(run: FittedRun) -> dict[str, object]:
