@@ -21,7 +21,7 @@ from dina_rl.checkpoint import open_run_dir, write_text
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import EvaluateRun
 from dina_rl.evaluation.audit import audit, audit_jobs, write_report
-from dina_rl.evaluation.paper import Plan, notes_on, plan_table, read_runs
+from dina_rl.evaluation.paper import Plan, plan_table
 from dina_rl.evaluation.requests import Workers
 from dina_rl.evaluation.results import (
     accuracy_table,
@@ -31,12 +31,13 @@ from dina_rl.evaluation.results import (
     write_accuracies,
     write_table,
 )
+from dina_rl.evaluation.runs import notes_on, read_runs
 from dina_rl.evaluation.scorers import NamedScorer, named_scorer
 from dina_rl.evaluation.scores import ScoreStore, ScoringJob
-from dina_rl.evaluation.sets import EvaluationSet, open_source, read_sets
+from dina_rl.evaluation.sets import EvaluationSet, check_malformed, open_source, read_sets
 from dina_rl.runtime import configure_process
 
-MAY_CHANGE = ("inline", "workers", "cache", "max_broken", "bootstrap", "bins", "convention")
+MAY_CHANGE = ("inline", "workers", "cache", "max_broken", "bootstrap", "bins", "convention", "pool_data_sets")
 """What a resumed run may set differently: it is found in the kept scores anew."""
 DROPPED_FILE = "dropped.jsonl"
 
@@ -83,13 +84,18 @@ def evaluate(run: EvaluateRun, inputs: Inputs, run_dir: Path) -> str:
     Raises:
         ValueError: a model that cannot be loaded, a set without comparisons, or too much of it broken.
     """
+    malformed = [line for data in inputs.sets for line in _malformed(data)]
+    write_dropped(malformed, run_dir / DROPPED_FILE)
+    for data in inputs.sets:
+        check_malformed(data, run.max_broken)
     store = ScoreStore(run)
     jobs = audit_jobs(run, inputs.scorers, inputs.sets) if inputs.plan is None else paper_jobs(run, inputs)
     missing = store.missing([job for _, job in jobs])
     if missing:
         with open_workers(run) as workers:
             store.fill(missing, workers)
-    write_dropped(store, jobs, run_dir / DROPPED_FILE)
+    if (lines := dropped_lines(store, jobs)) != malformed:
+        write_dropped(lines, run_dir / DROPPED_FILE)
     if inputs.plan is None:
         return write_report(audit(run, store, jobs), jobs, run_dir)
     assert run.paper is not None
@@ -118,21 +124,27 @@ def paper_jobs(run: EvaluateRun, inputs: Inputs) -> list[tuple[NamedScorer, Scor
     return jobs
 
 
-def write_dropped(store: ScoreStore, jobs: Sequence[tuple[NamedScorer, ScoringJob]], file: Path) -> None:
-    """List malformed records and images without a score, each once per set and reason."""
+def dropped_lines(store: ScoreStore, jobs: Sequence[tuple[NamedScorer, ScoringJob]]) -> list[str]:
+    """Malformed records and images without a score as lines of JSON, each once per set and reason."""
     lines: dict[str, None] = {}  # an ordered set
     for _, job in jobs:
-        name = {"set": job.data.name}
-        listed = [name | asdict(record) for record in job.data.skipped]
+        lines |= dict.fromkeys(_malformed(job.data))
         for view in job.views:
-            listed += [
-                name | {"record": image.record, "image": image.image} | asdict(image.problem)
-                for image in store.read(job, view).dropped
-            ]
-        lines |= {json.dumps(line): None for line in listed}
+            for image in store.read(job, view).dropped:
+                line = {"set": job.data.name, "record": image.record, "image": image.image} | asdict(image.problem)
+                lines[json.dumps(line)] = None
+    return list(lines)
+
+
+def write_dropped(lines: Sequence[str], file: Path) -> None:
+    """List what cannot be scored, and say so."""
     if lines:
         write_text(file, "\n".join(lines) + "\n")
         print(f"{len(lines)} malformed records and dropped images are listed in {file}", flush=True)
+
+
+def _malformed(data: EvaluationSet) -> list[str]:
+    return [json.dumps({"set": data.name} | asdict(record)) for record in data.skipped]
 
 
 @contextmanager

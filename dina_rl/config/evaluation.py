@@ -86,6 +86,8 @@ class EvaluateRun(Section):
     """a table or figure of the paper, its rows derived from the configurations of `runs`; None: an audit"""
     runs: tuple[str, ...] = ()
     """directories of fit runs; those that differ in their seed alone are one row of a table"""
+    pool_data_sets: bool = False
+    """runs fitted on different data are seeds of one row (each seed of the miniature world draws its own)"""
     scorers: dict[str, PictureScorerConfig] = {}
     """further scorers by name: an audit's, or rows of table1"""
     sets: dict[str, SetConfig] = {}
@@ -137,6 +139,10 @@ class EvaluateRun(Section):
                 )
             if scorer.noise != "shared":
                 raise ValueError(f"scorers.{name}.noise: set noise of the whole evaluation instead")
+        holding = {f"sets.{name}": each for name, each in self.sets.items()} | {"training": self.training}
+        for section, each in holding.items():
+            if each is not None and each.kind == "preprocessed":
+                raise ValueError(f"{section}.kind preprocessed holds latents without images: name the set they are of")
         for section, names in (("sets", self.sets), ("scorers", self.scorers)):
             for name in names:
                 if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

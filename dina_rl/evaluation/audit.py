@@ -245,18 +245,23 @@ def _as_markdown(report: Report, main: Table) -> str:
               "dropped images", "dropped pairs"]  # fmt: skip
     sections.append("## All conventions (percent)\n\n" + grid(header, conventions))
     if report.calibrations:
-        lines = [[*key, f"{c.ece:.4f}", f"{c.brier:.4f}", str(sum(c.counts))] for key, c in report.calibrations.items()]
+        lines = [
+            [*key, *(_plain(value, ".4f") for value in (c.ece, c.brier)), str(sum(c.counts)), str(c.failed)]
+            for key, c in report.calibrations.items()
+        ]
+        header = ["scorer", "set", "view", "ECE", "Brier", "N", "failed"]
         bins = len(next(iter(report.calibrations.values())).counts)
         sections.append(
-            f"## Calibration of Eq. 8\n\n{grid(['scorer', 'set', 'view', 'ECE', 'Brier', 'N'], lines)}\n\n"
+            f"## Calibration of Eq. 8\n\n{grid(header, lines)}\n\n"
             f"{bins} bins of equal width over the predicted winner's probability [0.5, 1]."
         )
     if report.uncertainties:
         lines = [
-            [*key, *(f"{value:.3g}" for value in (u.variation_ratio, u.mean_margin, u.score_variance)), str(u.pairs)]
+            [*key, *(_plain(value, ".3g") for value in (u.variation_ratio, u.mean_margin, u.score_variance)),
+             str(u.pairs), str(u.failed_pairs)]
             for key, u in report.uncertainties.items()
-        ]
-        header = ["scorer", "set", "view", "VR", "mean margin", "Var(r)", "pairs"]
+        ]  # fmt: skip
+        header = ["scorer", "set", "view", "VR", "mean margin", "Var(r)", "pairs", "failed"]
         draws = next(iter(report.uncertainties.values())).draws
         sections.append(f"## Uncertainty over {draws} noise draws\n\n{grid(header, lines)}")
     if report.breakdown:
@@ -277,3 +282,8 @@ def _as_markdown(report: Report, main: Table) -> str:
         header = ["set", "prompts also in training", "images also in training", "records", "unreadable images"]
         sections.append("## Leak check\n\n" + grid(header, lines))
     return "\n\n".join(sections) + "\n"
+
+
+def _plain(value: float | None, form: str) -> str:
+    """A number, or an empty cell."""
+    return "" if value is None else format(value, form)

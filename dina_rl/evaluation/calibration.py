@@ -22,8 +22,8 @@ class Calibration:
     counts: tuple[int, ...]
     confidence: tuple[float | None, ...]  # mean predicted probability of a bin; None: an empty bin
     accuracy: tuple[float | None, ...]  # share of a bin's comparisons in which people agree
-    ece: float  # sum over bins of count / N * |accuracy - confidence|
-    brier: float  # mean (1 - P(preferred image))^2; a fair coin has 0.25
+    ece: float | None  # sum over bins of count / N * |accuracy - confidence|; None: all failed
+    brier: float | None  # mean (1 - P(preferred image))^2; a fair coin has 0.25
     failed: int  # comparisons without a probability (a score is not a number), left out
 
 
@@ -41,15 +41,9 @@ def thurstone_probability(margins: torch.Tensor, levels: Sequence[float], config
 
 
 def calibrate(probability: torch.Tensor, *, bins: int) -> Calibration:
-    """Calibration of the probabilities [N] that a scorer gives to the images that people prefer.
-
-    Raises:
-        ValueError: not one of them is a number.
-    """
+    """Calibration of the probabilities [N] that a scorer gives to the images that people prefer."""
     given = probability.double()
     given = given[~given.isnan()]
-    if not len(given):
-        raise ValueError("no probability to calibrate")
     confidence = torch.maximum(given, 1 - given)
     outcome = (given > 0.5).double() + 0.5 * (given == 0.5).double()
     edges = torch.linspace(0.5, 1, bins + 1, dtype=torch.float64)
@@ -69,7 +63,7 @@ def calibrate(probability: torch.Tensor, *, bins: int) -> Calibration:
         counts=tuple(int(count) for count in counts),
         confidence=tuple(means[0]),
         accuracy=tuple(means[1]),
-        ece=(gaps.sum() / len(given)).item(),
-        brier=((1 - given) ** 2).mean().item(),
+        ece=(gaps.sum() / len(given)).item() if len(given) else None,
+        brier=((1 - given) ** 2).mean().item() if len(given) else None,
         failed=len(probability) - len(given),
     )

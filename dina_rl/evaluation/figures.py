@@ -46,7 +46,8 @@ def plot_table(table: Table, path: Path) -> None:
     axes.set_title(table.title, loc="left", fontsize=10)
     axes.set_xlabel("percent" if table.percent else "")
     _plain(axes, "x")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    if axes.containers:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     _save(figure, path)
 
 
@@ -72,7 +73,8 @@ def plot_lines(panels: Mapping[str, Mapping[str, Line]], path: Path, *, title: s
         axes.set_ylabel("percent" if percent else "")
         _plain(axes, "y")
     figure.suptitle(title, fontsize=10)
-    figure.axes[-1].legend(fontsize=7, frameon=False)
+    if figure.axes[-1].lines:
+        figure.axes[-1].legend(fontsize=7, frameon=False)
     _save(figure, path)
 
 
@@ -83,6 +85,8 @@ def plot_reliability(curves: Mapping[str, Calibration], path: Path) -> None:
     axes.plot([0.5, 1], [0.5, 1], color=FAINT, linestyle="--", linewidth=1)
     for number, (label, curve) in enumerate(curves.items()):
         points = [(c, a) for c, a in zip(curve.confidence, curve.accuracy, strict=True) if c is not None]
+        if not points:
+            continue  # all its scores failed
         axes.plot(
             *zip(*points, strict=True),
             color=COLOURS[number % len(COLOURS)],
@@ -93,7 +97,8 @@ def plot_reliability(curves: Mapping[str, Calibration], path: Path) -> None:
     axes.set_xlabel("probability of the predicted winner")
     axes.set_ylabel("share of people's decisions for it")
     _plain(axes, "both")
-    axes.legend(fontsize=7, frameon=False)
+    if len(axes.lines) > 1:
+        axes.legend(fontsize=7, frameon=False)
     _save(figure, path)
 
 

@@ -1,4 +1,9 @@
-"""What decides a scorer's numbers, as plain values to make cache keys of."""
+"""What decides a scorer's numbers, as plain values to make cache keys of.
+
+A hub id is known by the commit of its cached snapshot, a local directory by its files: those of reward and CLIP models
+in full. A pipeline may be tens of gigabytes: of its files above 64 MiB the size and the first, middle and last MiB
+stand for all. Any training changes those; an edit by hand of a few tensors elsewhere in such a file may go unnoticed.
+"""
 
 import json
 from hashlib import blake2b
@@ -6,10 +11,11 @@ from pathlib import Path
 
 from dina_rl.config import PictureScorerConfig, PipelineConfig
 from dina_rl.reward.checkpoint import read_card
-from dina_rl.reward.revision import pipeline_revision
+from dina_rl.reward.revision import cached_commit
 from dina_rl.scoring import dina_pipeline
 
-BLOCK = 2**20  # bytes of a weight file read at once
+BLOCK = 2**20  # bytes of a file read at once
+WHOLE_BYTES = 64 * BLOCK  # a pipeline's files up to this size are read in full
 
 
 def digest(value: object) -> str:
@@ -18,12 +24,11 @@ def digest(value: object) -> str:
 
 
 class Identities:
-    """Answers are remembered: a scorer's files are read once."""
+    """Answers are remembered: a model's files are read once."""
 
     def __init__(self) -> None:
         self._pipelines: dict[PictureScorerConfig, PipelineConfig] = {}
-        self._revisions: dict[str, str | None] = {}
-        self._weights: dict[str, str] = {}
+        self._contents: dict[str, str] = {}
 
     def pipeline(self, scorer: PictureScorerConfig) -> PipelineConfig:
         """The pipeline that a dina scorer runs on.
@@ -36,30 +41,50 @@ class Identities:
         return self._pipelines[scorer]
 
     def of_pipeline(self, scorer: PictureScorerConfig) -> dict[str, object]:
-        """A dina scorer's pipeline and which weights it has; raises like `pipeline`."""
+        """A dina scorer's pipeline and what its transformer, VAE and text encoders hold; raises like `pipeline`."""
         pipeline = self.pipeline(scorer)
-        if pipeline.location not in self._revisions:
-            self._revisions[pipeline.location] = pipeline_revision(pipeline.location)
-        return {**pipeline.model_dump(mode="json"), "revision": self._revisions[pipeline.location]}
+        content = self._content(pipeline.location, "model_index.json", whole=WHOLE_BYTES)
+        return {**pipeline.model_dump(mode="json"), "content": content}
 
     def of_scorer(self, scorer: PictureScorerConfig) -> dict[str, object]:
         """Which weights score, and on what; raises like `pipeline`."""
         reward = scorer.reward
-        if reward.path not in self._weights:
-            self._weights[reward.path] = _weights_digest(reward.path)
-        rest = self.of_pipeline(scorer) if scorer.kind == "dina" else {"processor": reward.processor}
-        return {"kind": scorer.kind, "weights": self._weights[reward.path], **rest}
+        weights = self._content(reward.path, "config.json")
+        if scorer.kind == "dina":
+            return {"kind": scorer.kind, "weights": weights, **self.of_pipeline(scorer)}
+        processor = self._content(reward.processor, "preprocessor_config.json")
+        return {"kind": scorer.kind, "weights": weights, "processor": processor}
+
+    def _content(self, path: str, known_file: str, *, whole: int | None = None) -> str:
+        """What a directory or hub id holds; `known_file` is a file that every such repository has."""
+        if path not in self._contents:
+            directory = Path(path).expanduser()
+            if directory.is_dir():
+                self._contents[path] = files_digest(directory, whole=whole)
+            else:  # nothing of it is cached where it was never opened: its name is all there is
+                self._contents[path] = f"{path}@{cached_commit(path, known_file)}"
+        return self._contents[path]
 
 
-def _weights_digest(path: str) -> str:
-    """Digest of all files of a model's directory; of a hub id its name."""
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        return path
+def files_digest(directory: Path, *, whole: int | None = None) -> str:
+    """Digest of the names and contents of all files of a directory but hidden ones.
+
+    Args:
+        whole: bytes above which a file's size and first, middle and last MiB stand for it; None: all are read in full.
+    """
     content = blake2b(digest_size=16)
-    for file in sorted(file for file in directory.rglob("*") if file.is_file()):
-        content.update(f"{file.relative_to(directory)}\n".encode())
+    for file in sorted(directory.rglob("*")):
+        name = file.relative_to(directory)
+        if any(part.startswith(".") for part in name.parts) or not file.is_file():
+            continue
+        size = file.stat().st_size
+        content.update(f"{name}\n{size}\n".encode())
         with file.open("rb") as stream:
-            while block := stream.read(BLOCK):
-                content.update(block)
+            if whole is None or size <= whole:
+                while block := stream.read(BLOCK):
+                    content.update(block)
+            else:
+                for start in (0, (size - BLOCK) // 2, size - BLOCK):
+                    stream.seek(start)
+                    content.update(stream.read(BLOCK))
     return content.hexdigest()

@@ -61,14 +61,14 @@ def _buckets(
     if not needs_sizes(bucketing):
         return [0] * len(record.images)
     sizes = [size_of(image) for image in record.images]
-    if len(sizes) == 2:
+    if len(sizes) == 2 and not any(isinstance(size, str) for size in sizes):
         return [_shared(bucketing, *sizes)] * 2
-    return [_shared(bucketing, size, size) for size in sizes]
+    # Beside an unreadable image the other one of a pair has nothing wrong with it.
+    return [
+        Problem(reason=size, broken=True) if isinstance(size, str) else _shared(bucketing, size, size) for size in sizes
+    ]
 
 
-def _shared(bucketing: Bucketing, first: Size | str, second: Size | str) -> int | Problem:
-    for size in (first, second):
-        if isinstance(size, str):
-            return Problem(reason=size, broken=True)
+def _shared(bucketing: Bucketing, first: Size, second: Size) -> int | Problem:
     bucket = bucketing.of_pair(first, second)
     return Problem(reason=bucket.reason, broken=False) if isinstance(bucket, Dropped) else bucket

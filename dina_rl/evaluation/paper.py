@@ -1,37 +1,24 @@
 """The paper's Tables 1-6 and Figure 2: which scores each needs, and its rows, derived from what the runs say they are.
 
-A fit run's `config.yaml` says how it was fitted. Runs whose configurations differ in seed, places and processes alone
-are the seeds of one row. Rows whose labels would be alike although their runs differ say in what.
+The seeds of one row are runs of one `essence` (`runs.py`). Rows whose labels would be alike although their runs differ
+say in what.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
-
-from dina_rl.checkpoint import CONFIG_FILE
-from dina_rl.cli import explain
-from dina_rl.config import EvaluateRun, FitRun, PictureScorerConfig, ThurstoneConfig, TimestepConfig
+from dina_rl.config import EvaluateRun, ThurstoneConfig, TimestepConfig
 from dina_rl.evaluation.requests import View
+from dina_rl.evaluation.runs import FittedRun, essence
 from dina_rl.evaluation.scorers import NamedScorer
-from dina_rl.reward.fit import REWARD
 
 SINGLE, ENSEMBLE = "single", "ensemble"
 DIFFERENCES = "Differs in"
-Label = Callable[["FittedRun"], tuple[str, ...]]
-Order = Callable[["FittedRun"], tuple]
-PLACES = ("seed", "run_dir", "resume", "inline", "latents", "dataset.path", "fit.held_out")
-PROCESSES = (
-    *(f"dataset.{name}" for name in ("max_skipped", "encode_batch_size", "batches_per_shard")),
-    *(f"fit.{name}_per_worker" for name in ("cpus", "gpus", "threads")),
-    *(f"fit.{name}" for name in ("num_workers", "max_failures", "checkpoint_every", "evaluate_every")),
-    *(f"fit.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "evaluation_batch_size")),
-)
-"""Settings that say who does the work, not what comes out."""
+Label = Callable[[FittedRun], tuple[str, ...]]
+Order = Callable[[FittedRun], tuple]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,46 +39,6 @@ class Plan:
     entries: tuple[Entry, ...]  # in the order of the rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FittedRun:
-    """A fit run on disk."""
-
-    name: str  # of its scorer
-    directory: Path
-    run: FitRun
-
-    @property
-    def scorer(self) -> PictureScorerConfig:
-        """Its reward model as a scorer; the run knows sizes and precision, which cards of version 1 do not."""
-        pipeline = self.run.pipeline
-        return PictureScorerConfig(
-            path=str(self.directory / REWARD), dtype=pipeline.dtype, height=pipeline.height, width=pipeline.width
-        )
-
-    @property
-    def single(self) -> View:
-        return View(levels=(self.run.reward.single_level,))
-
-    @property
-    def ensemble(self) -> View:
-        return View(levels=self.run.reward.ensemble_levels)
-
-
-def read_runs(directories: Sequence[str]) -> list[FittedRun]:
-    """The fit runs in the directories.
-
-    Raises:
-        ValueError: no finished fit run there, or the same one twice.
-    """
-    places = [Path(directory).expanduser().resolve() for directory in directories]
-    if len(set(places)) < len(places):
-        raise ValueError("a run is named twice in runs")
-    runs = [_read_run(place) for place in places]
-    short = [run.name for run in runs]
-    # Directories of one name, e.g. a/fit and b/fit, are told apart by their paths.
-    return [run if short.count(run.name) == 1 else replace(run, name=str(run.directory)) for run in runs]
-
-
 def plan_table(request: EvaluateRun, scorers: Sequence[NamedScorer], runs: Sequence[FittedRun]) -> Plan:
     """The rows of `request.paper`.
 
@@ -104,35 +51,27 @@ def plan_table(request: EvaluateRun, scorers: Sequence[NamedScorer], runs: Seque
     assert request.paper is not None
     if not runs and not (request.paper == "table1" and scorers):
         raise ValueError(f"paper {request.paper} is made of fit runs: give --runs DIR ...")
+    pool = request.pool_data_sets
     match request.paper:
         case "table1":
-            return _table1(scorers, runs)
+            return _table1(scorers, runs, pool)
         case "table2":
-            return _table2(runs)
+            return _table2(runs, pool)
         case "table3":
-            return _single_level(runs, "Table 3: backbone adaptation", "Training strategy", _strategy, _strategy)
+            return _single_level(runs, "Table 3: backbone adaptation", "Training strategy", _strategy, _strategy, pool)
         case "table4":
             asked = request.uncertainty
             assert asked is not None
             views = [View(levels=(level,), draws=asked.draws) for level in asked.levels]
-            return _over_levels(runs, "Table 4: uncertainty", ("Model", "Backbone", "t"), _model, views)
+            return _over_levels(runs, "Table 4: uncertainty", ("Model", "Backbone", "t"), _model, views, pool)
         case "table5":
-            return _single_level(runs, "Table 5: layer depth", "Configuration", _depth, _depth_order)
+            return _single_level(runs, "Table 5: layer depth", "Configuration", _depth, _depth_order, pool)
         case "table6":
-            return _single_level(runs, "Table 6: diffusion backbones", "Backbone", _backbone, _backbone)
+            return _single_level(runs, "Table 6: diffusion backbones", "Backbone", _backbone, _backbone, pool)
         case "figure2":
             views = [View(levels=(level,)) for level in request.levels]
             names = ("Timestep schedule", "Var.", "t")
-            return _over_levels(runs, "Figure 2: inference-time noise level", names, _training, views)
-
-
-def notes_on(runs: Sequence[FittedRun]) -> tuple[str, ...]:
-    """Which runs a table is made of, and on which preference sets they were fitted if those are several."""
-    notes = [f"Fit runs: {', '.join(f'{run.name} (seed {run.run.seed})' for run in runs)}."] if runs else []
-    fitted_on = list(dict.fromkeys(str(run.run.latents or run.run.dataset.path) for run in runs))
-    if len(fitted_on) > 1:
-        notes.append(f"Fitted on {len(fitted_on)} sets of pairs: {', '.join(fitted_on)}.")
-    return tuple(notes)
+            return _over_levels(runs, "Figure 2: inference-time noise level", names, _training, views, pool)
 
 
 def schedule_label(timestep: TimestepConfig) -> str:
@@ -164,39 +103,39 @@ class _Group:
     runs: tuple[FittedRun, ...]
 
 
-def _table1(scorers: Sequence[NamedScorer], runs: Sequence[FittedRun]) -> Plan:
+def _table1(scorers: Sequence[NamedScorer], runs: Sequence[FittedRun], pool: bool) -> Plan:
     rows: list[tuple[tuple[str, ...], str, View]] = []
     for scorer in scorers:
         rows.append(((scorer.name, scorer.backbone), scorer.name, scorer.main))
         if scorer.ensemble is not None:
             rows.append(((f"{scorer.name} *", scorer.backbone), scorer.name, scorer.ensemble))
-    for group in _groups(runs, _model, _model):
+    for group in _groups(runs, _model, _model, pool):
         first, *rest = group.labels
         rows += [(group.labels, run.name, run.single) for run in group.runs]
         rows += [((f"{first} *", *rest), run.name, run.ensemble) for run in group.runs]
     return _plan("Table 1: pairwise preference accuracy (* noise ensemble)", ("Model", "Backbone"), rows)
 
 
-def _table2(runs: Sequence[FittedRun]) -> Plan:
+def _table2(runs: Sequence[FittedRun], pool: bool) -> Plan:
     rows = []
-    for group in _groups(runs, _training, _training_order):
+    for group in _groups(runs, _training, _training_order, pool):
         schedule, variance, *rest = group.labels
         rows += [((schedule, variance, SINGLE, *rest), run.name, run.single) for run in group.runs]
         rows += [((schedule, variance, ENSEMBLE, *rest), run.name, run.ensemble) for run in group.runs]
     return _plan("Table 2: timestep schedule and variance", ("Timestep schedule", "Var.", "Inference"), rows)
 
 
-def _single_level(runs: Sequence[FittedRun], title: str, name: str, label: Label, order: Order) -> Plan:
-    groups = _groups(runs, label, order)
+def _single_level(runs: Sequence[FittedRun], title: str, name: str, label: Label, order: Order, pool: bool) -> Plan:
+    groups = _groups(runs, label, order, pool)
     return _plan(title, (name,), [(group.labels, run.name, run.single) for group in groups for run in group.runs])
 
 
 def _over_levels(
-    runs: Sequence[FittedRun], title: str, names: tuple[str, ...], label: Label, views: Sequence[View]
+    runs: Sequence[FittedRun], title: str, names: tuple[str, ...], label: Label, views: Sequence[View], pool: bool
 ) -> Plan:
     """One row per group and view, whose level is the last of the named labels."""
     rows = []
-    for group in _groups(runs, label, _training_order):
+    for group in _groups(runs, label, _training_order, pool):
         for view in views:
             labels = (*group.labels[: len(names) - 1], f"{view.levels[0]:g}", *group.labels[len(names) - 1 :])
             rows += [(labels, run.name, view) for run in group.runs]
@@ -249,18 +188,21 @@ def _training_order(run: FittedRun) -> tuple[int | float, ...]:
     return kind, place, run.run.reward.thurstone.variance != "fixed"
 
 
-def _groups(runs: Sequence[FittedRun], label: Label, order: Order) -> list[_Group]:
-    """Rows: runs of one configuration, by `order`, labelled so that no two rows are labelled alike.
+def _groups(runs: Sequence[FittedRun], label: Label, order: Order, pool: bool) -> list[_Group]:
+    """Rows: runs of one essence, by `order`, labelled so that no two rows are labelled alike.
+
+    Args:
+        pool: runs fitted on different data may be of one row.
 
     Raises:
-        ValueError: two runs of one row have one seed.
+        ValueError: two runs of one row have one seed and one training set.
     """
     rows: dict[str, list[FittedRun]] = {}
     for run in sorted(runs, key=lambda run: (order(run), run.run.seed)):
-        rows.setdefault(json.dumps(_essence(run), sort_keys=True), []).append(run)
+        rows.setdefault(json.dumps(essence(run, pool=pool), sort_keys=True), []).append(run)
     for same in rows.values():
-        for first, second in pairwise(same):
-            if first.run.seed == second.run.seed:
+        for first, second in combinations(same, 2):
+            if first.run.seed == second.run.seed and essence(first, pool=False) == essence(second, pool=False):
                 raise ValueError(
                     f"runs {first.directory} and {second.directory} have one configuration and seed: one fit, twice"
                 )
@@ -271,34 +213,17 @@ def _groups(runs: Sequence[FittedRun], label: Label, order: Order) -> list[_Grou
         extra: tuple[str, ...] = ()
         if alike:
             others = [other[0] for other in rows.values() if label(other[0]) == plain]
-            extra = (_differences(same[0], others),)
+            extra = (_differences(same[0], others, pool),)
         groups.append(_Group(labels=(*plain, *extra), runs=tuple(same)))
     return groups
 
 
-def _differences(run: FittedRun, others: Iterable[FittedRun]) -> str:
+def _differences(run: FittedRun, others: Iterable[FittedRun], pool: bool) -> str:
     """`key value` of everything in which `run` differs from any of the others."""
-    ours = _essence(run)
-    essences = [_essence(other) for other in others]
+    ours = essence(run, pool=pool)
+    essences = [essence(other, pool=pool) for other in others]
     keys = [key for key, value in ours.items() if any(each.get(key) != value for each in essences)]
     return ", ".join(f"{key} {_plain(ours[key])}" for key in keys)
-
-
-def _essence(run: FittedRun) -> dict[str, object]:
-    """What decides a fit's numbers, seed and places aside: dotted key -> value."""
-    values = _flat(run.run.model_dump(mode="json"))
-    return {key: value for key, value in values.items() if not _covered(key, (*PLACES, *PROCESSES))}
-
-
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _covered(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _plain(value: object) -> str:
@@ -307,17 +232,3 @@ def _plain(value: object) -> str:
 
 def _last_part(path: str) -> str:
     return Path(path).name
-
-
-def _read_run(directory: Path) -> FittedRun:
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        raise ValueError(f"run {directory} does not exist (no {CONFIG_FILE}); fit one with jobs.fit_reward")
-    try:
-        run = FitRun.model_validate(yaml.safe_load(file.read_text()))
-    except (ValidationError, yaml.YAMLError) as error:
-        reason = explain(error)[0] if isinstance(error, ValidationError) else "it is not valid YAML"
-        raise ValueError(f"run {directory} is not a fit run: {reason}") from error
-    if not (directory / REWARD).is_dir():
-        raise ValueError(f"run {directory} has no reward model yet; finish it with jobs.fit_reward --resume")
-    return FittedRun(name=directory.name, directory=directory, run=run)

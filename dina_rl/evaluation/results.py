@@ -77,11 +77,13 @@ def measured(run: EvaluateRun, store: ScoreStore, scorer: str, job: ScoringJob, 
     scores = store.read(job, view)
     data = job.data
     broken = {image.record: image.problem.reason for image in scores.dropped if image.problem.broken}
-    count, total = len(broken) + len(data.skipped), len(data.records) + len(data.skipped)
-    if count > run.max_broken * total:
+    # Records are looked at in a sample perhaps, malformed ones in the whole split: two shares, not one sum of counts.
+    unreadable = len(broken) / len(data.records)
+    if data.malformed_share + (1 - data.malformed_share) * unreadable > run.max_broken:
         first = next(iter(broken.values()), data.skipped[0].reason if data.skipped else "")
         raise ValueError(
-            f"set {data.name}: {count} of {total} records are malformed or have unreadable images, more than "
+            f"set {data.name}: {len(data.skipped)} of {data.usable + len(data.skipped)} records are malformed and "
+            f"{len(broken)} of the {len(data.records)} scored have unreadable images, more than "
             f"max_broken = {run.max_broken:g} allows; one of them: {first}"
         )
     comparisons = comparisons_of(scores)
@@ -155,11 +157,15 @@ def uncertainty_table(
         cells = {}
         for data in sets:
             for title, name in UNCERTAINTY_COLUMNS.items():
-                values = [getattr(results[entry.scorer, data.name, entry.view], name) for entry in entries]
-                cells[f"{data.name}: {title}"] = Cell.over_seeds(values)
+                found = [getattr(results[entry.scorer, data.name, entry.view], name) for entry in entries]
+                values = [value for value in found if value is not None]
+                cells[f"{data.name}: {title}"] = Cell.over_seeds(values) if values else None
         columns = list(cells)
         rows.append(Row(labels=labels, cells=cells))
     one = next(iter(results.values()))
+    failed = sum(result.failed_pairs for result in results.values())
+    if failed:
+        notes = (f"{failed} comparisons with a score that is not a number are left out.", *notes)
     notes = (f"{one.draws} noise draws.", *notes)
     return Table(
         title=plan.title, labels=plan.labels, columns=tuple(columns), rows=tuple(rows), percent=False, notes=notes

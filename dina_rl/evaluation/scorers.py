@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dina_rl.config import DatasetConfig, PictureScorerConfig, ThurstoneConfig
+from dina_rl.config import DatasetConfig, PictureScorerConfig, PipelineConfig, ThurstoneConfig
 from dina_rl.data.buckets import PUBLISHED, Bucketing, Size
 from dina_rl.data.filters import bucketing
 from dina_rl.evaluation.requests import View
@@ -59,7 +59,7 @@ def named_scorer(
     card = read_card(config.reward.location)
     pipeline = dina_pipeline(config, card)
     fitted = "pipeline" if dataset is None and config.height is not None else _of_card(card)
-    sizes = bucketing(_sized(dataset or DatasetConfig(), buckets or fitted), pipeline)
+    sizes = _bucketing(dataset or DatasetConfig(), buckets or fitted, pipeline)
     backbone = open_pipeline(pipeline)
     for height, width in sizes.buckets:
         backbone.latent_shape(height, width)
@@ -75,12 +75,13 @@ def named_scorer(
 
 
 def _of_card(card: RewardCard) -> Buckets | None:
-    """The buckets that the card names."""
-    return "published" if card.buckets == PUBLISHED else card.buckets
+    """The buckets that the card names; a fit on the authors' files lists theirs in another order."""
+    return "published" if card.buckets is not None and set(card.buckets) == set(PUBLISHED) else card.buckets
 
 
-def _sized(dataset: DatasetConfig, buckets: Buckets | None) -> DatasetConfig:
-    return dataset if buckets is None else dataset.model_copy(update={"buckets": buckets})
+def _bucketing(dataset: DatasetConfig, buckets: Buckets | None, pipeline: PipelineConfig) -> Bucketing:
+    """Sizes and smallest area as in the fit. Its kind has no say: evaluation sets hold images, which can be resized."""
+    return bucketing(DatasetConfig(buckets=buckets or dataset.buckets, filter=dataset.filter), pipeline)
 
 
 def _absolute(config: PictureScorerConfig) -> PictureScorerConfig:

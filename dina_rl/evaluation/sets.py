@@ -20,13 +20,19 @@ class EvaluationSet:
     name: str
     config: SetConfig
     records: tuple[PreferenceRecord, ...]
-    skipped: tuple[SkippedRecord, ...]  # malformed records
+    skipped: tuple[SkippedRecord, ...]  # malformed records of the whole split
+    usable: int  # records of the whole split that are not malformed: `records` may be a sample of them
     digest: str  # of the records and of where their images lie
     parent: "EvaluationSet | None" = None  # the set that this is a sample of
 
     @property
     def source(self) -> PreferenceSet:
         return open_source(self.config)
+
+    @property
+    def malformed_share(self) -> float:
+        """Of the whole split, sampled or not."""
+        return len(self.skipped) / (self.usable + len(self.skipped))
 
     @property
     def whole(self) -> "EvaluationSet":
@@ -42,7 +48,8 @@ class EvaluationSet:
                 break
             chosen.append(position)
             count += len(self.records[position].ordered_pairs())
-        sample = _evaluation_set(self.name, self.config, [self.records[p] for p in sorted(chosen)], self.skipped)
+        records = [self.records[position] for position in sorted(chosen)]
+        sample = _evaluation_set(self.name, self.config, records, self.skipped, usable=self.usable)
         return replace(sample, parent=self.whole)
 
 
@@ -76,16 +83,32 @@ def read_set(name: str, config: SetConfig, *, seed: int) -> EvaluationSet:
             f"set {name}: {config.path} has no comparison in split {config.split} ({len(records)} records, "
             f"{len(skipped)} malformed)"
         )
+    usable = len(records)
     if config.max_records is not None and config.max_records < len(records):
         order = torch.randperm(len(records), generator=generator(seed, "records-of-set", config.split))
         records = [records[position] for position in sorted(order[: config.max_records].tolist())]
-    return _evaluation_set(name, config, records, tuple(skipped))
+    return _evaluation_set(name, config, records, tuple(skipped), usable=usable)
+
+
+def check_malformed(data: EvaluationSet, max_broken: float) -> None:
+    """Whether enough of a set's split can be read, which is known before any of it is scored.
+
+    Raises:
+        ValueError: more of its records are malformed than `max_broken` allows.
+    """
+    if data.malformed_share > max_broken:
+        raise ValueError(
+            f"set {data.name}: {len(data.skipped)} of {data.usable + len(data.skipped)} records are malformed, more "
+            f"than max_broken = {max_broken:g} allows; one of them: {data.skipped[0].reason}"
+        )
 
 
 def _evaluation_set(
-    name: str, config: SetConfig, records: list[PreferenceRecord], skipped: tuple[SkippedRecord, ...]
+    name: str, config: SetConfig, records: list[PreferenceRecord], skipped: tuple[SkippedRecord, ...], *, usable: int
 ) -> EvaluationSet:
     digest = blake2b(f"{config.kind}\n{config.path}\n{config.split}\n".encode(), digest_size=16)
     for record in records:
         digest.update(json.dumps([record.index, record.prompt, record.images, record.ranks]).encode())
-    return EvaluationSet(name=name, config=config, records=tuple(records), skipped=skipped, digest=digest.hexdigest())
+    return EvaluationSet(
+        name=name, config=config, records=tuple(records), skipped=skipped, usable=usable, digest=digest.hexdigest()
+    )

@@ -53,7 +53,7 @@ def write_csv(table: Table, path: Path) -> None:
     lines = []
     for row in table.rows:
         values = [None if row.cells[c] is None else getattr(row.cells[c], part) for c, part in parts]
-        seeds = max(cell.n for cell in row.cells.values() if cell is not None)
+        seeds = max((cell.n for cell in row.cells.values() if cell is not None), default=0)
         lines.append([*row.labels, *("" if value is None else repr(value) for value in values), seeds])
     write_rows(path, header, lines)
 

@@ -10,14 +10,16 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uncertainty:
-    """One line of the paper's Table 4."""
+    """One line of the paper's Table 4. Its numbers are None where no pair or image has a score in every draw."""
 
-    variation_ratio: float  # VR, in [0, 1/2]
-    mean_margin: float  # in units of the score
-    score_variance: float  # Var(r), in squared units of the score
+    variation_ratio: float | None  # VR, in [0, 1/2]
+    mean_margin: float | None  # in units of the score
+    score_variance: float | None  # Var(r), in squared units of the score
     draws: int
     pairs: int
     images: int
+    failed_pairs: int  # with a score that is not a finite number in some draw, left out
+    failed_images: int
 
 
 def variation_ratio(margins: torch.Tensor) -> torch.Tensor:
@@ -39,17 +41,18 @@ def uncertainty(margins: torch.Tensor, scores: torch.Tensor) -> Uncertainty:
         scores: [K, M], every evaluated image of those comparisons once.
 
     Raises:
-        ValueError: fewer than 2 draws, nothing to compare, or scores that are not numbers.
+        ValueError: fewer than 2 draws, or nothing to compare.
     """
     if len(margins) < 2 or len(margins) != len(scores) or not margins.shape[1]:
         raise ValueError(f"uncertainty needs 2 or more draws of 1 or more pairs, got {list(margins.shape)}")
-    if not (margins.isfinite().all() and scores.isfinite().all()):
-        raise ValueError("scores that are not numbers have no uncertainty")
+    compared, scored = (values[:, values.isfinite().all(0)] for values in (margins, scores))
     return Uncertainty(
-        variation_ratio=variation_ratio(margins).mean().item(),
-        mean_margin=margins.double().mean().item(),
-        score_variance=score_variance(scores).mean().item(),
+        variation_ratio=variation_ratio(compared).mean().item() if compared.numel() else None,
+        mean_margin=compared.double().mean().item() if compared.numel() else None,
+        score_variance=score_variance(scored).mean().item() if scored.numel() else None,
         draws=len(margins),
-        pairs=margins.shape[1],
-        images=scores.shape[1],
+        pairs=compared.shape[1],
+        images=scored.shape[1],
+        failed_pairs=margins.shape[1] - compared.shape[1],
+        failed_images=scores.shape[1] - scored.shape[1],
     )

@@ -16,7 +16,7 @@ def pipeline_revision(location: str) -> str | None:
     """
     directory = Path(location)
     if not directory.is_dir():
-        return _cached_commit(location)
+        return cached_commit(location, "model_index.json")
     if directory.resolve().parent.name == "snapshots":
         return directory.resolve().name
     transformer = directory / "transformer"
@@ -36,12 +36,13 @@ def pipeline_revision(location: str) -> str | None:
     return f"files:{digest.hexdigest()}"
 
 
-def _cached_commit(hub_id: str) -> str | None:
+def cached_commit(hub_id: str, file: str) -> str | None:
+    """The commit of the cached snapshot of a hub id, found by one of its files; None without one."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        index = try_to_load_from_cache(hub_id, "model_index.json")
+        found = try_to_load_from_cache(hub_id, file)
     except HFValidationError:
         return None
-    return Path(index).parent.name if isinstance(index, str) else None  # else: not cached, or known not to exist
+    return Path(found).parent.name if isinstance(found, str) else None  # else: not cached, or known not to exist

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from dina_rl.config import FitRun
+from dina_rl.config import FitRun, PipelineConfig
 from dina_rl.reward.checkpoint import load_reward, save_reward
 from dina_rl.runtime import open_pipeline
 from jobs import evaluate
@@ -168,6 +169,8 @@ def test_table1_sets_other_scorers_beside_the_runs(world: Path, inline: dict, tm
         (["--sets.a.pth", "PAIRS"], "--sets.a.pth: unknown key; did you mean --sets.NAME.path?"),
         (["--paper", "table2", "--sets.a.path", "PAIRS", "--scorers.x.kind", "dina"], "is made of fit runs alone"),
         (["--sets.a.path", "PAIRS", "--scorers.x.normalisation", "readme"], "leave it raw"),
+        (["--sets.a.path", "PAIRS", "--sets.a.kind", "preprocessed"], "sets.a.kind preprocessed holds latents without"),
+        (["--training.path", "PAIRS", "--training.kind", "preprocessed"], "training.kind preprocessed holds latents"),
         (["--sets.a/b.path", "PAIRS", "--runs", "RUN"], "must be letters, digits"),
     ],
 )
@@ -187,5 +190,47 @@ def test_a_broken_set_stops_the_run(world: Path, tmp_path: Path, capsys) -> None
     with pytest.raises(SystemExit) as ending:
         evaluate.main([*argv, "--sets.a.kind", "imagereward", "--sets.a.path", str(world / "groups"), *SMALL])
     assert ending.value.code == 2
-    assert "set a: 1 of 2 records are malformed or have unreadable images" in capsys.readouterr().err
+    assert "set a: 0 of 2 records are malformed and 1 of the 2 scored have unreadable images" in capsys.readouterr().err
     assert (tmp_path / "run" / "dropped.jsonl").is_file()
+
+
+def test_a_malformed_set_stops_before_anything_is_scored(world: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "set").mkdir()
+    records = json.loads((world / "pairs" / "test.json").read_text())
+    (tmp_path / "set" / "test.json").write_text(json.dumps([*records, {"prompt": ""}]))
+    argv = ["--inline", "--run_dir", str(tmp_path / "run"), "--runs", str(world / "fit-0")]
+    with pytest.raises(SystemExit) as ending:
+        evaluate.main([*argv, "--sets.a.path", str(tmp_path / "set"), *SMALL])
+    assert ending.value.code == 2
+    assert "set a: 1 of 6 records are malformed" in capsys.readouterr().err
+    assert len((tmp_path / "run" / "dropped.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "run" / "cache").exists()
+
+
+def test_a_scorer_that_fails_everywhere_hides_no_other(world: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    model = load_reward(world / "fit-0" / "reward", open_pipeline(PipelineConfig(path=str(tiny_pipeline))))
+    with torch.no_grad():
+        model.head.head.weight.fill_(torch.nan)
+    failed = tmp_path / "failed"
+    save_reward(model, failed / "reward", pipeline=PipelineConfig(path=str(tiny_pipeline)))
+    (failed / "config.yaml").write_bytes((world / "fit-0" / "config.yaml").read_bytes())
+    common = [
+        *("--inline", "--cache", str(tmp_path / "cache"), "--sets.pairs.path", str(world / "pairs"), "--levels", "0.4"),
+        *("--uncertainty.levels", "0.5", "--uncertainty.draws", "2", *SMALL, "--runs", str(failed)),
+    ]
+    evaluate.main([*common, str(world / "fit-0"), "--run_dir", str(tmp_path / "audit")])
+    report = json.loads((tmp_path / "audit" / "report.json").read_text(), parse_constant=pytest.fail)
+    accuracy = {
+        line["scorer"]: (line["failed"], line["pairs"]) for line in report["accuracy"] if line["view"] == "t=0.4"
+    }
+    assert accuracy == {"failed": (5, 5), "fit-0": (0, 5)}
+    spread = {line["scorer"]: (line["variation_ratio"], line["failed_pairs"]) for line in report["uncertainty"]}
+    assert spread["failed"] == (None, 5)
+    assert spread["fit-0"][0] is not None
+    assert {line["scorer"]: line["failed"] for line in report["calibration"]} == {"failed": 5, "fit-0": 0}
+    evaluate.main([*common, "--paper", "table4", "--run_dir", str(tmp_path / "table4")])
+    (row,) = csv.DictReader((tmp_path / "table4" / "table4.csv").open())
+    assert (row["pairs: VR"], row["n"]) == ("", "0")
+    assert (
+        "5 comparisons with a score that is not a number are left out." in (tmp_path / "table4/table4.md").read_text()
+    )

@@ -32,8 +32,9 @@ def test_equal_scores_are_half_right() -> None:
 def test_failed_scores_are_left_out_and_counted() -> None:
     result = calibrate(torch.tensor([0.8, math.nan]), bins=10)
     assert (result.failed, sum(result.counts)) == (1, 1)
-    with pytest.raises(ValueError, match="no probability"):
-        calibrate(torch.tensor([math.nan]), bins=10)
+    nothing = calibrate(torch.tensor([math.nan]), bins=2)
+    assert (nothing.ece, nothing.brier, nothing.counts, nothing.failed) == (None, None, (0, 0), 1)
+    assert nothing.confidence == nothing.accuracy == (None, None)
 
 
 def test_labels_drawn_from_the_likelihood_are_calibrated_and_wrong_scales_are_not() -> None:

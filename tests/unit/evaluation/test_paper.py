@@ -1,13 +1,15 @@
 """The paper's rows, derived from what the runs say they are; no weights are read."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dina_rl.config import EvaluateRun, FitRun, PictureScorerConfig, ThurstoneConfig
-from dina_rl.evaluation.paper import FittedRun, notes_on, plan_table, read_runs, variance_label
+from dina_rl.evaluation.paper import plan_table, variance_label
 from dina_rl.evaluation.requests import View
+from dina_rl.evaluation.runs import FittedRun, notes_on, read_runs
 from dina_rl.evaluation.scorers import PLAIN, NamedScorer
 
 
@@ -67,11 +69,58 @@ def test_rows_that_differ_elsewhere_say_in_what() -> None:
 
 def test_places_and_processes_do_not_make_rows() -> None:
     runs = [
-        fitted("a", 0, run={"dataset": {"path": "x"}, "fit": {"num_workers": 2}}),
-        fitted("b", 1, run={"dataset": {"path": "y"}, "fit": {"num_workers": 4, "checkpoint_every": 9}}),
+        fitted("a", 0, run={"dataset": {"max_skipped": 0.2}, "fit": {"num_workers": 2}}),
+        fitted("b", 1, run={"dataset": {"encode_batch_size": 9}, "fit": {"num_workers": 4, "checkpoint_every": 9}}),
     ]
     assert {entry.labels for entry in plan_table(request("table3"), [], runs).entries} == {("LoRA fine-tuning",)}
-    assert notes_on(runs) == ("Fit runs: a (seed 0), b (seed 1).", "Fitted on 2 sets of pairs: x, y.")
+    assert notes_on(runs) == ("Fit runs: a (seed 0), b (seed 1).",)
+
+
+def rows(runs: list[FittedRun], **values) -> list[str]:
+    """In what each entry's row differs from the others, by seed; empty where all runs are of one row."""
+    return [entry.labels[1] for entry in plan_table(request("table3", **values), [], runs).entries if entry.labels[1:]]
+
+
+def test_other_data_are_another_row_unless_pooled() -> None:
+    runs = [fitted("a", 0, run={"dataset": {"path": "x"}}), fitted("b", 1, run={"dataset": {"path": "y"}})]
+    assert rows(runs) == ["data.path x", "data.path y"]
+    assert rows(runs, pool_data_sets=True) == []
+    assert notes_on(runs)[1] == "Fitted on 2 sets of pairs: x, y."
+    alike = [runs[0], fitted("b", 0, run={"dataset": {"path": "y"}})]  # one seed, but two fits
+    assert rows(alike, pool_data_sets=True) == []
+    filtered = [runs[0], fitted("b", 1, run={"dataset": {"path": "y", "filter": {"min_confidence": 0.95}}})]
+    assert rows(filtered, pool_data_sets=True) == ["data.filter.min_confidence None", "data.filter.min_confidence 0.95"]
+
+
+def encoded(directory: Path, dataset: str, **section) -> Path:
+    """The latent store of an encoding run, as far as it says what it holds; without a section, the store alone."""
+    (directory / "latents").mkdir(parents=True)
+    info = {"dataset": dataset, "buckets": [[32, 32]], "dtype": "float32"}
+    (directory / "latents" / "store.json").write_text(json.dumps(info))
+    if section:
+        config = FitRun.model_validate({"dataset": {"path": dataset, **section}}).model_dump(mode="json")
+        (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    return directory / "latents"
+
+
+def test_stores_say_what_they_were_encoded_from(tmp_path: Path) -> None:
+    def on(name: str, seed: int, latents: Path) -> FittedRun:
+        return fitted(name, seed, run={"latents": str(latents)})
+
+    every = {"filter": {"max_per_prompt": 0}}
+    first = on("a", 0, encoded(tmp_path / "a", "x", **every))
+    assert rows([first, on("b", 1, encoded(tmp_path / "b", "x", **every))]) == []
+    assert rows([first, fitted("b", 1, run={"dataset": {"path": "x", **every}})]) == []  # encoded by the fit itself
+    other = on("c", 1, encoded(tmp_path / "c", "y", **every))
+    assert rows([first, other]) == ["data.path x", "data.path y"]
+    assert rows([first, other], pool_data_sets=True) == []
+    some = on("d", 1, encoded(tmp_path / "d", "x", filter={"max_per_prompt": 8}))
+    assert rows([first, some], pool_data_sets=True) == ["data.filter.max_per_prompt 0", "data.filter.max_per_prompt 8"]
+    bare = [on(name, seed, encoded(tmp_path / name, name)) for seed, name in enumerate(("e", "f"))]
+    assert rows(bare) == ["data.path e", "data.path f"]
+    assert rows(bare, pool_data_sets=True) == []
+    theirs = [on(name, seed, tmp_path / name) for seed, name in enumerate(("g", "h"))]
+    assert rows(theirs) == [f"data.path {tmp_path / name}" for name in "gh"]
 
 
 def test_one_fit_is_not_counted_twice() -> None:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_rl.config import EvaluateRun, PictureScorerConfig
+from dina_rl.config import DatasetConfig, EvaluateRun, FilterConfig, PictureScorerConfig
+from dina_rl.data.buckets import PUBLISHED, PUBLISHED_MIN_AREA, Bucketing
 from dina_rl.evaluation.images import read_image
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import measured
 from dina_rl.evaluation.scorers import PLAIN, named_scorer
 from dina_rl.evaluation.scores import ScoreStore, ScoringJob
-from dina_rl.evaluation.sets import EvaluationSet, read_sets
+from dina_rl.evaluation.sets import EvaluationSet, check_malformed, read_sets
 from dina_rl.evaluation.worker import InlineWorkers
 from dina_rl.scoring import NoiseKey, open_scorer
 from tests.tiny_clip import save_tiny_clip
@@ -138,7 +139,7 @@ def test_unreadable_images_are_dropped_with_their_reason(kind, tmp_path, dataset
     assert "unreadable image" in scores.dropped[0].problem.reason
     result = measured(run, store, "scorer", job, view)
     assert (result.dropped_images, result.dropped_pairs, result.accuracy.pairs) == (1, 1, 4)
-    with pytest.raises(ValueError, match="set test: 1 of 5 records .* max_broken = 0.1 allows"):
+    with pytest.raises(ValueError, match="set test: .* 1 of the 5 scored have .* max_broken = 0.1 allows"):
         measured(run.model_copy(update={"max_broken": 0.1}), store, "scorer", job, view)
 
 
@@ -164,6 +165,28 @@ def test_images_are_seen_in_buckets(tmp_path, dina) -> None:
     keys = [NoiseKey(group=("hpdv3", "test", 1, 0), member=member) for member in range(2)]
     expected = opened.at((0.4,)).score_latents(latents, [record.prompt] * 2, keys)
     torch.testing.assert_close(scores.scores[1][0], expected, rtol=1e-4, atol=1e-5)
+
+
+def with_buckets(reward: Path, directory: Path, buckets) -> PictureScorerConfig:
+    """A copy of a reward model whose card names these buckets."""
+    shutil.copytree(reward, directory)
+    card = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(card | {"buckets": buckets}))
+    return PictureScorerConfig(path=str(directory))
+
+
+def test_a_fit_on_latents_does_not_ask_images_for_exact_sizes(tmp_path, tiny_reward, tiny_flux) -> None:
+    """Sizes and smallest area are those of the fit; the authors' files list the buckets in ascending order."""
+    scorer = with_buckets(tiny_reward, tmp_path / "some", [[32, 16], [32, 32]])
+    of_latents, of_images = (
+        named_scorer("scorer", scorer, dataset=DatasetConfig(kind=kind, filter=FilterConfig(min_area=9))).bucketing
+        for kind in ("preprocessed", "hpdv3")
+    )
+    assert of_latents == of_images == Bucketing(buckets=((32, 16), (32, 32)), stretch=False, min_area=9)
+    ascending = with_buckets(tiny_reward, tmp_path / "all", sorted(PUBLISHED))
+    ascending = ascending.model_copy(update={"pipeline": str(tiny_flux)})  # its positions reach that far
+    found = named_scorer("scorer", ascending, dataset=DatasetConfig(kind="preprocessed")).bucketing
+    assert found == Bucketing(buckets=PUBLISHED, stretch=False, min_area=PUBLISHED_MIN_AREA)
 
 
 def test_a_sample_uses_the_latents_of_its_set(tmp_path, dataset, dina) -> None:
@@ -196,3 +219,19 @@ def test_sets_are_read_sampled_and_refused(tmp_path, dataset) -> None:
     (tmp_path / "empty" / "test.json").write_text(json.dumps([]))
     with pytest.raises(ValueError, match="set x: .* has no comparison in split test"):
         read(path=str(tmp_path / "empty"))
+
+
+def test_the_broken_share_is_one_of_the_whole_split(tmp_path, dina) -> None:
+    """2 of 20 records are malformed, and a sample of 3 is scored: no more than 1 in 10 is broken."""
+    write_preferences(tmp_path / "set", train=1, test=20)
+    file = tmp_path / "set" / "test.json"
+    records = json.loads(file.read_text())
+    file.write_text(json.dumps([{"prompt": ""} if number in (4, 9) else each for number, each in enumerate(records)]))
+    sets = {"test": {"path": str(tmp_path / "set"), "max_records": 3}}
+    run = evaluation(tmp_path / "cache", tmp_path / "set", sets=sets, max_broken=0.1)
+    store, job = scored(run, dina, SINGLE)
+    check_malformed(job.data, 0.1)
+    assert measured(run, store, "scorer", job, SINGLE).malformed == 2
+    assert job.data.sample(1, seed=0).malformed_share == 0.1
+    with pytest.raises(ValueError, match="set test: 2 of 20 records are malformed, more than max_broken = 0.09"):
+        check_malformed(job.data, 0.09)

@@ -41,11 +41,26 @@ def test_csv_keeps_shares_exactly(tmp_path: Path) -> None:
     assert (float(first["y_low"]), second["y"], second["n"]) == (0.7, "", "1")
 
 
+@pytest.mark.filterwarnings("error")
+def test_tables_without_a_number_are_drawn_and_written(tmp_path: Path) -> None:
+    empty = Table(
+        title="Nothing", labels=("t",), columns=("x",), rows=(Row(labels=("0.1",), cells={"x": None}),), percent=False
+    )
+    write_csv(empty, tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "0.1,,,,,0"
+    plot_table(empty, tmp_path / "table.png")
+    plot_lines({"x": {}}, tmp_path / "lines.png", title="lines", percent=False)
+    plot_reliability({"failed": calibrate(torch.tensor([torch.nan]), bins=10)}, tmp_path / "reliability.png")
+    for name in ("table", "lines", "reliability"):
+        assert (tmp_path / f"{name}.png").is_file()
+
+
 def test_pictures_are_pictures(tmp_path: Path) -> None:
     plot_table(TABLE, tmp_path / "table.png")
     plot_lines({"x": {"a": [(0.1, SEEDS), (0.2, ONE)]}}, tmp_path / "lines.png", title="lines", percent=True)
     curve = calibrate(torch.tensor([0.6, 0.9, 0.2]), bins=10)
-    plot_reliability({"a": curve}, tmp_path / "reliability.png")
+    failed = calibrate(torch.tensor([torch.nan]), bins=10)
+    plot_reliability({"a": curve, "failed": failed}, tmp_path / "reliability.png")
     for name in ("table", "lines", "reliability"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 100

@@ -33,6 +33,14 @@ def test_one_draw_has_no_spread() -> None:
         uncertainty(torch.ones(1, 3), torch.ones(1, 6))
 
 
-def test_failed_scores_are_refused() -> None:
-    with pytest.raises(ValueError, match="not numbers"):
-        uncertainty(torch.tensor([[1.0], [float("nan")]]), torch.ones(2, 2))
+def test_failed_scores_are_left_out_and_counted() -> None:
+    nan, inf = float("nan"), float("inf")
+    margins = torch.tensor([[1.0, 2, 1], [nan, -2, inf]])
+    scores = torch.tensor([[1.0, 0, 2, 0, 1], [nan, 0, 0, 2, inf]])
+    result = uncertainty(margins, scores)
+    assert (result.pairs, result.failed_pairs, result.images, result.failed_images) == (1, 2, 3, 2)
+    assert (result.variation_ratio, result.mean_margin) == (0.5, 0)
+    assert result.score_variance == pytest.approx(4 / 3)
+    nothing = uncertainty(torch.full((2, 3), nan), torch.full((2, 6), nan))
+    assert (nothing.variation_ratio, nothing.mean_margin, nothing.score_variance) == (None, None, None)
+    assert (nothing.pairs, nothing.failed_pairs, nothing.failed_images) == (0, 3, 6)
