@@ -161,7 +161,8 @@ def _strategy(run: FittedRun) -> tuple[str, ...]:
 
 def _depth(run: FittedRun) -> tuple[str, ...]:
     taps = run.run.reward.taps
-    return (f"{taps[-1]} layers (taps {', '.join(map(str, taps))})",)
+    layers = "1 layer" if taps[-1] == 1 else f"{taps[-1]} layers"
+    return (f"{layers} (taps {', '.join(map(str, taps))})",)
 
 
 def _depth_order(run: FittedRun) -> tuple[int, ...]:
