@@ -63,5 +63,5 @@ class LoRAConfig(Section):
 
 
 class PolicyLoRAConfig(LoRAConfig):
-    targets: tuple[str, ...] | None = None
+    targets: Texts | None = None
     """linear layers to adapt, by the ends of their diffusers names, e.g. attn.to_q; None: all attention projections"""

@@ -87,5 +87,6 @@ def test_an_adapter_has_pefts_names(tiny_pipeline):
     assert set(trained_parameters(module)) == set(get_peft_model_state_dict(module))
     adapted = {name.split(".lora_")[0].split(".", 2)[2] for name in trained_parameters(module)}
     assert adapted == {"attn.to_q", "ff.net.2"}
+    assert PolicyLoRAConfig.model_validate({"targets": "attn.to_q"}).targets == ("attn.to_q",)
     with pytest.raises(ValueError, match=r"no linear layer of the transformer is called attn.to_x \(some are: "):
         check_targets(backbone.empty_transformer(), PolicyLoRAConfig(targets=("attn.to_x",)))
