@@ -168,7 +168,10 @@ def _assign(model: type[BaseModel], values: dict, key: str, words: list[str]) ->
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
-    values[leaf] = _value(words, text=_is_text(_annotation(model, key)))
+    try:
+        values[leaf] = _value(words, text=_is_text(_annotation(model, key)))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{key} {' '.join(words)}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

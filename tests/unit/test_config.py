@@ -87,6 +87,7 @@ def test_text_is_taken_literally():
         (["--golden.path", "somewhere"], "golden.scorer shapes uses none"),
         (["--golden.guidances", "0.5"], "golden.guidances.0: Input should be greater than or equal to 1"),
         (["--rewards.dina.levels", "1.0"], "rewards.dina.levels.0: Input should be less than 1"),
+        (["--rewards.dina.levels", "["], "--rewards.dina.levels [: not valid YAML"),
         (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["stray"], "unexpected word 'stray'"),
     ],
