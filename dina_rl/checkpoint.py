@@ -35,7 +35,11 @@ def open_run_dir(config: BaseModel, run_dir: Path, *, resume: bool, may_change: 
         raise ValueError(f"run directory {run_dir} is not empty and holds no run; name another")
     values = config.model_dump(mode="json")
     if saved.is_file():
-        changed = _differences(yaml.safe_load(saved.read_text()), values)
+        try:
+            before = yaml.safe_load(saved.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{saved} is not valid YAML; was it edited? {' '.join(str(error).split())}") from error
+        changed = _differences(before, values)
         forbidden = [key for key in changed if not _covers(("resume", "run_dir", *may_change), key)]
         if forbidden:
             raise ValueError(f"cannot resume {run_dir} with other values of: {', '.join(forbidden)}")

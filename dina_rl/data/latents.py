@@ -171,10 +171,13 @@ class LatentStore:
         file = directory / STORE_FILE
         if not file.is_file():
             raise ValueError(f"latent store {directory} does not exist (no {STORE_FILE}); make it with jobs.encode")
-        raw = json.loads(file.read_text())
-        for key in ("buckets", "latent_shapes", "rows"):
-            raw[key] = tuple(tuple(value) if isinstance(value, list) else value for value in raw[key])
-        self.info = StoreInfo(**raw)
+        try:
+            raw = json.loads(file.read_text())
+            for key in ("buckets", "latent_shapes", "rows"):
+                raw[key] = tuple(tuple(value) if isinstance(value, list) else value for value in raw[key])
+            self.info = StoreInfo(**raw)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} does not describe a latent store of this format: {error}") from error
         largest = max(min(self.info.rows_per_shard * self._width(b), ROW_GROUP_BYTES) for b in range(len(self.buckets)))
         self._group = lru_cache(maxsize=max(1, CACHE_BYTES // largest))(self._read_group)
 

@@ -155,6 +155,12 @@ def test_run_directories_are_never_silently_reused(tmp_path):
     open_run_dir(fewer, run.run_dir, resume=True, may_change=("workers",))
 
 
+def test_a_broken_configuration_of_a_run_is_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: [")
+    with pytest.raises(ValueError, match="config.yaml is not valid YAML"):
+        open_run_dir(AlignRun(), tmp_path, resume=True)
+
+
 def test_a_foreign_directory_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no run"):

@@ -175,3 +175,10 @@ def test_latents_of_something_else_are_refused(filled, info: StoreInfo, images: 
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         LatentStore(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"buckets": []}'])
+def test_a_broken_description_names_its_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "store.json").write_text(content)
+    with pytest.raises(ValueError, match="store.json does not describe a latent store of this format"):
+        LatentStore(tmp_path)
