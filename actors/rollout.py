@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dina_rl.alignment.golden import EvaluationItem, EvaluationSamples
+from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process

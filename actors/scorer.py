@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dina_rl.alignment.golden import EvaluationSamples
-from dina_rl.alignment.scoring import ScoringWorker
+from dina_rl.alignment.measurement import EvaluationSamples
+from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
 from dina_rl.types import StoppedGroup, Trajectory

@@ -3,3 +3,9 @@
 
 class RunStopped(RuntimeError):
     """A run cannot go on, for a reason that its message says in full; a traceback would add nothing."""
+
+
+def shown(value: object) -> str:
+    """A value in an error line, ASCII and short."""
+    full = ascii(value)
+    return full if len(full) <= 80 else f"{full[:77]}..."

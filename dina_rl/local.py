@@ -15,9 +15,9 @@ from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import open_run_dir, versions, write_json
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
-from dina_rl.data.encode import check_fit
 from dina_rl.memory import PeakMemory
 from dina_rl.reward.inline import fit_inline
+from dina_rl.reward.inputs import check_fit
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs import align
 

@@ -181,3 +181,11 @@ class TrainingGroup:
     trajectory: Trajectory | StoppedGroup
     advantages: torch.Tensor  # [G]; ones for ReFL
     reward_gradient: torch.Tensor | None = None  # [G, C, H, W]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenScores:
+    """Scores of a batch of images. Deliberately plain numbers and not a tensor: see the module's docstring."""
+
+    values: tuple[float, ...]  # one per image
+    parts: dict[str, tuple[float, ...]]  # named components, e.g. shape_right

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from dina_rl.alignment.loop import Prompts, align
+from dina_rl.alignment.loop import align
 from dina_rl.alignment.planning import describe
 from dina_rl.alignment.pretraining import PretrainingDraws
-from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.prompts import Prompts, load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.backbones.trained import check_targets, save_transformer
 from dina_rl.checkpoint import open_run_dir
@@ -98,7 +98,7 @@ def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
         configure_process(run.workers.threads_per_actor)
         align(run, prompts, InlineExperience(run), InlineLearner(run), recorder)
         return recorder
-    from actors.pipeline import open_actors
+    from actors.alignment import open_actors
     from jobs.cluster import start_ray
 
     start_ray()

@@ -19,10 +19,10 @@ from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import fail, load
 from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
 from dina_rl.data.encode import check_inputs, encode_dataset, encode_shard, measure_images
-from dina_rl.data.latents import LatentStore
 from dina_rl.data.plan import EncodePlan, Measured
-from dina_rl.data.prompt_store import PromptStore
-from dina_rl.data.registry import open_set
+from dina_rl.data.sets.registry import open_set
+from dina_rl.data.stores.latents import LatentStore
+from dina_rl.data.stores.prompts import PromptStore
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
 

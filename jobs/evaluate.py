@@ -21,6 +21,7 @@ from dina_rl.checkpoint import open_run_dir, write_text
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import EvaluateRun
 from dina_rl.evaluation.audit import audit, audit_jobs, write_report
+from dina_rl.evaluation.named_scorers import NamedScorer, named_scorer
 from dina_rl.evaluation.paper import Plan, plan_table
 from dina_rl.evaluation.requests import Workers
 from dina_rl.evaluation.results import (
@@ -32,8 +33,7 @@ from dina_rl.evaluation.results import (
     write_table,
 )
 from dina_rl.evaluation.runs import notes_on, read_runs
-from dina_rl.evaluation.scorers import NamedScorer, named_scorer
-from dina_rl.evaluation.scores import ScoreStore, ScoringJob
+from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, check_malformed, open_source, read_sets
 from dina_rl.runtime import configure_process
 

@@ -28,7 +28,7 @@ from ray.train.v2.api.config import LoggingConfig
 from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import FitRun
-from dina_rl.data.registry import open_store
+from dina_rl.data.stores.open import open_store
 from dina_rl.errors import RunStopped
 from dina_rl.reward.fit import METRICS_FILE, FitResult
 from dina_rl.reward.inputs import (

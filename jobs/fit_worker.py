@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dina_rl.checkpoint import load_tensors, save_tensors
 from dina_rl.config import FitRun
-from dina_rl.data.registry import open_store
+from dina_rl.data.stores.open import open_store
 from dina_rl.reward.fit import RewardFit
 from dina_rl.reward.inputs import open_encoder
 from dina_rl.reward.model import LatentRewardModel

@@ -19,10 +19,9 @@ from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
 from dina_rl.config import FitRun
-from dina_rl.data.latents import PairStore, PairTable
-from dina_rl.data.order import TrainingOrder, fit_order
-from dina_rl.data.pairs import PairBatch
-from dina_rl.data.registry import open_store
+from dina_rl.data.stores.latents import PairBatch, PairStore, PairTable
+from dina_rl.data.stores.open import open_store
+from dina_rl.data.stores.order import TrainingOrder, fit_order
 
 BLOCK_BYTES = 32 * 2**20  # well below the 128 MiB at which Ray splits a block
 BLOCK_PAIRS = 512

@@ -8,8 +8,7 @@ from PIL import Image
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import LoRAConfig, RewardModelConfig
-from dina_rl.data.latents import SPLITS, LatentStore, StoredPair, StoreInfo
-from dina_rl.data.pairs import PairBatch
+from dina_rl.data.stores.latents import SPLITS, LatentStore, PairBatch, StoredPair, StoreInfo
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.seeding import generator, normal
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dina_rl.alignment.batching import deal
 from dina_rl.alignment.flow_grpo import clipped_policy_loss, ratio_gate, regulated_log_ratio
-from dina_rl.alignment.learner import PassLoss
+from dina_rl.alignment.objective import PassLoss, deal
 from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped

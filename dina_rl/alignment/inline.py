@@ -5,18 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from dina_rl.alignment.engine import TorchEngine
-from dina_rl.alignment.golden import EvaluationItem, Measurement, combine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.loop import ScoredGroup
-from dina_rl.alignment.rollout import RolloutWorker
-from dina_rl.alignment.scoring import ScoringWorker
+from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
+from dina_rl.alignment.rewards import ScoringWorker
+from dina_rl.alignment.rollout import RolloutWorker, in_calls
 from dina_rl.config import AlignRun
 from dina_rl.types import PolicyWeights, SampledGroup, TrainingGroup, WorkItem
-
-
-def in_calls(items: Sequence[WorkItem], groups_per_call: int) -> list[list[WorkItem]]:
-    """The work items in calls of equal geometry; the split depends on the configuration, never on the workers."""
-    return [list(items[i : i + groups_per_call]) for i in range(0, len(items), groups_per_call)]
 
 
 class InlineExperience:

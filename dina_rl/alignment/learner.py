@@ -2,54 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from dina_rl.alignment.ema import WeightsEMA
 from dina_rl.alignment.engine import Engine
+from dina_rl.alignment.objective import Objective, Pass
 from dina_rl.alignment.policy import Policy
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.seeding import generator
 from dina_rl.types import PolicyWeights, TrainingGroup
-
-Pass = TypeVar("Pass")  # one forward (of the policy and its reference) that ends in one backward
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassLoss:
-    """Outcome of one pass."""
-
-    loss: torch.Tensor  # summed over the pass's terms
-    sums: dict[str, float]  # statistics summed over terms; `terms`, and `<prefix>/terms` for prefixed ones, count them
-    maxima: dict[str, float]
-
-
-class Objective(Protocol, Generic[Pass]):
-    """What is trained: Flow-GRPO (`grpo.py`) or ReFL (`refl.py`)."""
-
-    def passes(self, groups: Sequence[TrainingGroup]) -> list[Pass]:
-        """This rank's forwards of one minibatch; equally many, of equal shapes, on every rank."""
-        ...
-
-    def terms(self, groups: Sequence[TrainingGroup]) -> int:
-        """Terms of a minibatch's objective over all ranks; the loss is their mean."""
-        ...
-
-    def before_updates(self, minibatches: Sequence[Sequence[Pass]]) -> dict[str, float]:
-        """Called under the policy that sampled; returns maxima that only that policy has."""
-        ...
-
-    def loss(self, each: Pass, kl_scale: float) -> PassLoss:
-        """Loss of one pass, its KL term times `kl_scale`."""
-        ...
-
-    def before_first_step(self, maxima: dict[str, float]) -> None:
-        """Look at the first minibatch's maxima, over all ranks, before anything is changed; may raise RunStopped."""
-        ...
 
 
 class PolicyLearner:

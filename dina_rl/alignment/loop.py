@@ -13,7 +13,8 @@ import torch
 
 from dina_rl.alignment.advantage import Advantages, equal_weights, group_advantages
 from dina_rl.alignment.flow_grpo import ratio_gate
-from dina_rl.alignment.golden import EvaluationItem, Measurement, evaluation_items
+from dina_rl.alignment.measurement import EvaluationItem, Measurement, evaluation_items
+from dina_rl.alignment.prompts import Prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
@@ -60,13 +61,6 @@ class Learner(Protocol[Handle]):
     def state(self) -> dict[str, torch.Tensor]: ...
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompts:
-    train: tuple[str, ...]
-    dev: tuple[str, ...]
-    test: tuple[str, ...]
 
 
 def align(run: AlignRun, prompts: Prompts, experience: Experience, learner: Learner, recorder: Recorder) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import AlignRun
-from dina_rl.data.latents import LatentStore
+from dina_rl.data.stores.latents import LatentStore
 from dina_rl.seeding import generator, normal
 from dina_rl.types import PretrainingSamples, WorkItem
 

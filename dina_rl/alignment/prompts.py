@@ -1,13 +1,20 @@
 """Where prompts come from: plain text, one prompt a line, or the records of a preference set."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from dina_rl.alignment.loop import Prompts
 from dina_rl.config import PromptsConfig
-from dina_rl.data.registry import KINDS, open_set, prompts_of
+from dina_rl.data.sets.registry import KINDS, open_set, prompts_of
 
 _SET = re.compile(rf"({'|'.join(KINDS)}):(.+):([^:/]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    train: tuple[str, ...]
+    dev: tuple[str, ...]
+    test: tuple[str, ...]
 
 
 def load_prompts(config: PromptsConfig) -> Prompts:

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dina_rl.alignment.advantage import Advantages
-from dina_rl.alignment.golden import Measurement
+from dina_rl.alignment.measurement import Measurement
 from dina_rl.alignment.watch import diverged
 from dina_rl.checkpoint import load_tensors, save_tensors, write_json, write_text
 from dina_rl.config import AlignRun

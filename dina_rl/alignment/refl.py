@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dina_rl.alignment.batching import deal
-from dina_rl.alignment.learner import PassLoss
+from dina_rl.alignment.objective import PassLoss, deal
 from dina_rl.alignment.policy import Policy, VelocityInputs
-from dina_rl.alignment.scoring import ScoringWorker
+from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import predict_clean
 from dina_rl.reward.model import add_noise

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dina_rl.alignment.golden import EvaluationItem, EvaluationSamples, open_metric
+from dina_rl.alignment.golden import open_metric
+from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.pretraining import PretrainingDraws
 from dina_rl.backbones.trained import check_names, copy_in, make_trainable, trained_parameters
 from dina_rl.config import AlignRun
@@ -214,3 +215,8 @@ def window_start(run: AlignRun, step: int) -> int:
     first, end = rollout.window_range
     choices = end - first - rollout.window_steps + 1
     return first + int(torch.randint(choices, (), generator=generator(run.seed, "window", step)))
+
+
+def in_calls(items: Sequence[WorkItem], groups_per_call: int) -> list[list[WorkItem]]:
+    """The work items in calls of equal geometry; the split depends on the configuration, never on the workers."""
+    return [list(items[i : i + groups_per_call]) for i in range(0, len(items), groups_per_call)]

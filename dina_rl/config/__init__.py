@@ -5,7 +5,6 @@ values live in `configs/`. Each rule that spans several fields has its own messa
 """
 
 from dina_rl.config.alignment import (
-    Dynamics,
     GRPOConfig,
     LearnerConfig,
     PromptsConfig,
@@ -42,7 +41,6 @@ __all__ = [
     "CLIPScoreConfig",
     "DatasetConfig",
     "DiNaScorerConfig",
-    "Dynamics",
     "EvaluateRun",
     "FilterConfig",
     "FitConfig",

@@ -13,8 +13,7 @@ from dina_rl.config.base import (
     Rate,
     Section,
 )
-
-Dynamics = Literal["flow_sde", "dance", "cps", "ode"]
+from dina_rl.flow.sde import Dynamics
 
 
 class PromptsConfig(Section):

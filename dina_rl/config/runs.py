@@ -6,7 +6,6 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from dina_rl.config.alignment import (
-    Dynamics,
     GRPOConfig,
     LearnerConfig,
     PromptsConfig,
@@ -18,6 +17,7 @@ from dina_rl.config.alignment import (
 from dina_rl.config.base import PipelineConfig, Positive, Section
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig
 from dina_rl.config.rewards import GoldenConfig, RewardsConfig
+from dina_rl.flow.sde import Dynamics
 
 
 class _Run(Section):

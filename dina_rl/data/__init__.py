@@ -1,1 +1,1 @@
-"""Readers of preference sets and the latent store that training reads."""
+"""From a preference set on disk (`sets/`) to the store of latents that training reads (`stores/`)."""

@@ -22,15 +22,16 @@ from dina_rl.backbones.base import Backbone, LatentCodec
 from dina_rl.checkpoint import write_json
 from dina_rl.config import DatasetConfig, FitRun
 from dina_rl.data.buckets import Bucketing
+from dina_rl.data.copy import copy_latents
 from dina_rl.data.filters import bucketing, max_per_prompt
 from dina_rl.data.images import load_image
-from dina_rl.data.latents import SPLITS, LatentStore, Split, StoreInfo
-from dina_rl.data.parquet import write_lines
 from dina_rl.data.plan import CHUNK, EncodePlan, Measured, SplitRetention
-from dina_rl.data.preprocessed_set import PreprocessedSet, copy_latents
-from dina_rl.data.prompt_store import PromptsInfo, PromptStore
-from dina_rl.data.records import PreferenceRecord, PreferenceSet
-from dina_rl.data.registry import open_set
+from dina_rl.data.sets.preprocessed import PreprocessedSet
+from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
+from dina_rl.data.sets.registry import open_set
+from dina_rl.data.stores.files import write_lines
+from dina_rl.data.stores.latents import SPLITS, LatentStore, Split, StoreInfo
+from dina_rl.data.stores.prompts import PromptsInfo, PromptStore
 
 LATENTS = "latents"
 PLAN_FILE = "plan.sqlite"
@@ -84,8 +85,7 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
         `run` with absolute paths: Ray's workers have working directories of their own.
 
     Raises:
-        ValueError: no such dataset or split, one without images, or an image size or reward model that the pipeline
-            does not fit.
+        ValueError: no such dataset or split, one without images, or an image size that the pipeline does not fit.
     """
     dataset, pipeline = run.dataset, run.pipeline
     source = open_set(dataset.kind, dataset.location)
@@ -94,24 +94,10 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
         first = next((record for record in records if isinstance(record, PreferenceRecord)), None)
         if first is not None and not first.images:
             raise ValueError(f"split {split} of {dataset.location} holds prompts without images: nothing to encode")
-    check_fit(run, backbone)
     for height, width in bucketing(dataset, pipeline).buckets:
         backbone.latent_shape(height, width)
     dataset = dataset.model_copy(update={"path": str(dataset.location.resolve())})
     return run.model_copy(update={"pipeline": pipeline.absolute(), "dataset": dataset})
-
-
-def check_fit(run: FitRun, backbone: Backbone) -> None:
-    """Raises ValueError if the image size or the reward model does not fit the pipeline."""
-    backbone.latent_shape(run.pipeline.height, run.pipeline.width)
-    if run.reward.taps[-1] > backbone.last_tap:
-        raise ValueError(
-            f"reward.taps {run.reward.taps} do not fit {run.pipeline.path}: of its {backbone.num_blocks} blocks 1 to "
-            f"{backbone.last_tap} can be tapped"
-        )
-    width = run.reward.head_width or backbone.width
-    if width % run.reward.num_heads:
-        raise ValueError(f"reward.num_heads ({run.reward.num_heads}) must divide the width {width}")
 
 
 def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeWork) -> LatentStore:

@@ -2,7 +2,7 @@
 
 from dina_rl.config import DatasetConfig, FilterConfig, PipelineConfig
 from dina_rl.data.buckets import PUBLISHED, PUBLISHED_MAX_PER_PROMPT, PUBLISHED_MIN_AREA, Bucketing
-from dina_rl.data.pairs import PreferencePair
+from dina_rl.data.sets.records import PreferencePair
 
 
 def preference_filter(pair: PreferencePair, config: FilterConfig) -> str | None:

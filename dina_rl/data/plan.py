@@ -21,9 +21,8 @@ from pathlib import Path
 from dina_rl.config import FilterConfig
 from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.filters import preference_filter
-from dina_rl.data.latents import Split, StoredPair
-from dina_rl.data.pairs import PreferencePair, pairs_of
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import PreferencePair, PreferenceRecord, SkippedRecord, pairs_of
+from dina_rl.data.stores.latents import Split, StoredPair
 from dina_rl.seeding import derive_seed
 
 CHUNK = 512

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from dina_rl.data.records import PreferenceRecord
+from dina_rl.data.sets.records import PreferenceRecord
 from dina_rl.seeding import generator
 
 Convention = Literal["micro", "ties_wrong", "per_prompt"]

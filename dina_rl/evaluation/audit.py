@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from dina_rl.checkpoint import write_json, write_text
 from dina_rl.config import EvaluateRun
-from dina_rl.data.records import PreferenceRecord
+from dina_rl.data.sets.records import PreferenceRecord
 from dina_rl.evaluation.accuracy import CONVENTIONS, Comparisons, bootstrap, by_category, by_models, measure
 from dina_rl.evaluation.calibration import Calibration, calibrate, thurstone_probability
 from dina_rl.evaluation.figures import plot_lines, plot_reliability, plot_table
 from dina_rl.evaluation.leak import Leak, find_leak, fingerprints
+from dina_rl.evaluation.named_scorers import NamedScorer
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import Measured, comparisons_of, measured, uncertainty_of, write_accuracies
-from dina_rl.evaluation.scorers import NamedScorer
-from dina_rl.evaluation.scores import ScoreStore, ScoringJob
+from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, open_source
 from dina_rl.evaluation.tables import Cell, Row, Table, grid, markdown, shown, write_rows
 from dina_rl.evaluation.uncertainty import Uncertainty

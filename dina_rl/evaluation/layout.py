@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dina_rl.data.buckets import Bucketing, Dropped, Size
-from dina_rl.data.records import PreferenceRecord
+from dina_rl.data.sets.records import PreferenceRecord
 from dina_rl.evaluation.requests import Problem
 
 

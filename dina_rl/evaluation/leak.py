@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from dina_rl.data.records import PreferenceRecord, PreferenceSet
+from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
 
 EXAMPLES = 10
 

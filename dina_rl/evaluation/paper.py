@@ -11,9 +11,9 @@ from itertools import combinations
 from pathlib import Path
 
 from dina_rl.config import EvaluateRun, ThurstoneConfig, TimestepConfig
+from dina_rl.evaluation.named_scorers import NamedScorer
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.runs import FittedRun, essence
-from dina_rl.evaluation.scorers import NamedScorer
 
 SINGLE, ENSEMBLE = "single", "ensemble"
 DIFFERENCES = "Differs in"

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from dina_rl.config import PictureScorerConfig, SetConfig
-from dina_rl.data.records import PreferenceRecord
+from dina_rl.data.sets.records import PreferenceRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

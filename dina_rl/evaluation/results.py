@@ -21,7 +21,7 @@ from dina_rl.evaluation.accuracy import (
 from dina_rl.evaluation.figures import plot_lines, plot_table
 from dina_rl.evaluation.paper import Entry, Plan
 from dina_rl.evaluation.requests import View
-from dina_rl.evaluation.scores import ScoreStore, ScoringJob, SetScores
+from dina_rl.evaluation.score_store import ScoreStore, ScoringJob, SetScores
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.evaluation.tables import Cell, Row, Table, markdown, write_csv, write_rows
 from dina_rl.evaluation.uncertainty import Uncertainty, uncertainty

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from dina_rl.checkpoint import CONFIG_FILE
 from dina_rl.cli import explain
 from dina_rl.config import DatasetConfig, FitRun, PictureScorerConfig
-from dina_rl.data.latents import STORE_FILE
+from dina_rl.data.stores.latents import STORE_FILE
 from dina_rl.evaluation.requests import View
 from dina_rl.reward.fit import REWARD
 

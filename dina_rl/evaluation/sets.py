@@ -8,8 +8,8 @@ from hashlib import blake2b
 import torch
 
 from dina_rl.config import SetConfig
-from dina_rl.data.records import PreferenceRecord, PreferenceSet, SkippedRecord
-from dina_rl.data.registry import open_set
+from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet, SkippedRecord
+from dina_rl.data.sets.registry import open_set
 from dina_rl.seeding import generator
 
 

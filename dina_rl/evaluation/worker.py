@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from dina_rl.config import PictureScorerConfig, SetConfig
-from dina_rl.data.latents import LatentStore
-from dina_rl.data.records import PreferenceRecord, PreferenceSet
-from dina_rl.evaluation.images import read_image
+from dina_rl.data.buckets import Size
+from dina_rl.data.images import image_size, load_image
+from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
+from dina_rl.data.stores.latents import LatentStore
 from dina_rl.evaluation.requests import EncodeRequest, PartScores, Problem, ScoreRequest, View
 from dina_rl.evaluation.sets import open_source
 from dina_rl.scoring import NoiseKey, PictureScorer, Sample, open_scorer
@@ -161,3 +162,14 @@ def _noise_key(source: SetConfig, image: _Image, draw: int) -> NoiseKey:
 
 def _read_sample(source: PreferenceSet, image: _Image) -> Sample:
     return Sample(space="images", tensor=read_image(source, image.record.images[image.position], size=None))
+
+
+def read_image(source: PreferenceSet, key: str, *, size: Size | None) -> torch.Tensor:
+    """RGB [3, H, W] in [0, 1] of the image behind a record's key, stretched to `size` or as large as it is.
+
+    Raises:
+        ValueError: it is missing or broken.
+    """
+    content = source.image(key)
+    height, width = image_size(content) if size is None else size
+    return torch.tensor(load_image(content, height=height, width=width)).permute(2, 0, 1).float() / 255

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dina_rl.config import Dynamics
-from dina_rl.flow.sde import GaussianStep, log_prob, ode_step, step_law
+from dina_rl.flow.sde import Dynamics, GaussianStep, log_prob, ode_step, step_law
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (latents [B, C, H, W], sigma [B]) -> velocity, fp32
 

@@ -20,10 +20,11 @@ noise back afresh, so that x_next carries exactly the noise that sigma_next asks
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from dina_rl.config import Dynamics
+Dynamics = Literal["flow_sde", "dance", "cps", "ode"]
 
 NEARLY_ONE = 1 - 1e-4
 """A table's first sigma counts as 1 above this: some shifts make it 0.9999999 in fp32."""

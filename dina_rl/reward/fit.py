@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.backbones.lora import trainable
 from dina_rl.config import FitConfig, TimestepConfig
-from dina_rl.data.pairs import PairBatch
+from dina_rl.data.stores.latents import PairBatch
 from dina_rl.errors import RunStopped
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.thurstone import comparison_variance, fidelity_loss

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from dina_rl.backbones.base import TextEncoder
-from dina_rl.data.latents import LatentStore
-from dina_rl.data.pairs import PairBatch
+from dina_rl.data.stores.latents import LatentStore, PairBatch
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.seeding import normal
 from dina_rl.types import PromptEmbeds

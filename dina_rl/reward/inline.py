@@ -14,10 +14,9 @@ from tqdm import tqdm
 from dina_rl.checkpoint import open_run_dir, write_json
 from dina_rl.config import FitRun
 from dina_rl.data.encode import EncodingHere
-from dina_rl.data.latents import PairStore
-from dina_rl.data.order import fit_order
-from dina_rl.data.pairs import PairBatch
-from dina_rl.data.registry import open_store
+from dina_rl.data.stores.latents import PairBatch, PairStore
+from dina_rl.data.stores.open import open_store
+from dina_rl.data.stores.order import fit_order
 from dina_rl.reward.fit import METRICS_FILE, FitResult, RewardFit, StepReport
 from dina_rl.reward.inputs import (
     MAY_CHANGE,

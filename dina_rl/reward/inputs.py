@@ -5,12 +5,12 @@ from pathlib import Path
 
 from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.config import FitRun
-from dina_rl.data.encode import LATENTS, EncodeWork, check_fit, check_inputs, encode_dataset
-from dina_rl.data.latents import SPLITS, LatentStore, PairStore, Split
-from dina_rl.data.order import fit_order
-from dina_rl.data.preprocessed import PreprocessedStore
-from dina_rl.data.prompt_store import StoredPrompts, find_prompts
-from dina_rl.data.registry import open_store
+from dina_rl.data.encode import LATENTS, EncodeWork, check_inputs, encode_dataset
+from dina_rl.data.stores.latents import SPLITS, LatentStore, PairStore, Split
+from dina_rl.data.stores.open import open_store
+from dina_rl.data.stores.order import fit_order
+from dina_rl.data.stores.preprocessed import PreprocessedStore
+from dina_rl.data.stores.prompts import StoredPrompts, find_prompts
 
 MAY_CHANGE = (
     *("inline", "dataset.prompt_embeddings"),
@@ -34,6 +34,7 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
     """
     held_out = {name: _absolute(directory) for name, directory in run.fit.held_out.items()}
     run = run.model_copy(update={"fit": run.fit.model_copy(update={"held_out": held_out})})
+    check_fit(run, backbone)
     needed: tuple[Split, ...] = ("train",) if held_out else SPLITS
     if run.latents is None:
         missing = [split for split in needed if split not in run.dataset.splits]
@@ -41,7 +42,6 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
             raise ValueError(f"dataset.{missing[0]} is None: a fit needs pairs to train on and pairs to hold out")
         run = check_inputs(run, backbone)
     else:
-        check_fit(run, backbone)
         run = run.model_copy(update={"latents": Path(_absolute(run.latents)), "pipeline": run.pipeline.absolute()})
         check_store(run.latents, needed, run, backbone)
     for directory in held_out.values():
@@ -141,3 +141,16 @@ def unseen_pairs(run: FitRun, store: PairStore) -> list[str]:
 
 def _absolute(path: str | Path) -> str:
     return str(Path(path).expanduser().resolve())
+
+
+def check_fit(run: FitRun, backbone: Backbone) -> None:
+    """Raises ValueError if the image size or the reward model does not fit the pipeline."""
+    backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+    if run.reward.taps[-1] > backbone.last_tap:
+        raise ValueError(
+            f"reward.taps {run.reward.taps} do not fit {run.pipeline.path}: of its {backbone.num_blocks} blocks 1 to "
+            f"{backbone.last_tap} can be tapped"
+        )
+    width = run.reward.head_width or backbone.width
+    if width % run.reward.num_heads:
+        raise ValueError(f"reward.num_heads ({run.reward.num_heads}) must divide the width {width}")

@@ -24,10 +24,9 @@ from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import FitRun
 from dina_rl.config.fitting import OWN_TEST
 from dina_rl.data.encode import SKIPPED_FILE
-from dina_rl.data.latents import LatentStore, PairStore
-from dina_rl.data.order import evaluation_batches
-from dina_rl.data.pairs import PairBatch
-from dina_rl.data.registry import open_store
+from dina_rl.data.stores.latents import LatentStore, PairBatch, PairStore
+from dina_rl.data.stores.open import open_store
+from dina_rl.data.stores.order import evaluation_batches
 from dina_rl.reward.checkpoint import save_reward
 from dina_rl.reward.fit import REWARD, Accuracies, FitResult, RewardFit, StepReport, fit
 from dina_rl.reward.held_out import pairwise_accuracy, score_pairs, store_ceiling

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dina_rl.alignment.golden import GoldenScores
 from dina_rl.shapes.golden import golden_score
+from dina_rl.types import GoldenScores
 
 
 class ShapesMetric:

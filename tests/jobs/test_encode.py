@@ -14,8 +14,8 @@ from pyarrow import parquet
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, RETENTION_FILE, SKIPPED_FILE, EncodingHere, check_inputs, encode_dataset
-from dina_rl.data.latents import LatentStore
-from dina_rl.data.prompt_store import StoredPrompts, find_prompts
+from dina_rl.data.stores.latents import LatentStore
+from dina_rl.data.stores.prompts import StoredPrompts, find_prompts
 from jobs import encode
 
 SIZES = ((32, 32), (24, 48))

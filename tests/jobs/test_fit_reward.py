@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, SKIPPED_FILE, encode_dataset
 from dina_rl.data.images import load_image
-from dina_rl.data.latents import LatentStore
+from dina_rl.data.stores.latents import LatentStore
 from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult, RewardFit, fit
 from dina_rl.reward.inline import fit_inline, training_batches
 from dina_rl.reward.model import LatentRewardModel

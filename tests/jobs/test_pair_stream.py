@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dina_rl.config import FitConfig
-from dina_rl.data.latents import LatentStore
-from dina_rl.data.order import fit_order
+from dina_rl.data.stores.latents import LatentStore
+from dina_rl.data.stores.order import fit_order
 from jobs import pair_stream
 from tests.tiny_reward import write_store
 

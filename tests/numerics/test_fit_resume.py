@@ -9,7 +9,7 @@ import torch
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.checkpoint import load_tensors, save_tensors
 from dina_rl.config import FitConfig
-from dina_rl.data.pairs import PairBatch
+from dina_rl.data.stores.latents import PairBatch
 from dina_rl.reward.fit import RewardFit, fit
 from dina_rl.reward.model import LatentRewardModel
 from tests.tiny_reward import TINY_REWARD, pair_batch

@@ -10,8 +10,8 @@ from dina_rl.alignment.loop import align
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.refl import reward_surrogate, velocity_kl
+from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker, stop_step
-from dina_rl.alignment.scoring import ScoringWorker
 from dina_rl.flow.sampler import denoise, predict_clean
 from dina_rl.reward.checkpoint import load_reward
 from dina_rl.runtime import open_pipeline

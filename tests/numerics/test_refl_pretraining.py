@@ -11,7 +11,7 @@ from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.refl import flow_matching_loss
 from dina_rl.alignment.rollout import RolloutWorker
-from dina_rl.data.latents import LatentStore, StoredPair, StoreInfo
+from dina_rl.data.stores.latents import LatentStore, StoredPair, StoreInfo
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import WorkItem

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dina_rl.alignment.advantage import group_advantages
-from dina_rl.alignment.golden import GoldenScores
+from dina_rl.types import GoldenScores
 
 REWARDS = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
 

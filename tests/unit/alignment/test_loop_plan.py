@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dina_rl.alignment.golden import evaluation_items
 from dina_rl.alignment.grpo import micro_batches
 from dina_rl.alignment.loop import plan
+from dina_rl.alignment.measurement import evaluation_items
 from dina_rl.config import AlignRun, RolloutConfig
 from dina_rl.types import PromptEmbeds, TrainingGroup, Trajectory, WorkItem
 

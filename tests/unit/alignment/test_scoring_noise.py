@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker
-from dina_rl.alignment.scoring import ScoringWorker
 from dina_rl.scorers.dina import cautious_mean
 from dina_rl.types import WorkItem
 from tests.tiny_run import tiny_run

@@ -3,7 +3,7 @@ import pytest
 from dina_rl.config import DatasetConfig, FilterConfig, PipelineConfig
 from dina_rl.data.buckets import PUBLISHED
 from dina_rl.data.filters import bucketing, max_per_prompt, preference_filter
-from dina_rl.data.pairs import PreferencePair
+from dina_rl.data.sets.records import PreferencePair
 
 
 def pair(votes: tuple[int, int] | None = None, confidence: float | None = None) -> PreferencePair:

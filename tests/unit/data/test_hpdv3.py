@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from dina_rl.data.hpdv3 import HPDv3
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.hpdv3 import HPDv3
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 
 GOOD = {
     "prompt": "a cat",

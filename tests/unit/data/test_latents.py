@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dina_rl.data.latents import ROW_GROUP_BYTES, LatentStore, StoredPair, StoreInfo
+from dina_rl.data.stores.latents import ROW_GROUP_BYTES, LatentStore, StoredPair, StoreInfo
 from dina_rl.seeding import normal
 
 SHAPES = ((2, 3, 3), (2, 2, 5))

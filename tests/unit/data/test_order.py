@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dina_rl.data.order import evaluation_batches, token_multiples, training_order
+from dina_rl.data.stores.order import evaluation_batches, token_multiples, training_order
 from dina_rl.seeding import generator
 
 BUCKETS = torch.tensor([4] * 60 + [0] * 30 + [7] * 10)[torch.randperm(100, generator=generator("test-order"))]

@@ -1,5 +1,4 @@
-from dina_rl.data.pairs import PreferencePair, pair_id, pairs_of
-from dina_rl.data.records import PreferenceRecord
+from dina_rl.data.sets.records import PreferencePair, PreferenceRecord, pair_id, pairs_of
 
 
 def test_a_pair_sets_record_is_one_pair_with_its_index() -> None:

@@ -5,9 +5,9 @@ import pytest
 
 from dina_rl.config import FilterConfig
 from dina_rl.data.buckets import Bucketing
-from dina_rl.data.latents import StoredPair
 from dina_rl.data.plan import CHUNK, EncodePlan
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.stores.latents import StoredPair
 
 BUCKETS = Bucketing(buckets=((10, 10), (10, 20)), stretch=False, min_area=50)
 SQUARE, WIDE = (10, 10), (10, 20)

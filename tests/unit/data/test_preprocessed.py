@@ -11,14 +11,15 @@ import torch
 from pyarrow import parquet
 
 from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
+from dina_rl.data.copy import copy_latents
 from dina_rl.data.encode import measure_images
 from dina_rl.data.filters import bucketing
-from dina_rl.data.latents import LatentStore, StoreInfo
 from dina_rl.data.plan import EncodePlan
-from dina_rl.data.preprocessed import PreprocessedStore, read_latent
-from dina_rl.data.preprocessed_set import copy_latents
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
-from dina_rl.data.registry import open_set, open_store
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.registry import open_set
+from dina_rl.data.stores.latents import LatentStore, StoreInfo
+from dina_rl.data.stores.open import open_store
+from dina_rl.data.stores.preprocessed import PreprocessedStore, read_latent
 from dina_rl.reward.inputs import unseen_pairs
 
 SHAPES = ((16, 4, 4), (16, 2, 6))

@@ -11,10 +11,10 @@ from pyarrow import parquet
 
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitRun, PipelineConfig
-from dina_rl.data import prompt_store
 from dina_rl.data.encode import LATENTS, EncodingHere, check_inputs, encode_dataset
-from dina_rl.data.latents import ROW_GROUP_BYTES
-from dina_rl.data.prompt_store import PROMPTS, SHARD_BYTES, PromptsInfo, PromptStore, StoredPrompts, find_prompts
+from dina_rl.data.stores import prompts as prompt_store
+from dina_rl.data.stores.latents import ROW_GROUP_BYTES
+from dina_rl.data.stores.prompts import PROMPTS, SHARD_BYTES, PromptsInfo, PromptStore, StoredPrompts, find_prompts
 from dina_rl.types import PromptEmbeds
 from tests.tiny_reward import PROMPTS as CAPTIONS
 from tests.tiny_reward import TINY_REWARD, write_preferences

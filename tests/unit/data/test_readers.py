@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from dina_rl.data.pairs import pairs_of
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
-from dina_rl.data.registry import KINDS, open_set, prompts_of
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord, pairs_of
+from dina_rl.data.sets.registry import KINDS, open_set, prompts_of
 
 PUBLISHED_ANNOTATIONS = Path(__file__).parents[4] / "shared" / "data" / "imagereward"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dina_rl.data.root import DataRoot
+from dina_rl.data.sets.root import DataRoot
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, RETENTION_FILE, SKIPPED_FILE, EncodingHere, check_inputs, encode_dataset
 from dina_rl.data.images import load_image
-from dina_rl.data.latents import LatentStore
+from dina_rl.data.stores.latents import LatentStore
 from tests.tiny_reward import TINY_REWARD
 
 GOOD = 380  # beside 20 rotten records: 5 percent

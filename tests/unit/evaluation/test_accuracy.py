@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from dina_rl.data.records import PreferenceRecord
+from dina_rl.data.sets.records import PreferenceRecord
 from dina_rl.evaluation.accuracy import Comparisons, bootstrap, by_category, by_models, compare, measure
 
 

@@ -1,5 +1,5 @@
 from dina_rl.data.buckets import Bucketing
-from dina_rl.data.records import PreferenceRecord
+from dina_rl.data.sets.records import PreferenceRecord
 from dina_rl.evaluation.layout import lay_out
 from dina_rl.evaluation.requests import Problem
 

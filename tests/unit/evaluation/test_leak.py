@@ -1,4 +1,4 @@
-from dina_rl.data.records import PreferenceRecord
+from dina_rl.data.sets.records import PreferenceRecord
 from dina_rl.evaluation.leak import find_leak, fingerprints, prompt_digest
 
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from dina_rl.config import EvaluateRun, FitRun, PictureScorerConfig, ThurstoneConfig
+from dina_rl.evaluation.named_scorers import PLAIN, NamedScorer
 from dina_rl.evaluation.paper import plan_table, variance_label
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.runs import FittedRun, notes_on, read_runs
-from dina_rl.evaluation.scorers import PLAIN, NamedScorer
 
 
 def fitted(name: str, seed: int = 0, *, run: dict | None = None, **reward) -> FittedRun:

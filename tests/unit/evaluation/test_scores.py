@@ -11,13 +11,12 @@ from PIL import Image
 
 from dina_rl.config import DatasetConfig, EvaluateRun, FilterConfig, PictureScorerConfig
 from dina_rl.data.buckets import PUBLISHED, PUBLISHED_MIN_AREA, Bucketing
-from dina_rl.evaluation.images import read_image
+from dina_rl.evaluation.named_scorers import PLAIN, named_scorer
 from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import measured
-from dina_rl.evaluation.scorers import PLAIN, named_scorer
-from dina_rl.evaluation.scores import ScoreStore, ScoringJob
+from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, check_malformed, read_sets
-from dina_rl.evaluation.worker import InlineWorkers
+from dina_rl.evaluation.worker import InlineWorkers, read_image
 from dina_rl.scoring import NoiseKey, open_scorer
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_reward import write_preferences

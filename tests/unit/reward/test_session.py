@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 from dina_rl.config import FitRun
-from dina_rl.data.order import fit_order
-from dina_rl.data.registry import open_store
+from dina_rl.data.stores.open import open_store
+from dina_rl.data.stores.order import fit_order
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.fit import REWARD, RewardFit
 from dina_rl.reward.model import LatentRewardModel

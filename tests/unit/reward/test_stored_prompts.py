@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, EncodingHere, check_inputs, encode_dataset
-from dina_rl.data.latents import LatentStore
-from dina_rl.data.prompt_store import PROMPTS, PromptsInfo, PromptStore
+from dina_rl.data.stores.latents import LatentStore
+from dina_rl.data.stores.prompts import PROMPTS, PromptsInfo, PromptStore
 from dina_rl.reward.fit import REWARD
 from dina_rl.reward.inline import fit_inline
 from dina_rl.reward.session import LOG_FILE

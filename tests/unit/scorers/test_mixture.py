@@ -7,11 +7,11 @@ from pydantic import ValidationError
 
 from dina_rl.alignment.advantage import equal_weights, group_advantages
 from dina_rl.alignment.flow_grpo import clipped_policy_loss
-from dina_rl.alignment.golden import GoldenScores
 from dina_rl.alignment.loop import weigh
 from dina_rl.alignment.refl import reward_surrogate
 from dina_rl.config import AlignRun, RewardsConfig
 from dina_rl.scorers.mixture import group_weighted_sum, weighted_sum
+from dina_rl.types import GoldenScores
 
 TWO = {"dina": {"weight": 0.5, "mean": -2.0, "std": 4.0}, "pickscore": {"weight": 0.2, "mean": 20.0, "std": 1.5}}
 GOLDEN = GoldenScores(values=(0.1, 0.9, 0.4), parts={})

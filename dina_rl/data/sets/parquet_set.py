@@ -13,9 +13,10 @@ import pyarrow
 from pyarrow import parquet
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.fields import Parse, parsed, shown
 from dina_rl.data.images import image_size
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.fields import Parse, parsed
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.errors import shown
 
 ROWS = 256  # read at once
 KEY = "_key"

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.fields import pair_of_names, shown, text
-from dina_rl.data.parquet_set import KEY, ParquetSet
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.fields import pair_of_names, text
+from dina_rl.data.sets.parquet_set import KEY, ParquetSet
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.errors import shown
 
 RANKS = {(1.0, 0.0): (0, 1), (0.0, 1.0): (1, 0), (0.5, 0.5): (0, 0)}
 IMAGES = ("jpg_0", "jpg_1")

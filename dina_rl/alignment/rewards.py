@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dina_rl.alignment.golden import EvaluationSamples
+from dina_rl.alignment.measurement import EvaluationSamples
 from dina_rl.config import AlignRun
 from dina_rl.runtime import device, open_pipeline
 from dina_rl.scorers.base import Conditions

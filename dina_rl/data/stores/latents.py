@@ -25,8 +25,7 @@ from pyarrow import parquet
 
 from dina_rl.checkpoint import write_json
 from dina_rl.data.buckets import Size
-from dina_rl.data.pairs import PairBatch
-from dina_rl.data.parquet import chunked, write_table
+from dina_rl.data.stores.files import chunked, write_table
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -118,6 +117,19 @@ class PairTable:
     bucket: torch.Tensor  # [N] int64, index into the store's `buckets`
     prompt: torch.Tensor  # [N] int64, index into `prompts`
     prompts: tuple[str, ...]  # distinct
+
+    def __len__(self) -> int:
+        return len(self.pair_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairBatch:
+    """Pairs as the reward model takes them."""
+
+    pair_ids: torch.Tensor  # [B] int64, `PreferencePair.index`: keys of the pair's random draws
+    chosen: torch.Tensor  # [B, C, H, W] clean latents
+    rejected: torch.Tensor  # [B, C, H, W]
+    prompts: tuple[str, ...]  # B of them
 
     def __len__(self) -> int:
         return len(self.pair_ids)

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.fields import parsed, text
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.fields import parsed, text
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 
 
 class PromptFiles:

@@ -19,9 +19,8 @@ import torch
 from pyarrow import parquet
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.fields import shown
-from dina_rl.data.latents import PairTable, Split, read_batch
-from dina_rl.data.pairs import PairBatch
+from dina_rl.data.stores.latents import PairBatch, PairTable, Split, read_batch
+from dina_rl.errors import shown
 
 NAME = "part_rank[0-9]*.parquet"
 PIXELS_PER_LATENT = 8

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.fields import integers, json_array, parsed, shown, text, texts
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
-from dina_rl.data.root import DataRoot
+from dina_rl.data.sets.fields import integers, json_array, parsed, text, texts
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.root import DataRoot
+from dina_rl.errors import shown
 
 
 class HPDv2:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.errors import shown
 
 Parse = Callable[[int, dict], PreferenceRecord]
 """(index, raw record) to a record. Raises ValueError if it is malformed."""
@@ -85,12 +86,6 @@ def pair_of_names(raw: dict, first: str, second: str) -> tuple[str, str] | None:
     """Two optional names, both or none."""
     names = raw.get(first), raw.get(second)
     return names if all(isinstance(name, str) for name in names) else None
-
-
-def shown(value: object) -> str:
-    """A value in an error line, ASCII and short."""
-    full = ascii(value)
-    return full if len(full) <= 80 else f"{full[:77]}..."
 
 
 def _encodes(value: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dina_rl.config import FitConfig
-from dina_rl.data.latents import PairStore
+from dina_rl.data.stores.latents import PairStore
 from dina_rl.seeding import generator
 
 

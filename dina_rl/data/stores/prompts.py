@@ -25,8 +25,8 @@ from pyarrow import parquet
 from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.checkpoint import write_json
 from dina_rl.config import PipelineConfig
-from dina_rl.data.latents import CACHE_BYTES, INDEX_GROUP, ROW_GROUP_BYTES
-from dina_rl.data.parquet import chunked, write_table
+from dina_rl.data.stores.files import chunked, write_table
+from dina_rl.data.stores.latents import CACHE_BYTES, INDEX_GROUP, ROW_GROUP_BYTES
 from dina_rl.types import PromptEmbeds
 
 PROMPTS = "prompts"

@@ -28,9 +28,9 @@ from actors.placement import actor_options, place_gang, release_gang
 from actors.pool import Pool
 from actors.rollout import RolloutActor
 from actors.scorer import ScorerActor
-from dina_rl.alignment.golden import EvaluationItem, Measurement, combine
-from dina_rl.alignment.inline import in_calls
 from dina_rl.alignment.loop import ScoredGroup
+from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
+from dina_rl.alignment.rollout import in_calls
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.types import PolicyWeights, WorkItem

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.fields import pair_of_names, shown, text
-from dina_rl.data.parquet_set import KEY, ParquetSet
-from dina_rl.data.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.fields import pair_of_names, text
+from dina_rl.data.sets.parquet_set import KEY, ParquetSet
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.errors import shown
 
 RANKS = {"leftvote": (0, 1), "rightvote": (1, 0), "tievote": (0, 0), "bothbad_vote": (0, 0)}
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from actors.pipeline import RayExperience, RayLearner, open_actors
+from actors.alignment import RayExperience, RayLearner, open_actors
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder

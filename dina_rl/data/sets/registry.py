@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import get_args
 
 from dina_rl.config.fitting import SetKind
-from dina_rl.data.genai_bench import GenAIBench
-from dina_rl.data.hpdv2 import HPDv2
-from dina_rl.data.hpdv3 import HPDv3
-from dina_rl.data.imagereward import ImageReward
-from dina_rl.data.latents import STORE_FILE, LatentStore, PairStore
-from dina_rl.data.pickapic import PickAPic
-from dina_rl.data.preprocessed import NAME, PreprocessedStore
-from dina_rl.data.preprocessed_set import PreprocessedSet
-from dina_rl.data.prompt_files import PromptFiles
-from dina_rl.data.records import PreferenceSet, SkippedRecord
+from dina_rl.data.sets.genai_bench import GenAIBench
+from dina_rl.data.sets.hpdv2 import HPDv2
+from dina_rl.data.sets.hpdv3 import HPDv3
+from dina_rl.data.sets.imagereward import ImageReward
+from dina_rl.data.sets.pickapic import PickAPic
+from dina_rl.data.sets.preprocessed import PreprocessedSet
+from dina_rl.data.sets.prompt_files import PromptFiles
+from dina_rl.data.sets.records import PreferenceSet, SkippedRecord
 
 KINDS: tuple[SetKind, ...] = get_args(SetKind)
 _SETS = {
@@ -51,14 +49,3 @@ def prompts_of(source: PreferenceSet, split: str) -> tuple[list[str], list[Skipp
         else:
             prompts.append(record.prompt)
     return prompts, skipped
-
-
-def open_store(directory: Path) -> PairStore:
-    """Encoded pairs in a directory: a latent store of `jobs.encode`, or the authors' preprocessed files.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if (directory / STORE_FILE).is_file() or not any(directory.rglob(NAME)):
-        return LatentStore(directory)
-    return PreprocessedStore(directory)

@@ -8,7 +8,7 @@ from dina_rl.config import DatasetConfig, PictureScorerConfig, PipelineConfig, T
 from dina_rl.data.buckets import PUBLISHED, Bucketing, Size
 from dina_rl.data.filters import bucketing
 from dina_rl.evaluation.requests import View
-from dina_rl.evaluation.scores import ScoringJob
+from dina_rl.evaluation.score_store import ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.reward.card import RewardCard
 from dina_rl.reward.checkpoint import read_card

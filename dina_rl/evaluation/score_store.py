@@ -23,8 +23,8 @@ from tqdm import tqdm
 from dina_rl.checkpoint import write_bytes, write_json
 from dina_rl.config import EvaluateRun, PictureScorerConfig
 from dina_rl.data.buckets import Bucketing, Size
-from dina_rl.data.latents import LatentStore, StoreInfo
-from dina_rl.data.records import PreferenceRecord, PreferenceSet
+from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
+from dina_rl.data.stores.latents import LatentStore, StoreInfo
 from dina_rl.evaluation.identity import Identities, digest
 from dina_rl.evaluation.layout import Layout, lay_out, needs_sizes
 from dina_rl.evaluation.requests import EncodeRequest, Problem, ScoreRequest, View, Workers

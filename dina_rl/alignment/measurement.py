@@ -1,0 +1,87 @@
+"""What is measured of a policy: batches of evaluation samples, and golden and proxy over all of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dina_rl.config import RewardsConfig
+from dina_rl.scorers.mixture import weighted_sum
+from dina_rl.types import GoldenScores, PromptEmbeds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationItem:
+    """One batch of evaluation samples. Noise depends on (split, prompt, sample) alone: every policy sees the same."""
+
+    split: str  # dev or test
+    prompt_ids: tuple[int, ...]  # [B]
+    prompts: tuple[str, ...]  # [B]
+    sample_ids: tuple[int, ...]  # [B] number of the sample among those of its prompt
+    guidance_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSamples:
+    """An evaluated batch: what the golden metric says, and what the proxy needs to score it too."""
+
+    item: EvaluationItem
+    golden: GoldenScores
+    latents: torch.Tensor  # [B, C, H, W]
+    prompt: PromptEmbeds  # B rows
+    images: torch.Tensor  # [B, 3, H, W] uint8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Golden and proxy of one policy at one guidance scale over one split."""
+
+    guidance_scale: float
+    golden: tuple[float, ...]  # per sample, in a fixed order
+    parts: dict[str, float]  # means
+    proxy: tuple[float, ...]  # per sample, the weighted sum
+    proxy_parts: dict[str, float]  # mean score by scorer
+    images: torch.Tensor  # [B, 3, H, W] uint8
+
+    @property
+    def golden_mean(self) -> float:
+        return sum(self.golden) / len(self.golden)
+
+    @property
+    def proxy_mean(self) -> float:
+        return sum(self.proxy) / len(self.proxy)
+
+
+def evaluation_items(
+    split: str, prompts: Sequence[str], samples: int, guidance_scale: float, batch_size: int
+) -> list[EvaluationItem]:
+    """`samples` evaluation samples over `prompts`, each prompt in turn, in batches that depend on nothing else."""
+    ids = [i % len(prompts) for i in range(samples)]
+    numbers = [i // len(prompts) for i in range(samples)]
+    return [
+        EvaluationItem(
+            split=split,
+            prompt_ids=tuple(ids[first : first + batch_size]),
+            prompts=tuple(prompts[i] for i in ids[first : first + batch_size]),
+            sample_ids=tuple(numbers[first : first + batch_size]),
+            guidance_scale=guidance_scale,
+        )
+        for first in range(0, samples, batch_size)
+    ]
+
+
+def combine(
+    samples: Sequence[EvaluationSamples], scores: Sequence[Mapping[str, torch.Tensor]], rewards: RewardsConfig
+) -> Measurement:
+    """One measurement from its batches, in order; `scores[i]` [B] by scorer are those of `samples[i]`."""
+    whole = {name: torch.cat([batch[name] for batch in scores]) for name in rewards.scorers}
+    golden = [value for batch in samples for value in batch.golden.values]
+    names = samples[0].golden.parts
+    return Measurement(
+        guidance_scale=samples[0].item.guidance_scale,
+        golden=tuple(golden),
+        parts={name: sum(v for b in samples for v in b.golden.parts[name]) / len(golden) for name in names},
+        proxy=tuple(weighted_sum(rewards, whole).tolist()),
+        proxy_parts={name: score.mean().item() for name, score in whole.items()},
+        images=torch.cat([batch.images for batch in samples]),
+    )
