@@ -28,6 +28,7 @@ from actors.placement import actor_options, place_gang, release_gang
 from actors.pool import Pool
 from actors.rollout import RolloutActor
 from actors.scorer import ScorerActor
+from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.loop import ScoredGroup
 from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
 from dina_rl.alignment.rollout import in_calls
@@ -42,7 +43,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteTrajectory:
+class RemoteRollout:
     """Rollout number `number` of the list that a call returned, and where the reward's gradients of that call are."""
 
     call: ray.ObjectRef
@@ -72,7 +73,7 @@ class RayExperience:
         workers = run.workers
         self._rewards = run.rewards
         self._groups_per_call = run.rollout.groups_per_call
-        self._with_gradient = run.wants_reward_gradients
+        self._with_gradient = open_algorithm(run).wants_reward_gradients
         self._timeout_s = workers.call_timeout_s
         self._part_bytes = workers.weights_part_mib * 2**20
         self.rollouts = _pool("rollout workers", RolloutActor, run, workers.rollout_workers, workers.gpus_per_rollout)
@@ -83,7 +84,7 @@ class RayExperience:
         self.rollouts.wait_until_ready()
         self.scorers.wait_until_ready()
 
-    def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[RemoteTrajectory]]:
+    def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[RemoteRollout]]:
         calls = in_calls(items, self._groups_per_call)
         gradients: dict[ray.ObjectRef, ray.ObjectRef] = {}  # rollout -> the gradients of its rewards
 
@@ -97,7 +98,7 @@ class RayExperience:
         results = self._sample_and_score(calls, lambda actor, call: actor.rollout.remote(call), score)
         return [
             ScoredGroup(
-                handle=RemoteTrajectory(call=ref, gradients=gradients.get(ref), number=number),
+                handle=RemoteRollout(call=ref, gradients=gradients.get(ref), number=number),
                 scores={name: rows[number] for name, rows in scores.items()},
             )
             for (ref, scores), call in zip(results, calls, strict=True)
@@ -171,7 +172,7 @@ class RayLearner:
         self._gang: Gang | None = self._build()  # None between a loss and the next call
 
     def update(
-        self, step: int, handles: Sequence[RemoteTrajectory], advantages: torch.Tensor, kl_scale: float
+        self, iteration: int, handles: Sequence[RemoteRollout], advantages: torch.Tensor, kl_scale: float
     ) -> dict[str, float]:
         calls = {handle.call: handle.gradients for handle in handles}
         position = {call: index for index, call in enumerate(calls)}
@@ -179,7 +180,7 @@ class RayLearner:
         objects = [each for pair in calls.items() for each in pair]
 
         def update_and_keep(gang: Gang) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-            metrics = gang.call(lambda rank: rank.update.remote(step, picks, advantages, kl_scale, *objects))
+            metrics = gang.call(lambda rank: rank.update.remote(iteration, picks, advantages, kl_scale, *objects))
             return metrics, gang.call(lambda rank: rank.state.remote())
 
         metrics, self._state = self._survive(update_and_keep)

@@ -10,7 +10,7 @@ from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
-from dina_rl.types import PolicyWeights, StoppedGroup, TrainingGroup, Trajectory
+from dina_rl.types import PolicyWeights, Rollout, TrainingGroup
 
 
 class LearnerActor(GangMember):
@@ -35,11 +35,11 @@ class LearnerActor(GangMember):
 
     def update(
         self,
-        step: int,
+        iteration: int,
         picks: Sequence[tuple[int, int]],
         advantages: torch.Tensor,
         kl_scale: float,
-        *calls: list[Trajectory] | list[StoppedGroup] | torch.Tensor | None,
+        *calls: list[Rollout] | torch.Tensor | None,
     ) -> dict[str, float]:
         """Train on rollouts `calls[2 i][j]` for (i, j) in `picks`, with `advantages` [picks, G].
 
@@ -47,13 +47,13 @@ class LearnerActor(GangMember):
         """
         groups = [
             TrainingGroup(
-                trajectory=calls[2 * call][number],
+                rollout=calls[2 * call][number],
                 advantages=row,
                 reward_gradient=None if calls[2 * call + 1] is None else calls[2 * call + 1][number],
             )
             for (call, number), row in zip(picks, advantages, strict=True)
         ]
-        return self._learner.update(step, groups, kl_scale)
+        return self._learner.update(iteration, groups, kl_scale)
 
     def offer(self, which: Literal["policy", "average"]) -> tuple[int, int]:
         """Get the weights ready to be taken part by part; returns their version and the number of parts."""

@@ -6,7 +6,7 @@ from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
-from dina_rl.types import PolicyWeights, StoppedGroup, Trajectory, WorkItem
+from dina_rl.types import PolicyWeights, Rollout, WorkItem
 
 
 class RolloutActor:
@@ -17,7 +17,7 @@ class RolloutActor:
     def load_weights(self, weights: PolicyWeights) -> int:
         return self._worker.load_weights(weights)
 
-    def rollout(self, items: Sequence[WorkItem]) -> list[Trajectory] | list[StoppedGroup]:
+    def rollout(self, items: Sequence[WorkItem]) -> list[Rollout]:
         return self._worker.rollout(items)
 
     def evaluate(self, item: EvaluationItem) -> EvaluationSamples:

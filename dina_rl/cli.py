@@ -16,6 +16,7 @@ import tyro
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dina_rl.config.base import RENAMED
 from dina_rl.errors import RunStopped
 
 Run = TypeVar("Run", bound=BaseModel)
@@ -94,7 +95,7 @@ def explain(error: ValidationError) -> list[str]:
         path = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            lines.append(f"{path}: unknown key")
+            lines.append(f"{path}: unknown key" + (f"; it is called {RENAMED[path]} now" if path in RENAMED else ""))
         elif isinstance(item["input"], dict | BaseModel):
             lines.append(f"{path}: {message}" if path else message)
         else:
@@ -161,7 +162,7 @@ def _assign(model: type[BaseModel], values: dict, key: str, words: list[str]) ->
     """Set a dotted key in nested `values`; an unknown one is refused with the nearest known key."""
     known = known_keys(model)
     if _without_names(model, key) not in known:
-        close = difflib.get_close_matches(key, known, n=1)
+        close = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"--{key}: unknown key" + (f"; did you mean --{close[0]}?" if close else ""))
     *parents, leaf = key.split(".")
     for parent in parents:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from dina_rl.alignment.planning import ALGORITHMS, describe
+from dina_rl.alignment.algorithms.registry import open_algorithm
+from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import open_run_dir, versions, write_json
@@ -122,11 +123,10 @@ def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:
     align_run = run.align_run(run_dir / "fit" / "reward", run_dir / "align")
     prompts = align.preflight(align_run)  # the reward model is there only now
     open_run_dir(align_run, align_run.run_dir, resume=run.resume, may_change=align.MAY_CHANGE)
-    stages.start(
-        "align", f"{ALGORITHMS[run.algorithm]}, {run.steps} iterations of {run.rollout.prompts_per_step} groups"
-    )
+    title = open_algorithm(run).work().title
+    stages.start("align", f"{title}, {run.iterations} iterations of {run.rollout.prompts_per_iteration} groups")
     recorder = align.align_generator(align_run, prompts, align_run.run_dir)
-    points = recorder.points()
+    points = recorder.history.points()
     stages.finish("align", f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
     return recorder
 
@@ -143,7 +143,7 @@ def summarise(
     scale = run.rollout.guidance_scale
     base, aligned = recorder.table("base"), recorder.table("aligned")
     best_scale = max(base, key=lambda s: base[s]["golden"])
-    iterations = recorder.iterations()
+    iterations = recorder.history.iterations()
     trained = sum(entry["images"] for entry in iterations)
     loop_seconds = sum(recorder.seconds[name] for name in ("rollout", "update", "publish"))
     return {
@@ -166,7 +166,7 @@ def summarise(
             "shape_accuracy_before": base[scale]["shape_right"],
             "shape_accuracy_after": aligned[scale]["shape_right"],
             "first_ratio_gap_max": max(entry.get("first_ratio_gap", 0.0) for entry in iterations),
-            "diverged_at": recorder.diverged_at,
+            "diverged_at": recorder.watch.diverged_at,
             "groups_failed": sum(entry["groups_failed"] for entry in iterations),
             "groups_constant": sum(entry["groups_constant"] for entry in iterations),
             "base_over_guidance": {f"{s:g}": row["golden"] for s, row in base.items()},

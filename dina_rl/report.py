@@ -28,10 +28,10 @@ def plot_curves(points: Sequence[dict], base: dict[float, float], path: Path) ->
     """Golden (left) and proxy (right) over iterations, with standard errors.
 
     Args:
-        points: records with step, golden, golden_std, proxy, proxy_std, samples.
+        points: records with iteration, golden, golden_std, proxy, proxy_std, samples.
         base: guidance scale -> golden of the base; its best is drawn as a line, the honest bar to clear.
     """
-    steps = [point["step"] for point in points]
+    steps = [point["iteration"] for point in points]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, name, colour in ((left, "golden", GOLDEN), (right, "proxy", PROXY)):

@@ -1,12 +1,11 @@
 """Records that travel between the stages of a run.
 
-Shape legend: P prompts, G samples of one prompt (the GRPO group), B samples, N denoising steps, W steps in the SDE
-window, C H W latent, L text tokens, D text width.
+Shape legend: P prompts, G samples of one prompt (the group), B samples, C H W latent, L text tokens, D text width.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -60,7 +59,7 @@ class PromptEmbeds:
 class WorkItem:
     """One group to roll out: a prompt and the keys of its randomness. Whoever runs it, the result is the same."""
 
-    step: int  # outer iteration of the run
+    iteration: int  # of the run, counted from 0
     prompt_id: int  # line number in the prompt file
     prompt: str
     group_size: int  # G
@@ -100,86 +99,45 @@ class PolicyWeights:
         ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trajectory:
-    """What one group's rollout leaves behind: all that scoring and training need, nothing they would recompute.
+class Rollout(Protocol):
+    """What every algorithm's record of one group's rollout holds; the rest of it is the algorithm's own business."""
 
-    `states[k]` and `states[k + 1]` are the latents before and after window step `window_start + k`, fp32 and exactly as
-    the sampler stored them, so that replaying the step gives the sampled log-probability back.
-    """
+    @property
+    def item(self) -> WorkItem: ...
 
-    item: WorkItem
-    policy_version: int
-    sigmas: torch.Tensor  # [N + 1] the table the sampler used; it travels so that replay cannot use another one
-    window_start: int
-    dynamics: str  # which stochastic step, see flow/sde.py
-    noise_level: float
-    states: torch.Tensor  # [W + 1, G, C, H, W]
-    log_probs: torch.Tensor  # [W, G]
-    latents: torch.Tensor  # [G, C, H, W] the finished samples x0
-    prompt: PromptEmbeds  # one row
-    guidance_scale: float
-    negative: PromptEmbeds | None  # one row, the empty prompt, where the loss is guided too
+    @property
+    def policy_version(self) -> int:
+        """Of the weights that sampled it."""
+        ...
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """Clean latents [G, C, H, W], finished or predicted: what the reward is asked about."""
+        ...
+
+    @property
+    def prompt(self) -> PromptEmbeds:
+        """One row."""
+        ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PretrainingSamples:
-    """Real samples beside a group's own, for the flow-matching loss. G of them."""
-
-    latents: torch.Tensor  # [G, C, H, W] clean
-    noise: torch.Tensor  # [G, C, H, W]
-    sigma: torch.Tensor  # [G] in (0, 1)
-    prompt: PromptEmbeds  # G rows
-
-    def select(self, index: torch.Tensor) -> "PretrainingSamples":
-        """The samples at `index`, in that order."""
-        return PretrainingSamples(
-            latents=self.latents[index],
-            noise=self.noise[index],
-            sigma=self.sigma[index],
-            prompt=self.prompt.select(index),
-        )
-
-    @staticmethod
-    def cat(parts: Sequence["PretrainingSamples"]) -> "PretrainingSamples":
-        """One batch from several, in order."""
-        return PretrainingSamples(
-            latents=torch.cat([part.latents for part in parts]),
-            noise=torch.cat([part.noise for part in parts]),
-            sigma=torch.cat([part.sigma for part in parts]),
-            prompt=PromptEmbeds.cat([part.prompt for part in parts]),
-        )
+SomeRollout = TypeVar("SomeRollout", bound=Rollout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoppedGroup:
-    """What one group's rollout leaves behind for ReFL: where denoising stopped, and what it predicts from there."""
-
-    item: WorkItem
-    policy_version: int
-    sigma: float  # where it stopped
-    stopped: torch.Tensor  # [G, C, H, W], fp32
-    latents: torch.Tensor  # [G, C, H, W]: x0 predicted in one step, stopped - sigma * velocity
-    prompt: PromptEmbeds  # one row
-    guidance_scale: float
-    negative: PromptEmbeds | None  # one row, the empty prompt, where the loss is guided too
-    pretraining: PretrainingSamples | None  # where the flow-matching loss has a weight
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledGroup:
+class SampledGroup(Generic[SomeRollout]):
     """A rollout with what the scorers say of it beyond its rewards."""
 
-    sampled: Trajectory | StoppedGroup
-    reward_gradient: torch.Tensor | None  # [G, C, H, W]: d reward / d latents, ReFL's
+    rollout: SomeRollout
+    reward_gradient: torch.Tensor | None  # [G, C, H, W]: d reward / d latents, for an algorithm that asks for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingGroup:
+class TrainingGroup(Generic[SomeRollout]):
     """A scored rollout with the weights of its samples: the learner's input."""
 
-    trajectory: Trajectory | StoppedGroup
-    advantages: torch.Tensor  # [G]; ones for ReFL
+    rollout: SomeRollout
+    advantages: torch.Tensor  # [G], as the algorithm weighs the rewards
     reward_gradient: torch.Tensor | None = None  # [G, C, H, W]
 
 

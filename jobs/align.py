@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.planning import describe
-from dina_rl.alignment.pretraining import PretrainingDraws
 from dina_rl.alignment.prompts import Prompts, load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.backbones.trained import check_targets, save_transformer
@@ -35,13 +35,14 @@ def main(argv: Sequence[str]) -> None:
         fail(str(error))
     with interruptible(run_dir):
         recorder = align_generator(run, prompts, run_dir)
-    points = recorder.points()
+    points = recorder.history.points()
     print(f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
-    if recorder.diverged_at is not None:
-        best = max(points, key=lambda point: point["golden"])
-        outcome = "stopped; the result is that of" if recorder.stopped else "its best was at"
+    if recorder.watch.diverged_at is not None:
+        best = recorder.watch.best
+        outcome = "stopped; the result is that of" if recorder.watch.stopped else "its best was at"
         print(
-            f"diverged  at iteration {recorder.diverged_at}, {outcome} iteration {best['step']} ({best['golden']:.3f})"
+            f"diverged  at iteration {recorder.watch.diverged_at}, {outcome} iteration {best['iteration']} "
+            f"({best['golden']:.3f})"
         )
     print(f"{recorder.exported.name:<11} {recorder.exported}\ncurves      {run_dir / 'curves.png'}")
     print(f"look at     tensorboard --logdir {run_dir}")
@@ -54,17 +55,16 @@ def preflight(run: AlignRun) -> Prompts:
         ValueError: a missing pipeline, reward model or prompt file, or parts that do not fit together.
     """
     backbone = open_pipeline(run.pipeline)
-    backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+    latent_shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
     check_targets(backbone.empty_transformer(), run.learner.lora)
     if run.rewards.dina is not None:
         _check_reward(run, read_card(run.rewards.dina.location), backbone.width)
     check_clip_models(run)
-    if run.algorithm == "refl" and run.refl.pretraining_weight:
-        PretrainingDraws(run, backbone.latent_shape(run.pipeline.height, run.pipeline.width))
+    open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
-    if run.rollout.prompts_per_step > len(prompts.train):
+    if run.rollout.prompts_per_iteration > len(prompts.train):
         raise ValueError(
-            f"rollout.prompts_per_step ({run.rollout.prompts_per_step}) exceeds the {len(prompts.train)} "
+            f"rollout.prompts_per_iteration ({run.rollout.prompts_per_iteration}) exceeds the {len(prompts.train)} "
             "training prompts"
         )
     return prompts

@@ -5,13 +5,13 @@ from pathlib import Path
 from dina_rl.config import AlignRun
 
 TINY = {
-    "steps": 3,
+    "iterations": 3,
     "checkpoint_every": 1,
     "rollout": {
         "num_steps": 4,
         "window_steps": 2,
         "guidance_scale": 2.0,
-        "prompts_per_step": 4,
+        "prompts_per_iteration": 4,
         "group_size": 3,
         "groups_per_call": 1,
     },
@@ -19,7 +19,7 @@ TINY = {
     "learner": {
         "lora": {"rank": 2, "alpha": 4},
         "learning_rate": 1e-3,
-        "updates_per_step": 2,
+        "updates_per_iteration": 2,
         "micro_batch_size": 3,
     },
     "golden": {

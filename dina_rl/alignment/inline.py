@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.loop import ScoredGroup
@@ -11,28 +12,30 @@ from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker, in_calls
 from dina_rl.config import AlignRun
-from dina_rl.types import PolicyWeights, SampledGroup, TrainingGroup, WorkItem
+from dina_rl.types import PolicyWeights, Rollout, SampledGroup, TrainingGroup, WorkItem
 
 
 class InlineExperience:
     def __init__(self, run: AlignRun) -> None:
         self._rewards = run.rewards
         self._groups_per_call = run.rollout.groups_per_call
-        self._with_gradient = run.wants_reward_gradients
+        self._with_gradient = open_algorithm(run).wants_reward_gradients
         self._worker = RolloutWorker(run)
         self._scorer = ScoringWorker(run)
 
-    def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[SampledGroup]]:
+    def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[SampledGroup[Rollout]]]:
         scored = []
         for call in in_calls(items, self._groups_per_call):
             sampled = self._worker.rollout(call)
+            gradients: Sequence[torch.Tensor | None] = [None] * len(sampled)
             if self._with_gradient:
-                scores, gradients = self._scorer.score_with_gradient(sampled)
+                scores, computed = self._scorer.score_with_gradient(sampled)
+                gradients = list(computed)
             else:
-                scores, gradients = self._scorer.score(sampled), [None] * len(sampled)
+                scores = self._scorer.score(sampled)
             scored += [
                 ScoredGroup(
-                    handle=SampledGroup(sampled=group, reward_gradient=gradient),
+                    handle=SampledGroup(rollout=group, reward_gradient=gradient),
                     scores={name: rows[number] for name, rows in scores.items()},
                 )
                 for number, (group, gradient) in enumerate(zip(sampled, gradients, strict=True))
@@ -58,10 +61,10 @@ class InlineLearner:
         self.load_state = self._learner.load_state
 
     def update(
-        self, step: int, handles: Sequence[SampledGroup], advantages: torch.Tensor, kl_scale: float
+        self, iteration: int, handles: Sequence[SampledGroup[Rollout]], advantages: torch.Tensor, kl_scale: float
     ) -> dict[str, float]:
         groups = [
-            TrainingGroup(trajectory=handle.sampled, advantages=row, reward_gradient=handle.reward_gradient)
+            TrainingGroup(rollout=handle.rollout, advantages=row, reward_gradient=handle.reward_gradient)
             for handle, row in zip(handles, advantages, strict=True)
         ]
-        return self._learner.update(step, groups, kl_scale)
+        return self._learner.update(iteration, groups, kl_scale)

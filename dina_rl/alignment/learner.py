@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.ema import WeightsEMA
 from dina_rl.alignment.engine import Engine
-from dina_rl.alignment.objective import Objective, Pass
+from dina_rl.alignment.objective import Minibatch
 from dina_rl.alignment.policy import Policy
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.seeding import generator
-from dina_rl.types import PolicyWeights, TrainingGroup
+from dina_rl.types import PolicyWeights, Rollout, TrainingGroup
 
 
 class PolicyLearner:
@@ -27,17 +28,19 @@ class PolicyLearner:
     def __init__(self, run: AlignRun, make_engine: Callable[[nn.Module], Engine]) -> None:
         self.run = run
         self._policy = Policy(run, make_engine)
-        self._objective = _objective(run, self._policy)
+        self._objective = open_algorithm(run).objective(self._policy)
         self._ema = WeightsEMA(self._policy.engine.weights(), run.learner.ema_decay)
         self.version = 0
 
-    def update(self, step: int, groups: Sequence[TrainingGroup], kl_scale: float = 1.0) -> dict[str, float]:
+    def update(
+        self, iteration: int, groups: Sequence[TrainingGroup[Rollout]], kl_scale: float = 1.0
+    ) -> dict[str, float]:
         """Train on one iteration's groups; returns metrics, the same on every rank.
 
         The configured KL weight is multiplied by `kl_scale`.
 
-        The groups are shuffled and split into `learner.updates_per_step` minibatches of whole groups, one optimizer
-        update each, in fresh order in each of `learner.epochs`.
+        The groups are shuffled and split into `learner.updates_per_iteration` minibatches of whole groups, one
+        optimizer update each, in fresh order in each of `learner.epochs`.
 
         Raises:
             ValueError: rollouts of another policy version (staleness is 0 here) or of unequal schedules.
@@ -45,29 +48,29 @@ class PolicyLearner:
         """
         self._check_version(groups)
         learner, engine, objective = self.run.learner, self._policy.engine, self._objective
-        draws = generator(self.run.seed, "minibatches", step)
+        draws = generator(self.run.seed, "minibatches", iteration)
         order = torch.randperm(len(groups), generator=draws).tolist()
-        count = min(learner.updates_per_step, len(groups))
+        count = min(learner.updates_per_iteration, len(groups))
         parts = [
             [groups[i] for i in order[n * len(order) // count : (n + 1) * len(order) // count]] for n in range(count)
         ]
-        minibatches = [objective.passes(part) for part in parts]
-        before = objective.before_updates(minibatches)
+        prepared = objective.prepare(parts)
+        before = prepared.maxima
         sums: dict[str, float] = defaultdict(float)
         first: dict[str, float] = {}
         largest: dict[str, float] = {}
-        norms = []
+        norms: list[float] = []
         for epoch in range(learner.epochs):
             visits = range(count) if epoch == 0 else torch.randperm(count, generator=draws).tolist()
             for number in visits:
-                terms = objective.terms(parts[number])
-                maxima = self._accumulate(minibatches[number], terms, kl_scale, sums)
+                maxima = self._accumulate(prepared.minibatches[number], kl_scale, sums)
                 largest = {name: max(value, largest.get(name, 0.0)) for name, value in maxima.items()}
                 if not norms:
                     first = {name: max(value, before.get(name, 0.0)) for name, value in maxima.items()}
                     first = dict(zip(first, engine.reduce(list(first.values()), "max"), strict=True))
                     objective.before_first_step(first)
                 norms.append(self._take_step())
+        objective.after_updates()
         largest = dict(zip(largest, engine.reduce(list(largest.values()), "max"), strict=True))
         return {
             **self._averages(sums),
@@ -78,23 +81,22 @@ class PolicyLearner:
             "updates": len(norms),
         }
 
-    def _check_version(self, groups: Sequence[TrainingGroup]) -> None:
+    def _check_version(self, groups: Sequence[TrainingGroup[Rollout]]) -> None:
         for group in groups:
-            if group.trajectory.policy_version != self.version:
+            if group.rollout.policy_version != self.version:
                 raise ValueError(
-                    f"trajectory of prompt {group.trajectory.item.prompt_id} was sampled by policy version "
-                    f"{group.trajectory.policy_version}, the learner is at {self.version}"
+                    f"rollout of prompt {group.rollout.item.prompt_id} was sampled by policy version "
+                    f"{group.rollout.policy_version}, the learner is at {self.version}"
                 )
 
-    def _accumulate(
-        self, passes: Sequence[Pass], terms: int, kl_scale: float, sums: dict[str, float]
-    ) -> dict[str, float]:
+    def _accumulate(self, minibatch: Minibatch, kl_scale: float, sums: dict[str, float]) -> dict[str, float]:
         """Gradients of one minibatch; adds to `sums` and returns this rank's maxima."""
         engine = self._policy.engine
         maxima: dict[str, float] = {}
-        for index, each in enumerate(passes):
-            outcome = self._objective.loss(each, kl_scale)
-            engine.backward(outcome.loss * engine.world_size / terms, last=index == len(passes) - 1)
+        for index, forward in enumerate(minibatch.passes):
+            outcome = forward(kl_scale)
+            last = index == len(minibatch.passes) - 1
+            engine.backward(outcome.loss * engine.world_size / minibatch.terms, last=last)
             for name, value in outcome.sums.items():
                 sums[name] += value
             maxima = {name: max(value, maxima.get(name, 0.0)) for name, value in outcome.maxima.items()}
@@ -122,7 +124,7 @@ class PolicyLearner:
 
     def policy(self) -> PolicyWeights:
         """The weights to sample with. All ranks must call it."""
-        return PolicyWeights(version=self.version, tensors=self._policy.engine.weights())
+        return PolicyWeights(version=self.version, tensors=self._objective.sampling_weights())
 
     def average(self) -> PolicyWeights:
         """The averaged weights, to evaluate and export."""
@@ -138,6 +140,7 @@ class PolicyLearner:
             **{f"policy/{name}": tensor for name, tensor in self._policy.engine.weights().items()},
             **{f"ema/{name}": tensor.clone() for name, tensor in self._ema.state.items()},
             **{f"optimizer/{name}": tensor for name, tensor in self._policy.engine.optimizer_state().items()},
+            **{f"objective/{name}": tensor for name, tensor in self._objective.state().items()},
         }
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -149,14 +152,5 @@ class PolicyLearner:
         self.version = int(state["version"])
         self._policy.engine.load_weights(under("policy/"))
         self._policy.engine.load_optimizer_state(under("optimizer/"))
+        self._objective.load_state(under("objective/"))
         self._ema = WeightsEMA(under("ema/"), self.run.learner.ema_decay, int(state["ema_updates"]))
-
-
-def _objective(run: AlignRun, policy: Policy) -> Objective:
-    if run.algorithm == "refl":
-        from dina_rl.alignment.refl import ReFLObjective
-
-        return ReFLObjective(run, policy)
-    from dina_rl.alignment.grpo import GRPOObjective
-
-    return GRPOObjective(run, policy)

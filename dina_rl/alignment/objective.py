@@ -1,14 +1,15 @@
-"""What an algorithm gives the learner: forwards of a minibatch, and a loss for each."""
+"""What an algorithm gives the learner: the forwards of an iteration's minibatches, and the loss of each."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 
-from dina_rl.types import TrainingGroup
+from dina_rl.alignment.policy import Policy
+from dina_rl.types import Rollout, TrainingGroup
 
-Pass = TypeVar("Pass")  # one forward (of the policy and its reference) that ends in one backward
+Trained = TypeVar("Trained", bound=Rollout, contravariant=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,28 +21,75 @@ class PassLoss:
     maxima: dict[str, float]
 
 
-class Objective(Protocol, Generic[Pass]):
-    """What is trained: Flow-GRPO (`grpo.py`) or ReFL (`refl.py`)."""
+Pass = Callable[[float], PassLoss]
+"""One forward of the policy (and its reference) that ends in one backward; called with the factor of its KL term."""
 
-    def passes(self, groups: Sequence[TrainingGroup]) -> list[Pass]:
-        """This rank's forwards of one minibatch; equally many, of equal shapes, on every rank."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minibatch:
+    """What one optimizer update is made of."""
+
+    passes: Sequence[Pass]  # this rank's; equally many, of equal shapes, on every rank
+    terms: int  # of the objective, over all ranks; the loss is their mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedUpdates:
+    """An iteration's minibatches."""
+
+    minibatches: Sequence[Minibatch]
+    maxima: dict[str, float] = field(default_factory=dict)  # found under the policy that sampled
+
+
+class Objective(Protocol[Trained]):
+    """What is trained. All ranks build it alike and call it alike."""
+
+    def prepare(self, minibatches: Sequence[Sequence[TrainingGroup[Trained]]]) -> PreparedUpdates:
+        """The forwards of every minibatch of groups. Called before the iteration's first update.
+
+        Raises:
+            ValueError: groups of one minibatch that cannot share a forward.
+        """
         ...
 
-    def terms(self, groups: Sequence[TrainingGroup]) -> int:
-        """Terms of a minibatch's objective over all ranks; the loss is their mean."""
-        ...
-
-    def before_updates(self, minibatches: Sequence[Sequence[Pass]]) -> dict[str, float]:
-        """Called under the policy that sampled; returns maxima that only that policy has."""
-        ...
-
-    def loss(self, each: Pass, kl_scale: float) -> PassLoss:
-        """Loss of one pass, its KL term times `kl_scale`."""
-        ...
-
-    def before_first_step(self, maxima: dict[str, float]) -> None:
+    def before_first_step(self, maxima: Mapping[str, float]) -> None:
         """Look at the first minibatch's maxima, over all ranks, before anything is changed; may raise RunStopped."""
         ...
+
+    def after_updates(self) -> None:
+        """Called after the iteration's last update."""
+        ...
+
+    def sampling_weights(self) -> dict[str, torch.Tensor]:
+        """The trained part to sample with from now on, CPU fp32."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the objective itself remembers between iterations."""
+        ...
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue exactly where `state()` was taken."""
+        ...
+
+
+class SamplesItself:
+    """The part of an `Objective` whose policy samples with its own weights and that remembers nothing."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def before_first_step(self, maxima: Mapping[str, float]) -> None: ...
+
+    def after_updates(self) -> None: ...
+
+    def sampling_weights(self) -> dict[str, torch.Tensor]:
+        return self._policy.engine.weights()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None: ...
 
 
 def deal(count: int, size: int, rank: int, world_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -2,58 +2,50 @@
 
 from pathlib import Path
 
+from dina_rl.alignment.algorithms.base import Work
+from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.footprint import FP32, learner_footprint
 from dina_rl.config import AlignRun
 from dina_rl.runtime import open_pipeline
 
-ALGORITHMS = {"grpo": "Flow-GRPO", "refl": "ReFL"}
-
 
 def describe(run: AlignRun) -> str:
     """Batch arithmetic, actors, memory and steps of `run`, as lines of text. Starts nothing and loads no weights."""
-    width = 9
-    rows = [*_work(run), *_updates(run), *_actors(run), *_memory(run), *_measurements(run)]
+    work, width = open_algorithm(run).work(), 9
+    rows = [*_sampling(run, work), *_updates(run, work), *_actors(run), *_memory(run, work), *_measurements(run)]
     return "\n".join(f"{name:<{width}} {text}" for name, text in rows)
 
 
-def _work(run: AlignRun) -> list[tuple[str, str]]:
+def _sampling(run: AlignRun, work: Work) -> list[tuple[str, str]]:
     rollout = run.rollout
-    samples = rollout.prompts_per_step * rollout.group_size
-    calls = -(-rollout.prompts_per_step // rollout.groups_per_call)
+    samples = rollout.prompts_per_iteration * rollout.group_size
+    calls = -(-rollout.prompts_per_iteration // rollout.groups_per_call)
     passes = "two transformer passes" if rollout.guidance_scale != 1 else "one transformer pass"
-    if run.algorithm == "refl":
-        first, last = run.refl.stop_range
-        steps = f"ODE of {rollout.num_steps} steps, stopped before one of the steps {first} to {last}"
-    else:
-        end = rollout.window_start + rollout.window_steps
-        window = f"steps {rollout.window_start} to {end - 1}"
-        if rollout.window_range is not None:
-            first, end = rollout.window_range
-            window = f"{rollout.window_steps} steps drawn within {first} to {end - 1}"
-        steps = f"{rollout.num_steps} steps, {run.dynamics} and trained: {window}"
     return [
-        ("run", f"{ALGORITHMS[run.algorithm]}, {run.steps} iterations, {run.steps * samples:,} training images"),
+        ("run", f"{work.title}, {run.iterations} iterations, {run.iterations * samples:,} training images"),
         (
             "rollout",
-            f"{rollout.prompts_per_step} prompts x {rollout.group_size} samples = {samples} images, {calls} calls",
+            f"{rollout.prompts_per_iteration} prompts x {rollout.group_size} samples = {samples} images, {calls} calls",
         ),
-        ("", f"{steps}; guidance {rollout.guidance_scale:g}: {passes} a step"),
+        ("", f"{work.sampling}; guidance {rollout.guidance_scale:g}: {passes} a step"),
         ("reward", " + ".join(f"{each.weight:g} x {name}" for name, each in run.rewards.scorers.items())),
     ]
 
 
-def _updates(run: AlignRun) -> list[tuple[str, str]]:
+def _updates(run: AlignRun, work: Work) -> list[tuple[str, str]]:
     rollout, learner, ranks = run.rollout, run.learner, run.workers.learner_ranks
-    minibatch = rollout.prompts_per_step // learner.updates_per_step * rollout.group_size
+    minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * rollout.group_size
     forwards = minibatch // (learner.micro_batch_size * ranks)
-    trained = rollout.window_steps if run.algorithm == "grpo" else 1
-    updates = learner.updates_per_step * learner.epochs
+    updates = learner.updates_per_iteration * learner.epochs
     return [
-        ("learner", f"{updates} update(s) an iteration, {updates * run.steps} in all, rate {learner.learning_rate:g}"),
+        (
+            "learner",
+            f"{updates} update(s) an iteration, {updates * run.iterations} in all, rate {learner.learning_rate:g}",
+        ),
         (
             "",
             f"minibatch {minibatch} = {forwards} forwards x {learner.micro_batch_size} samples x {ranks} ranks; "
-            f"{forwards * trained} backward passes a rank and update",
+            f"{forwards * work.trained_passes} backward passes a rank and update",
         ),
     ]
 
@@ -70,7 +62,7 @@ def _actors(run: AlignRun) -> list[tuple[str, str]]:
     return [("actors", f"{each}: {total:g} GPUs; learner on {run.learner.engine}, ZeRO {run.learner.zero_stage}")]
 
 
-def _memory(run: AlignRun) -> list[tuple[str, str]]:
+def _memory(run: AlignRun, work: Work) -> list[tuple[str, str]]:
     """Object store, and what each kind of actor holds."""
     try:
         backbone = open_pipeline(run.pipeline)
@@ -78,10 +70,9 @@ def _memory(run: AlignRun) -> list[tuple[str, str]]:
         learner = learner_footprint(run, backbone)
     except ValueError as error:
         return [("memory", f"unknown: {error}")]
-    samples = run.rollout.prompts_per_step * run.rollout.group_size
+    samples = run.rollout.prompts_per_iteration * run.rollout.group_size
     latent = shape[0] * shape[1] * shape[2] * FP32
-    kept = run.rollout.window_steps + 2 if run.algorithm == "grpo" else 3  # ReFL: stopped, predicted, gradient
-    rows = [("memory", f"{_bytes(samples * kept * latent)} of latents an iteration in the object store")]
+    rows = [("memory", f"{_bytes(samples * work.latents_kept * latent)} of latents an iteration in the object store")]
     rows.append(
         (
             "",

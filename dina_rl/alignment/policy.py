@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from dina_rl.alignment.engine import Engine
+from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.backbones.lora import adapter_disabled
 from dina_rl.backbones.trained import make_trainable
 from dina_rl.config import AlignRun
-from dina_rl.flow.sampler import guided
 from dina_rl.runtime import open_pipeline
 from dina_rl.types import PromptEmbeds
 
@@ -62,12 +62,7 @@ class Policy:
 
     def _velocity(self, module: nn.Module, inputs: VelocityInputs) -> torch.Tensor:
         latents = inputs.latents.to(self.device)
-        sigma = inputs.sigma.to(self.device).expand(len(latents))
-
-        def forward(text: PromptEmbeds) -> torch.Tensor:
-            return self._backbone.velocity(module, latents, sigma, text.to(self.device))
-
-        conditional = forward(inputs.prompt)
-        if inputs.negative is None:
-            return conditional
-        return guided(conditional, forward(inputs.negative.repeat(len(latents))), inputs.guidance_scale)
+        prompt = inputs.prompt.to(self.device)
+        negative = None if inputs.negative is None else inputs.negative.to(self.device)
+        velocity = guided_velocity(self._backbone, module, prompt, negative, inputs.guidance_scale)
+        return velocity.followed(latents, inputs.sigma.to(self.device).expand(len(latents)))

@@ -11,7 +11,7 @@ from dina_rl.scorers.base import Conditions
 from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.scorers.registry import open_scorers
 from dina_rl.seeding import normal
-from dina_rl.types import PromptEmbeds, StoppedGroup, Trajectory
+from dina_rl.types import PromptEmbeds, Rollout
 
 
 class ScoringWorker:
@@ -25,24 +25,24 @@ class ScoringWorker:
         sees_images = any(scorer.space == "images" for scorer in self._scorers.values())
         self._codec = backbone.load_codec() if sees_images else None
 
-    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
+    def score(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
         """Scores [groups, G] by scorer of equally large groups, in one forward each (DiNa-LRM: one per draw).
 
         A failed score stays NaN or infinite. With `rewards.dina.noise` shared, the samples of a group meet the same
         noise: what it adds to all of them the centred reward does not see.
         """
         with torch.no_grad():
-            scores = self._score(*self.inputs(trajectories))
-        return {name: score.cpu().view(len(trajectories), -1) for name, score in scores.items()}
+            scores = self._score(*self.inputs(rollouts))
+        return {name: score.cpu().view(len(rollouts), -1) for name, score in scores.items()}
 
-    def score_with_gradient(self, groups: Sequence[StoppedGroup]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def score_with_gradient(self, groups: Sequence[Rollout]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """(scores [groups, G] by scorer, d reward / d latents [groups, G, C, H, W]) of equal groups (Eq. 18)."""
         scores, gradient = self.gradient(*self.inputs(groups))
         shape = len(groups), -1
         rows = {name: score.cpu().view(shape) for name, score in scores.items()}
         return rows, gradient.cpu().view(*shape, *gradient.shape[1:])
 
-    def inputs(self, groups: Sequence[Trajectory | StoppedGroup]) -> tuple[torch.Tensor, Conditions]:
+    def inputs(self, groups: Sequence[Rollout]) -> tuple[torch.Tensor, Conditions]:
         """Latents [B, C, H, W] of all samples of the groups, in order, and what they are scored against."""
         latents = torch.cat([group.latents for group in groups])
         conditions = Conditions(
@@ -71,8 +71,8 @@ class ScoringWorker:
         with torch.no_grad():
             return {name: score.cpu() for name, score in self._score(samples.latents, conditions).items()}
 
-    def _group_noise(self, group: Trajectory | StoppedGroup) -> list[torch.Tensor]:
-        key = self._run.seed, "reward", group.item.step, group.item.prompt_id
+    def _group_noise(self, group: Rollout) -> list[torch.Tensor]:
+        key = self._run.seed, "reward", group.item.iteration, group.item.prompt_id
         count, dina = len(group.latents), self._run.rewards.dina
         if dina is None or dina.noise == "shared":
             return [self._noise(group.latents, *key)] * count

@@ -4,11 +4,10 @@ Defaults are the paper's values where the paper gives one (Tables 7 and 8, secti
 values live in `configs/`. Each rule that spans several fields has its own message.
 """
 
+from dina_rl.config.algorithms import AlgorithmConfig, AlgorithmName, GRPOConfig, ReFLConfig
 from dina_rl.config.alignment import (
-    GRPOConfig,
     LearnerConfig,
     PromptsConfig,
-    ReFLConfig,
     RolloutConfig,
     WatchConfig,
     WorkersConfig,
@@ -36,6 +35,8 @@ from dina_rl.config.runs import AlignRun, FitRun, LocalRun
 from dina_rl.config.scoring import PictureScorerConfig, ScoreRun
 
 __all__ = [
+    "AlgorithmConfig",
+    "AlgorithmName",
     "AlignRun",
     "CLIPModelConfig",
     "CLIPScoreConfig",

@@ -1,9 +1,8 @@
 """Settings of the alignment, section by section."""
 
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from dina_rl.config.base import (
     Fraction,
@@ -35,7 +34,8 @@ class RolloutConfig(Section):
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
     """classifier-free guidance of the rollout; see learner.guidance_in_loss for the log-probabilities"""
     dynamics: Dynamics | Literal["auto"] = "auto"
-    """step of the window, see dina_rl/flow/sde.py; auto: flow_sde for grpo, ode for refl, which has no window"""
+    """step of the window, see dina_rl/flow/sde.py; auto: flow_sde for grpo; the other algorithms
+    have no window and follow the ODE"""
     noise_level: Annotated[float, Field(ge=0)] = 0.7
     """a of the dynamics: usually 0.7 for flow_sde, 0.8 for cps, 0.2 to 0.3 for dance"""
     window_start: NonNegative = 0
@@ -44,75 +44,14 @@ class RolloutConfig(Section):
     """draw each iteration's window within these steps [first, end) instead of starting it at window_start"""
     window_steps: Positive = 3
     """number of SDE steps, the ones that are trained"""
-    prompts_per_step: Positive = 32
+    prompts_per_iteration: Positive = 32
     """prompts (groups) per iteration"""
     group_size: Positive = 18
-    """samples per prompt; Flow-GRPO compares them and needs at least 2"""
+    """samples per prompt"""
     groups_per_call: Positive = 1
     """groups that one rollout actor samples and one scorer scores in one forward"""
     max_failed: Fraction = 0.1
     """share of an iteration's groups whose reward may fail (be not finite) before the run stops"""
-
-    @model_validator(mode="after")
-    def _window_fits(self) -> Self:
-        if self.window_start + self.window_steps >= self.num_steps:
-            raise ValueError(
-                f"SDE window [{self.window_start}, {self.window_start + self.window_steps}) must end before the last "
-                f"of the {self.num_steps} steps: at sigma_next = 0 a log-probability is undefined"
-            )
-        if self.window_range is not None:
-            first, end = self.window_range
-            if end - first < self.window_steps or end >= self.num_steps:
-                raise ValueError(
-                    f"window_range [{first}, {end}) must hold window_steps ({self.window_steps}) and end before the "
-                    f"last of the {self.num_steps} steps"
-                )
-        if self.dynamics == "cps" and self.noise_level >= 1:
-            raise ValueError(
-                f"noise_level {self.noise_level} with dynamics cps: it is an angle in (0, 1) of a quarter turn"
-            )
-        if self.noise_level == 0:
-            raise ValueError("noise_level 0 leaves no exploration: every log-probability would be undefined")
-        return self
-
-
-class GRPOConfig(Section):
-    """Clipped policy optimisation over the SDE window (Flow-GRPO)."""
-
-    advantage_std: Literal["group", "global"] = "group"
-    """standard deviation that divides the centred rewards: of the group, or of the whole batch"""
-    advantage_clip: Rate = 5.0
-    """bound on |advantage|"""
-    clip_range: Rate = 1e-4
-    """bound on |ratio - 1| of the mean log-probability per latent dimension"""
-    kl_weight: Annotated[float, Field(ge=0)] = 0.01
-    """weight of the KL to the base: the adapter switched off, or a second transformer when all weights are trained"""
-    guard: bool = False
-    """GRPO-Guard's regulated clipping: ratios normalised per step and freed of their bias (flow_sde and dance)"""
-    old_log_probs: Literal["auto", "rollout", "recompute"] = "auto"
-    """whose old log-probabilities: the rollout's, or recomputed by the learner at its own forward geometry before the
-    first update; auto recomputes below float32 and for the guard, which needs the old means too"""
-    ratio_gate: Literal["warn", "strict"] = "warn"
-    """what to do when |ratio - 1| before any update exceeds clip_range: say so once, or stop before the update"""
-
-
-class ReFLConfig(Section):
-    """Reward feedback learning: the reward's gradient through one-step predictions (Eq. 18, section B.3)."""
-
-    stop_range: tuple[NonNegative, NonNegative] = (30, 39)
-    """first and last step, counted from 0, at which an iteration may stop denoising and take the gradient"""
-    reward_gradient: Literal["service", "learner"] = "service"
-    """who differentiates the reward: the scorer actors, so that the learner never holds the reward model, or it"""
-    kl_weight: Annotated[float, Field(ge=0)] = 0.0
-    """weight of the KL to the base, of unit-variance Gaussians around the two velocities"""
-    pretraining_weight: Annotated[float, Field(ge=0)] = 0.0
-    """weight of the flow-matching loss on preferred images, ReFL's pretraining loss"""
-    pretraining_latents: str = "~/dina_rl/shapes_reward/latents"
-    """latent store of those images, as jobs.encode writes it"""
-
-    @property
-    def pretraining_location(self) -> Path:
-        return Path(self.pretraining_latents).expanduser()
 
 
 class LearnerConfig(Section):
@@ -126,7 +65,7 @@ class LearnerConfig(Section):
     """AdamW's decoupled weight decay"""
     max_grad_norm: Rate = 1.0
     """gradient norm clip"""
-    updates_per_step: Positive = 1
+    updates_per_iteration: Positive = 1
     """minibatches per iteration, of whole groups, one optimizer update each"""
     epochs: Positive = 1
     """passes over an iteration's minibatches, in fresh order"""

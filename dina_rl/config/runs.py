@@ -1,15 +1,14 @@
 """One tree of settings per job, and the rules that span its sections."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
+from dina_rl.config.algorithms import AlgorithmConfig, AlgorithmName, GRPOConfig, ReFLConfig
 from dina_rl.config.alignment import (
-    GRPOConfig,
     LearnerConfig,
     PromptsConfig,
-    ReFLConfig,
     RolloutConfig,
     WatchConfig,
     WorkersConfig,
@@ -17,7 +16,6 @@ from dina_rl.config.alignment import (
 from dina_rl.config.base import PipelineConfig, Positive, Section
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig
 from dina_rl.config.rewards import GoldenConfig, RewardsConfig
-from dina_rl.flow.sde import Dynamics
 
 
 class _Run(Section):
@@ -44,16 +42,16 @@ class FitRun(_Run):
 
 
 class AlignRun(_Run):
-    """Align the generator by Flow-GRPO(-Fast) or ReFL against a fitted DiNa-LRM."""
+    """Align the generator against a fitted DiNa-LRM."""
 
-    algorithm: Literal["grpo", "refl"] = "grpo"
-    """Flow-GRPO(-Fast) or ReFL"""
+    algorithm: AlgorithmName = "grpo"
+    """grpo: Flow-GRPO(-Fast); refl: ReFL. Each has a section of its own; the others' are not read"""
     plan: bool = False
     """print batch arithmetic, actors, memory and steps, and start nothing"""
     inline: bool = False
     """run the same loop in this one process, without Ray and DeepSpeed"""
-    steps: Positive = 150
-    """iterations"""
+    iterations: Positive = 150
+    """rollouts, each followed by its updates"""
     checkpoint_every: Positive = 10
     """iterations between checkpoints"""
     prompts: PromptsConfig = PromptsConfig()
@@ -69,28 +67,13 @@ class AlignRun(_Run):
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         rollout, learner = self.rollout, self.learner
-        if rollout.prompts_per_step % learner.updates_per_step:
+        if rollout.prompts_per_iteration % learner.updates_per_iteration:
             raise ValueError(
-                f"learner.updates_per_step ({learner.updates_per_step}) must divide rollout.prompts_per_step "
-                f"({rollout.prompts_per_step}): every minibatch holds whole groups"
+                f"learner.updates_per_iteration ({learner.updates_per_iteration}) must divide "
+                f"rollout.prompts_per_iteration ({rollout.prompts_per_iteration}): every minibatch holds whole groups"
             )
-        if self.algorithm == "grpo" and rollout.group_size < 2:
-            raise ValueError("rollout.group_size 1 leaves nothing to compare: Flow-GRPO needs 2 or more")
-        if self.algorithm == "grpo" and rollout.dynamics == "ode":
-            raise ValueError("rollout.dynamics ode has no log-probability: Flow-GRPO needs flow_sde, dance or cps")
-        if self.algorithm == "refl":
-            first, last = self.refl.stop_range
-            if not first <= last < rollout.num_steps:
-                raise ValueError(
-                    f"refl.stop_range [{first}, {last}] must ascend and lie within the {rollout.num_steps} steps"
-                )
-            if rollout.dynamics not in ("auto", "ode"):
-                raise ValueError(f"refl denoises along the ODE; rollout.dynamics {rollout.dynamics} is for grpo")
-            if self.refl.reward_gradient == "service" and learner.updates_per_step * learner.epochs > 1:
-                raise ValueError(
-                    "refl.reward_gradient service gives the gradient at the rollout's predictions, which hold for one "
-                    f"update: learner.updates_per_step x learner.epochs is {learner.updates_per_step * learner.epochs}"
-                )
+        for misfit in self.algorithm_section.misfits(rollout, learner, self.rewards):
+            raise ValueError(misfit)
         golden = self.golden.scorer
         model = self.golden.clip_model
         if golden in self.rewards.scorers or (model is not None and model.path in self.rewards.clip_models):
@@ -98,14 +81,8 @@ class AlignRun(_Run):
                 f"golden.scorer {golden} is a reward too: what is optimised cannot be the held-out metric; "
                 f"choose another golden.scorer or set rewards.{golden} to None"
             )
-        if self.rewards.normalise == "group" and self.algorithm == "refl":
-            raise ValueError("rewards.normalise group compares samples of a prompt, which refl does not; use constant")
         if self.watch.action == "raise_kl" and not self.kl_weight:
             raise ValueError(f"watch.action raise_kl multiplies {self.algorithm}.kl_weight, which is 0")
-        if self.grpo.guard and rollout.dynamics == "cps":
-            raise ValueError("grpo.guard normalises ratios of an SDE's steps; rollout.dynamics cps is not one")
-        if self.grpo.guard and self.grpo.old_log_probs == "rollout":
-            raise ValueError("grpo.guard needs the old means: set grpo.old_log_probs to auto or recompute")
         if self.learner.guidance_in_loss and rollout.guidance_scale == 1:
             raise ValueError("learner.guidance_in_loss without guidance: rollout.guidance_scale is 1")
         if learner.engine == "torch" and self.workers.learner_ranks > 1:
@@ -123,7 +100,7 @@ class AlignRun(_Run):
                 f"workers.gpus_per_rank {self.workers.gpus_per_rank:g} may put two of the "
                 f"{self.workers.learner_ranks} learner ranks on one GPU, which NCCL refuses; use whole GPUs"
             )
-        samples = rollout.prompts_per_step // learner.updates_per_step * rollout.group_size
+        samples = rollout.prompts_per_iteration // learner.updates_per_iteration * rollout.group_size
         share = learner.micro_batch_size * self.workers.learner_ranks
         if samples % share:
             raise ValueError(
@@ -133,28 +110,15 @@ class AlignRun(_Run):
         return self
 
     @property
-    def dynamics(self) -> Dynamics:
-        """The step of the window: `rollout.dynamics`, with auto decided by the algorithm."""
-        if self.rollout.dynamics == "auto":
-            return "ode" if self.algorithm == "refl" else "flow_sde"
-        return self.rollout.dynamics
+    def algorithm_section(self) -> AlgorithmConfig:
+        """The settings of the algorithm in use."""
+        section: AlgorithmConfig = dict(self)[self.algorithm]
+        return section
 
     @property
     def kl_weight(self) -> float:
         """The algorithm's weight of the KL to the base."""
-        return self.refl.kl_weight if self.algorithm == "refl" else self.grpo.kl_weight
-
-    @property
-    def wants_reward_gradients(self) -> bool:
-        """Whether the scorers are asked for the reward's gradient too."""
-        return self.algorithm == "refl" and self.refl.reward_gradient == "service"
-
-    @property
-    def recomputes_old_log_probs(self) -> bool:
-        """Whether the learner recomputes old log-probabilities; see `GRPOConfig.old_log_probs`."""
-        if self.grpo.old_log_probs == "auto":
-            return self.grpo.guard or self.pipeline.dtype != "float32"
-        return self.grpo.old_log_probs == "recompute"
+        return self.algorithm_section.kl_weight
 
 
 class WorldConfig(Section):

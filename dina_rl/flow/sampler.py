@@ -2,12 +2,45 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from dina_rl.flow.sde import Dynamics, GaussianStep, log_prob, ode_step, step_law
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (latents [B, C, H, W], sigma [B]) -> velocity, fp32
+
+
+class Velocities(NamedTuple):
+    """Velocities [B, C, H, W] at one state; the same tensor twice where there is no guidance."""
+
+    conditional: torch.Tensor
+    followed: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedVelocity:
+    """A velocity under classifier-free guidance: v_uncond + scale (v_cond - v_uncond).
+
+    Conditional and unconditional velocities are two forwards of the batch rather than one of the doubled batch, so that
+    the conditional one has the very geometry of a learner's forward and need not be repeated for the log-probability.
+    Sampling and replay both call this, so that they compute guidance alike, to the last bit.
+    """
+
+    conditional: Velocity
+    unconditional: Velocity | None = None  # None: no guidance, `scale` is not read
+    scale: float = 1.0
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor) -> Velocities:
+        conditional = self.conditional(latents, sigma)
+        if self.unconditional is None:
+            return Velocities(conditional, conditional)
+        unconditional = self.unconditional(latents, sigma)
+        return Velocities(conditional, unconditional + self.scale * (conditional - unconditional))
+
+    def followed(self, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The velocity [B, C, H, W] that a sampler follows."""
+        return self(latents, sigma).followed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +56,8 @@ class Denoised:
 def denoise(
     latents: torch.Tensor,
     sigmas: torch.Tensor,
-    conditional: Velocity,
-    unconditional: Velocity | None = None,
+    velocity: GuidedVelocity,
     *,
-    guidance_scale: float = 1.0,
     window_start: int = 0,
     dynamics: Dynamics = "flow_sde",
     noise_level: float = 0.0,
@@ -36,27 +67,22 @@ def denoise(
     """Denoise `latents` [B, C, H, W] at sigma 1 along `sigmas` [N + 1].
 
     Steps `window_start` to `window_start + W - 1` are stochastic steps of `dynamics` driven by `window_noise`
-    [W, B, C, H, W]; the others are ODE steps. With guidance (scale > 1, `unconditional` given) the sampler follows
-    v_uncond + scale (v_cond - v_uncond). Log-probabilities are those of the velocity that is followed if
+    [W, B, C, H, W]; the others are ODE steps. Log-probabilities are those of the velocity that is followed if
     `guided_density`. Otherwise they are those of the *conditional* velocity's step: the trained policy is the unguided
     one, seen on guided trajectories, an approximation (the samples do not come from the trained policy's own law) that
     keeps the training forward single. The first ratio is exactly 1 either way.
-
-    Conditional and unconditional velocities are two forwards of the batch rather than one of the doubled batch, so that
-    the conditional one has the very geometry of the learner's forward and need not be repeated for the log-probability.
     """
-    window = 0 if window_noise is None else len(window_noise)
+    if window_noise is None:
+        window_noise = latents.new_empty(0, *latents.shape)
+    window = len(window_noise)
     states, log_probs = [], []
     for step in range(len(sigmas) - 1):
-        sigma = sigmas[step].expand(len(latents))
-        velocity = followed = conditional(latents, sigma)
-        if unconditional is not None and guidance_scale != 1:
-            followed = guided(velocity, unconditional(latents, sigma), guidance_scale)
+        conditional, followed = velocity(latents, sigmas[step].expand(len(latents)))
         if window_start <= step < window_start + window:
             law = step_law(dynamics, sigmas, step, noise_level)
             states.append(latents)
             latents = law.mean(latents, followed) + law.std * window_noise[step - window_start]
-            density = followed if guided_density else velocity
+            density = followed if guided_density else conditional
             log_probs.append(replay_step(law, states[-1], latents, density)[0])
         else:
             if step == window_start + window:
@@ -70,33 +96,22 @@ def denoise(
 
 
 @torch.no_grad()
-def denoise_until(
-    latents: torch.Tensor,
-    sigmas: torch.Tensor,
-    conditional: Velocity,
-    unconditional: Velocity | None,
-    *,
-    guidance_scale: float,
-    stop: int,
-) -> torch.Tensor:
+def denoise_until(latents: torch.Tensor, sigmas: torch.Tensor, velocity: GuidedVelocity, *, stop: int) -> torch.Tensor:
     """The latents [B, C, H, W] before step `stop` of the ODE, from `latents` at sigma 1 along `sigmas` [N + 1]."""
     for step in range(stop):
-        sigma = sigmas[step].expand(len(latents))
-        velocity = conditional(latents, sigma)
-        if unconditional is not None and guidance_scale != 1:
-            velocity = guided(velocity, unconditional(latents, sigma), guidance_scale)
-        latents = ode_step(latents, velocity, sigmas, step)
+        latents = ode_step(latents, velocity.followed(latents, sigmas[step].expand(len(latents))), sigmas, step)
     return latents
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = (1 - t) x_0 + t eps (Eq. 6), fp32; t [B], the rest [B, C, H, W]."""
+    t = t.view(-1, 1, 1, 1)
+    return (1 - t) * latents + t * noise
 
 
 def predict_clean(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
     """x0 = x_sigma - sigma v: one step from anywhere to the end, since v = eps - x0."""
     return latents - sigma * velocity
-
-
-def guided(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance of two velocities; sampling and replay must compute it alike, to the last bit."""
-    return unconditional + scale * (conditional - unconditional)
 
 
 def replay_step(

@@ -11,6 +11,7 @@ from torch import nn
 from dina_rl.backbones.base import Backbone
 from dina_rl.backbones.lora import add_lora
 from dina_rl.config import RewardModelConfig
+from dina_rl.flow.sampler import add_noise
 from dina_rl.reward.head import RewardHead
 from dina_rl.seeding import derive_seed
 from dina_rl.types import PromptEmbeds
@@ -102,9 +103,3 @@ class LatentRewardModel(nn.Module):
     ) -> torch.Tensor:
         features = self.backbone.features(self.truncated, noisy_latents, t, prompt, self.config.taps)
         return self.head(features, num_levels=num_levels)
-
-
-def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x_t = (1 - t) x_0 + t eps (Eq. 6), fp32; t [B], the rest [B, C, H, W]."""
-    t = t.view(-1, 1, 1, 1)
-    return (1 - t) * latents + t * noise

@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dina_rl.backbones.base import Backbone, LatentCodec, TextEncoder
+from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.backbones.registry import open_backbone
-from dina_rl.flow.sampler import Velocity, denoise
+from dina_rl.flow.sampler import denoise
 from dina_rl.shapes.pipeline import MAX_SEQUENCE_LENGTH
 from dina_rl.shapes.render import IMAGE_SIZE
-from dina_rl.types import PromptEmbeds
 
 BATCH = 128  # images that go through a network at once
 
@@ -53,21 +52,17 @@ def draw(
         generator: source of the initial noise, drawn for all captions at once.
     """
     prompt = studio.text_encoder(captions)
-    empty = studio.text_encoder([""])
     shape = studio.backbone.latent_shape(IMAGE_SIZE, IMAGE_SIZE)
     noise = torch.randn(len(captions), *shape, generator=generator)
     sigmas = studio.backbone.sigmas(num_steps, IMAGE_SIZE, IMAGE_SIZE)
-    finished = [
-        denoise(
-            noise[rows],
-            sigmas,
-            _velocity(studio, prompt.select(rows)),
-            _velocity(studio, empty.repeat(len(rows))),
-            guidance_scale=guidance,
-        ).latents
-        for rows in torch.arange(len(captions)).split(BATCH)
-    ]
-    return decode(studio.codec, torch.cat(finished))
+    negative = None if guidance == 1 else studio.text_encoder([""])
+
+    def finished(rows: Tensor) -> Tensor:
+        velocity = guided_velocity(studio.backbone, studio.transformer, prompt.select(rows), negative, guidance)
+        return denoise(noise[rows], sigmas, velocity).latents
+
+    parts = [finished(rows) for rows in torch.arange(len(captions)).split(BATCH)]
+    return decode(studio.codec, torch.cat(parts))
 
 
 def encode(codec: LatentCodec, images: Tensor) -> Tensor:
@@ -78,10 +73,6 @@ def encode(codec: LatentCodec, images: Tensor) -> Tensor:
 def decode(codec: LatentCodec, latents: Tensor) -> Tensor:
     """Images [B, 3, 32, 32] in [0, 1] of normalised latents [B, 16, 8, 8], in batches."""
     return torch.cat([codec.decode(_channels_last(part)) for part in latents.split(BATCH)]).contiguous()
-
-
-def _velocity(studio: Studio, prompt: PromptEmbeds) -> Velocity:
-    return partial(studio.backbone.velocity, studio.transformer, prompt=prompt)
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Outcome:
 
 def outcome(recorder: Recorder) -> Outcome:
     (file,) = recorder.exported.glob("*.safetensors")
-    return Outcome(history=recorder.history, weights=load_tensors(file))
+    return Outcome(history=recorder.history.entries, weights=load_tensors(file))
 
 
 def finish(run: AlignRun) -> Outcome:
@@ -117,7 +117,7 @@ def assert_close(ours: Outcome, theirs: Outcome) -> None:
 
 
 REFL = {
-    "steps": 2,
+    "iterations": 2,
     "algorithm": "refl",
     "refl": {"stop_range": [1, 3], "kl_weight": 0.1},
     "rollout": {"groups_per_call": 2},
@@ -129,7 +129,7 @@ REFL = {
 def test_refl_on_deepspeed_ranks_with_gradients_of_the_scorers_equals_the_in_process_run(
     make_run, tmp_path, stage, lora
 ):
-    learner = {"updates_per_step": 1, "lora": lora}
+    learner = {"updates_per_iteration": 1, "lora": lora}
     inline = finish(make_run(tmp_path / "inline", inline=True, learner=learner, **REFL))
     workers = {"learner_ranks": 2, "scorers": 2, "weights_part_mib": 1}
     run = make_run(tmp_path / "ranks", learner={**learner, "zero_stage": stage}, workers=workers, **REFL)

@@ -111,7 +111,7 @@ def test_a_run_that_cannot_go_on_ends_with_one_line(tmp_path, tiny_pipeline, tin
     [
         (["--rewards.dina.path", "/nowhere/reward"], "reward model /nowhere/reward does not exist"),
         (["--pipeline.max-sequence-length", "4"], "text tokens; shapes has 128 and 4"),
-        (["--rollout.prompts-per-step", "480"], "exceeds the 464 training prompts"),
+        (["--rollout.prompts-per-iteration", "480"], "exceeds the 464 training prompts"),
     ],
 )
 def test_an_alignment_that_cannot_work_is_refused(tmp_path, tiny_reward, capsys, arguments, message):

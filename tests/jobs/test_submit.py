@@ -23,8 +23,8 @@ RAY = Path(sys.executable).parent / "ray"
 PORT, DASHBOARD, AGENT = 26379, 28265, 28266
 SUBMIT = "-- python -m jobs.align --config configs/shapes_flow_grpo_fast.yaml"
 SHORT = (
-    "--steps 1 --golden.dev-samples 8 --golden.test-samples 8 --golden.guidances 2 --golden.aligned-guidances 2 "
-    "--rollout.prompts-per-step 2 --rollout.group-size 4 --rollout.num-steps 4 --learner.micro-batch-size 2"
+    "--iterations 1 --golden.dev-samples 8 --golden.test-samples 8 --golden.guidances 2 --golden.aligned-guidances 2 "
+    "--rollout.prompts-per-iteration 2 --rollout.group-size 4 --rollout.num-steps 4 --learner.micro-batch-size 2"
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

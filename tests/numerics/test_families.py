@@ -81,13 +81,13 @@ def test_a_reward_directory_comes_back(tmp_path: Path, pipeline: PipelineConfig,
 @pytest.mark.parametrize("algorithm", ["grpo", "refl"])
 def test_an_alignment_run(tmp_path: Path, pipeline: PipelineConfig, model: LatentRewardModel, algorithm: str) -> None:
     save_reward(model, tmp_path / "reward", pipeline=pipeline)
-    changes = {"refl": {"stop_range": [2, 3]}, "learner": {"updates_per_step": 1}} if algorithm == "refl" else {}
+    changes = {"refl": {"stop_range": [2, 3]}, "learner": {"updates_per_iteration": 1}} if algorithm == "refl" else {}
     run = tiny_run(
         tmp_path / "run",
         Path(pipeline.path),
         tmp_path / "reward",
         algorithm=algorithm,
-        steps=1,
+        iterations=1,
         golden={"every": 1},
         **changes,
     ).model_copy(update={"pipeline": pipeline})
@@ -95,7 +95,7 @@ def test_an_alignment_run(tmp_path: Path, pipeline: PipelineConfig, model: Laten
     assert prompts == load_prompts(run.prompts)
     recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, prompts, InlineExperience(run), InlineLearner(run), recorder)
-    (iteration,) = recorder.iterations()
+    (iteration,) = recorder.history.iterations()
     gap = "first_ratio_gap" if algorithm == "grpo" else "first_prediction_gap"
     assert iteration[gap] == 0, "rollout and learner see the same captions in the same geometry"
     DiffusionPipeline.from_pretrained(pipeline.path).load_lora_weights(run.run_dir / "adapter")

@@ -26,11 +26,11 @@ def perform(run):
 
 
 def test_a_run_trains_all_weights_and_exports_a_stock_transformer(tmp_path, tiny_pipeline, tiny_reward):
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner=WHOLE, steps=2)
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner=WHOLE, iterations=2)
     recorder = perform(run)
-    for entry in recorder.iterations():
+    for entry in recorder.history.iterations():
         assert entry["first_ratio_gap"] == 0
-    assert recorder.iterations()[1]["kl"] > 0  # against the second transformer, which stays the base
+    assert recorder.history.iterations()[1]["kl"] > 0  # against the second transformer, which stays the base
     base = SD3Transformer2DModel.from_pretrained(tiny_pipeline, subfolder="transformer").state_dict()
     ours = SD3Transformer2DModel.from_pretrained(recorder.exported).state_dict()
     moved = [name for name in base if not torch.equal(base[name], ours[name])]
@@ -38,7 +38,7 @@ def test_a_run_trains_all_weights_and_exports_a_stock_transformer(tmp_path, tiny
 
 
 def test_the_kl_to_the_base_is_zero_before_the_first_update(tmp_path, tiny_pipeline, tiny_reward):
-    learner = {**WHOLE, "updates_per_step": 1}
+    learner = {**WHOLE, "updates_per_iteration": 1}
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner=learner)
     items = plan(run, load_prompts(run.prompts).train, 0)
     handles = [group.handle for group in InlineExperience(run).collect(items)]

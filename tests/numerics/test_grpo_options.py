@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dina_rl.alignment.algorithms.grpo import window_start
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
-from dina_rl.alignment.rollout import RolloutWorker, window_start
+from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.flow.sde import step_law
 from dina_rl.types import TrainingGroup, WorkItem
 from tests.tiny_run import tiny_run
@@ -24,10 +25,12 @@ def make(tmp_path, tiny_pipeline, tiny_reward):
         worker = RolloutWorker(run)
         learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
         worker.load_weights(learner.policy())
-        items = [WorkItem(step=step, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
+        items = [
+            WorkItem(iteration=step, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)
+        ]
         trajectories = [trajectory for item in items for trajectory in worker.rollout([item])]
         trajectories = [replace(each, log_probs=each.log_probs + disturb) for each in trajectories]
-        return learner, [TrainingGroup(trajectory=each, advantages=ADVANTAGES) for each in trajectories]
+        return learner, [TrainingGroup(rollout=each, advantages=ADVANTAGES) for each in trajectories]
 
     return build
 
@@ -73,14 +76,14 @@ def test_a_guided_loss_starts_at_ratio_one_too_and_differs_from_the_conditional_
 
 
 def test_the_kl_is_zero_at_the_start_and_not_later(make):
-    learner, groups = make(learner={"updates_per_step": 1})
+    learner, groups = make(learner={"updates_per_iteration": 1})
     assert learner.update(0, groups)["kl"] == 0
-    learner, groups = make(learner={"updates_per_step": 1, "epochs": 2})
+    learner, groups = make(learner={"updates_per_iteration": 1, "epochs": 2})
     assert learner.update(0, groups)["kl"] > 0
 
 
 def test_each_epoch_updates_on_every_minibatch(make):
-    learner, groups = make(learner={"updates_per_step": 2, "epochs": 3}, grpo={"old_log_probs": "recompute"})
+    learner, groups = make(learner={"updates_per_iteration": 2, "epochs": 3}, grpo={"old_log_probs": "recompute"})
     metrics = learner.update(0, groups)
     assert metrics["updates"] == 6
     assert learner.version == 6
@@ -95,10 +98,10 @@ def test_on_policy_the_guard_scales_a_steps_gradient_by_std_over_dt(make, dynami
         learner, groups = make(
             rollout={"window_start": 1, "window_steps": 1, "dynamics": dynamics},
             grpo={"guard": guard, "kl_weight": 0.0},
-            learner={"updates_per_step": 1},
+            learner={"updates_per_iteration": 1},
         )
         norms[guard] = learner.update(0, groups)["grad_norm"]
-    sigmas = groups[0].trajectory.sigmas
+    sigmas = groups[0].rollout.sigmas
     law = step_law(dynamics, sigmas, 1, 0.7)
     assert norms[True] / norms[False] == pytest.approx(law.std / float(sigmas[1] - sigmas[2]), rel=1e-4)
 
@@ -114,6 +117,6 @@ def test_statistics_of_each_step_average_to_those_of_the_window(make):
 def test_a_drawn_window_is_one_for_all_groups_of_an_iteration_and_stays_in_its_range(make, tmp_path):
     changes = {"rollout": {"num_steps": 8, "window_steps": 2, "window_range": [1, 6]}}
     learner, groups = make(step=5, **changes)
-    assert {group.trajectory.window_start for group in groups} == {window_start(learner.run, 5)}
+    assert {group.rollout.window_start for group in groups} == {window_start(learner.run, 5)}
     assert learner.update(5, groups)["first_ratio_gap"] == 0
     assert {window_start(learner.run, step) for step in range(50)} == {1, 2, 3, 4}

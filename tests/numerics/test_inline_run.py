@@ -38,7 +38,7 @@ def test_everything_a_user_looks_for_is_there(finished, tiny_pipeline):
     run, recorder = finished
     for name in ("curves.png", "samples.png", "history.jsonl", "measurements/base.json"):
         assert (run.run_dir / name).stat().st_size > 0
-    assert [point["step"] for point in recorder.points()] == [0, 2, 3]
+    assert [point["iteration"] for point in recorder.history.points()] == [0, 2, 3]
     assert set(recorder.table("base")) == {1.0, 2.0}
     events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
     assert {"golden/dev", "proxy/dev", "gain/golden", "gain/proxy", "update/ratio_mean"} <= set(
@@ -46,7 +46,7 @@ def test_everything_a_user_looks_for_is_there(finished, tiny_pipeline):
     )
     assert "samples/dev" in events.Tags()["images"]
     assert [event.step for event in events.Scalars("golden/dev")] == [0, 2, 3]
-    assert all(entry["first_ratio_gap"] == 0 for entry in recorder.iterations())
+    assert all(entry["first_ratio_gap"] == 0 for entry in recorder.history.iterations())
     StableDiffusion3Pipeline.from_pretrained(tiny_pipeline).load_lora_weights(run.run_dir / "adapter")
 
 
@@ -55,16 +55,16 @@ class Killed(Exception):
 
 
 class DiesAt:
-    """A real experience that is killed when asked to roll out iteration `step`."""
+    """A real experience that is killed when asked to roll out an iteration."""
 
-    def __init__(self, run, step):
+    def __init__(self, run, iteration):
         self._inner = InlineExperience(run)
-        self._step = step
+        self._iteration = iteration
         self.publish = self._inner.publish
         self.measure = self._inner.measure
 
     def collect(self, items) -> list[ScoredGroup]:
-        if items[0].step == self._step:
+        if items[0].iteration == self._iteration:
             raise Killed
         return self._inner.collect(items)
 
@@ -73,13 +73,13 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
     whole, recorder = finished
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward)
     with pytest.raises(Killed):
-        perform(run, DiesAt(run, step=2))
+        perform(run, DiesAt(run, iteration=2))
     resumed = perform(run)
     ours, theirs = adapter_of(run), adapter_of(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert resumed.history == recorder.history
+    assert resumed.history.entries == recorder.history.entries
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert lines == recorder.history
+    assert lines == recorder.history.entries
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/reward_mean")] == [1, 2, 3]
 
@@ -87,15 +87,15 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
 def test_another_seed_is_another_run(tmp_path, tiny_pipeline, tiny_reward, finished):
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, seed=1)
     other = perform(run)
-    assert other.points()[0]["golden"] == finished[1].points()[0]["golden"], "evaluation noise is fixed"
-    assert other.iterations()[0]["reward_mean"] != finished[1].iterations()[0]["reward_mean"]
+    assert other.history.points()[0]["golden"] == finished[1].history.points()[0]["golden"], "evaluation noise is fixed"
+    assert other.history.iterations()[0]["reward_mean"] != finished[1].history.iterations()[0]["reward_mean"]
 
 
 class LosesRewards(DiesAt):
     """A real experience whose rewards of chosen groups come back as NaN."""
 
     def __init__(self, run, groups):
-        super().__init__(run, step=-1)
+        super().__init__(run, iteration=-1)
         self._groups = groups
 
     def collect(self, items):
@@ -106,10 +106,10 @@ class LosesRewards(DiesAt):
 
 
 def test_failed_rewards_drop_their_group_and_too_many_stop_the_run(tmp_path, tiny_pipeline, tiny_reward):
-    run = tiny_run(tmp_path / "few", tiny_pipeline, tiny_reward, steps=1, rollout={"max_failed": 0.25})
+    run = tiny_run(tmp_path / "few", tiny_pipeline, tiny_reward, iterations=1, rollout={"max_failed": 0.25})
     recorder = perform(run, LosesRewards(run, [1]))
-    assert recorder.iterations()[0]["groups_failed"] == 1
-    run = tiny_run(tmp_path / "many", tiny_pipeline, tiny_reward, steps=1, rollout={"max_failed": 0.25})
+    assert recorder.history.iterations()[0]["groups_failed"] == 1
+    run = tiny_run(tmp_path / "many", tiny_pipeline, tiny_reward, iterations=1, rollout={"max_failed": 0.25})
     with pytest.raises(RuntimeError, match="2 of 4 groups have a reward that is not finite"):
         perform(run, LosesRewards(run, [1, 2]))
 
@@ -118,7 +118,7 @@ class FallsAfter(DiesAt):
     """A real experience whose golden metric falls from the third measurement on, while its proxy rises."""
 
     def __init__(self, run):
-        super().__init__(run, step=-1)
+        super().__init__(run, iteration=-1)
         self._count = 0
         self.measure = self._falling
 
@@ -134,34 +134,34 @@ class FallsAfter(DiesAt):
 
 @pytest.mark.parametrize("action", ["none", "stop"])
 def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(tmp_path, tiny_pipeline, tiny_reward, action):
-    changes = {"steps": 5, "golden": {"every": 1}, "watch": {"action": action}}
+    changes = {"iterations": 5, "golden": {"every": 1}, "watch": {"action": action}}
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
     recorder = perform(run, FallsAfter(run))
-    assert recorder.diverged_at == 3
-    assert len(recorder.iterations()) == (3 if action == "stop" else 5)
+    assert recorder.watch.diverged_at == 3
+    assert len(recorder.history.iterations()) == (3 if action == "stop" else 5)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("watch/diverged")][:4] == [0, 0, 0, 1]
-    best = recorder.best()
+    best = recorder.checkpoints.best_weights()
     assert best.version == 2, "after the first iteration's two updates"
     exported = adapter_of(run)
     same = all(any(torch.equal(tensor, other) for other in exported.values()) for tensor in best.tensors.values())
     assert same == (action == "stop")
     again = Recorder(run, run.run_dir, exporter(run))
     again.restore()
-    assert again.diverged_at == 3
+    assert again.watch.diverged_at == 3
 
 
 def test_the_watch_rolls_back_to_the_best_state_and_goes_on(tmp_path, tiny_pipeline, tiny_reward):
     changes = {"golden": {"every": 1}, "watch": {"action": "roll_back"}}
-    run = tiny_run(tmp_path / "long", tiny_pipeline, tiny_reward, steps=4, **changes)
+    run = tiny_run(tmp_path / "long", tiny_pipeline, tiny_reward, iterations=4, **changes)
     recorder = perform(run, FallsAfter(run))
-    assert (recorder.best_at, recorder.alarms) == (1, [3])
-    best = recorder.kept_best()
+    assert (recorder.watch.best["iteration"], recorder.history.alarms()) == (1, [3])
+    best = recorder.checkpoints.best_state()
     assert int(best["version"]) == 2
     # The learner that iteration 3 starts from is the one after iteration 0: the same rollouts' policy, once more.
-    stopped = tiny_run(tmp_path / "short", tiny_pipeline, tiny_reward, steps=3, **changes)
+    stopped = tiny_run(tmp_path / "short", tiny_pipeline, tiny_reward, iterations=3, **changes)
     perform(stopped, FallsAfter(stopped))
-    state = load_tensors(stopped.run_dir / "checkpoints" / "step_000003" / "state.safetensors")
+    state = load_tensors(stopped.run_dir / "checkpoints" / "iteration_000003" / "state.safetensors")
     assert set(state) == set(best)
     assert all(torch.equal(state[name], best[name]) for name in best)
 
@@ -176,12 +176,12 @@ class OnlyFalls(FallsAfter):
 
 def test_rolled_back_to_the_base_the_run_begins_anew(tmp_path, tiny_pipeline, tiny_reward):
     """No moment of the optimizer survives: the next update is that of a fresh learner on the same groups."""
-    changes = {"golden": {"every": 1}, "watch": {"action": "roll_back"}, "steps": 2}
+    changes = {"golden": {"every": 1}, "watch": {"action": "roll_back"}, "iterations": 2}
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
     experience, learner = OnlyFalls(run), InlineLearner(run)
     recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), experience, learner, recorder)
-    assert (recorder.best_at, recorder.alarms) == (0, [2])
+    assert (recorder.watch.best["iteration"], recorder.history.alarms()) == (0, [2])
     fresh = InlineLearner(run)
     groups = InlineExperience(run).collect(plan(run, load_prompts(run.prompts).train, 0))
     advantages = torch.stack([group.scores["dina"] for group in groups])
@@ -193,15 +193,15 @@ def test_rolled_back_to_the_base_the_run_begins_anew(tmp_path, tiny_pipeline, ti
 
 
 def test_the_watch_raises_the_kl_weight(tmp_path, tiny_pipeline, tiny_reward):
-    changes = {"steps": 5, "golden": {"every": 1}, "watch": {"action": "raise_kl", "kl_factor": 1e4}}
+    changes = {"iterations": 5, "golden": {"every": 1}, "watch": {"action": "raise_kl", "kl_factor": 1e4}}
     run = tiny_run(tmp_path / "raised", tiny_pipeline, tiny_reward, **changes)
     raised = perform(run, FallsAfter(run))
-    assert raised.alarms == [3, 5], "and again two measurements later"
+    assert raised.history.alarms() == [3, 5], "and again two measurements later"
     events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("watch/kl_scale")][:5] == [1, 1, 1, 1e4, 1e4]
     run = tiny_run(tmp_path / "left", tiny_pipeline, tiny_reward, **{**changes, "watch": {"action": "none"}})
     left = perform(run, FallsAfter(run))
-    ours, theirs = raised.iterations(), left.iterations()
+    ours, theirs = raised.history.iterations(), left.history.iterations()
     assert ours[:3] == theirs[:3]
     assert ours[4]["kl"] < theirs[4]["kl"], "a KL that weighs ten thousand times more is smaller"
 
@@ -210,5 +210,5 @@ def test_the_watch_raises_the_kl_weight(tmp_path, tiny_pipeline, tiny_reward):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_ratio_is_one_on_a_gpu(tmp_path, tiny_pipeline, tiny_reward, dtype):
     """Rollout and learner use the same forward geometry, so not even bf16 kernels may tell them apart."""
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, steps=1, pipeline={"dtype": dtype})
-    assert perform(run).iterations()[0]["first_ratio_gap"] == 0
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, iterations=1, pipeline={"dtype": dtype})
+    assert perform(run).history.iterations()[0]["first_ratio_gap"] == 0

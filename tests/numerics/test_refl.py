@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from dina_rl.alignment.algorithms.refl import reward_surrogate, stop_step, velocity_kl
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
-from dina_rl.alignment.refl import reward_surrogate, velocity_kl
 from dina_rl.alignment.rewards import ScoringWorker
-from dina_rl.alignment.rollout import RolloutWorker, stop_step
+from dina_rl.alignment.rollout import RolloutWorker
+from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.flow.sampler import denoise, predict_clean
 from dina_rl.reward.checkpoint import load_reward
 from dina_rl.runtime import open_pipeline
@@ -21,7 +22,7 @@ from jobs.align import exporter
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_run import tiny_run
 
-REFL = {"algorithm": "refl", "refl": {"stop_range": [2, 3]}, "learner": {"updates_per_step": 1}}
+REFL = {"algorithm": "refl", "refl": {"stop_range": [2, 3]}, "learner": {"updates_per_iteration": 1}}
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ class Recording(TorchEngine):
 
 
 def stopped_groups(run):
-    items = [WorkItem(step=0, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
+    items = [WorkItem(iteration=0, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
     return RolloutWorker(run).rollout(items)
 
 
@@ -66,7 +67,7 @@ def gradients(run, groups):
     metrics = learner.update(
         0,
         [
-            TrainingGroup(trajectory=group, advantages=torch.ones(3), reward_gradient=gradient)
+            TrainingGroup(rollout=group, advantages=torch.ones(3), reward_gradient=gradient)
             for group, gradient in zip(groups, reward_gradients, strict=True)
         ],
     )
@@ -170,13 +171,13 @@ def test_a_rollout_stops_on_the_ode_and_predicts_its_end(make):
     """From the last step one-step prediction is the ODE's own end."""
     run = make(refl={"stop_range": [3, 3]}, rollout={"guidance_scale": 1.0})
     worker = RolloutWorker(run)
-    group = worker.rollout([WorkItem(step=0, prompt_id=0, prompt="a small red circle", group_size=3)])[0]
+    group = worker.rollout([WorkItem(iteration=0, prompt_id=0, prompt="a small red circle", group_size=3)])[0]
     noise = torch.stack([normal((1, *group.latents.shape[1:]), run.seed, "rollout", 0, 0, i)[0] for i in range(3)])
     backbone = open_pipeline(run.pipeline)
     transformer = backbone.load_transformer()
     prompt = group.prompt.repeat(3)
     sigmas = backbone.sigmas(4, 32, 32)
-    whole = denoise(noise, sigmas, lambda x, sigma: backbone.velocity(transformer, x, sigma, prompt))
+    whole = denoise(noise, sigmas, guided_velocity(backbone, transformer, prompt, None, 1.0))
     torch.testing.assert_close(group.latents, whole.latents, atol=1e-5, rtol=1e-5)
     assert group.sigma == float(sigmas[3])
 
@@ -187,11 +188,15 @@ def test_stop_steps_are_drawn_from_the_whole_range(make):
 
 
 def test_a_refl_run_goes_from_start_to_export(make):
-    run = make(steps=2, rollout={"group_size": 1, "prompts_per_step": 6, "groups_per_call": 3}, refl={"kl_weight": 0.1})
+    run = make(
+        iterations=2,
+        rollout={"group_size": 1, "prompts_per_iteration": 6, "groups_per_call": 3},
+        refl={"kl_weight": 0.1},
+    )
     recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
     assert recorder.finished
-    first, second = recorder.iterations()
+    first, second = recorder.history.iterations()
     assert first["kl"] == 0
     assert second["kl"] > 0
     assert first["first_prediction_gap"] == 0

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from dina_rl.alignment.algorithms.pretraining import PretrainingDraws
+from dina_rl.alignment.algorithms.refl import flow_matching_loss
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import align, plan
-from dina_rl.alignment.pretraining import PretrainingDraws
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
-from dina_rl.alignment.refl import flow_matching_loss
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.data.stores.latents import LatentStore, StoredPair, StoreInfo
 from dina_rl.runtime import open_pipeline
@@ -42,7 +42,7 @@ def store(tmp_path_factory):
 def make(tmp_path, tiny_pipeline, tiny_reward, store):
     def build(weight, **changes):
         refl = {"stop_range": [1, 3], "pretraining_weight": weight, "pretraining_latents": str(store.directory)}
-        learner = {"updates_per_step": 1}
+        learner = {"updates_per_iteration": 1}
         return tiny_run(
             tmp_path / f"{weight}", tiny_pipeline, tiny_reward, algorithm="refl", refl=refl, learner=learner, **changes
         )
@@ -54,7 +54,7 @@ def test_preferred_images_are_drawn_with_their_prompts(make, store):
     run = make(1.0)
     encode = open_pipeline(run.pipeline).load_text_encoder()
     draws = PretrainingDraws(run, SHAPE)
-    item = WorkItem(step=3, prompt_id=1, prompt="p", group_size=20)
+    item = WorkItem(iteration=3, prompt_id=1, prompt="p", group_size=20)
     drawn, again = draws.draw(item, encode), draws.draw(item, encode)
     assert torch.equal(drawn.latents, again.latents)
     assert torch.equal(drawn.noise, again.noise)
@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_flow_matching():
 
 
 def test_the_learner_reports_the_base_models_loss_before_its_first_update(make):
-    run = make(1.0, steps=1)
+    run = make(1.0, iterations=1)
     recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
     worker, backbone = RolloutWorker(run), open_pipeline(run.pipeline)
@@ -88,15 +88,15 @@ def test_the_learner_reports_the_base_models_loss_before_its_first_update(make):
             noisy = (1 - sigma) * real.latents + sigma * real.noise
             velocity = backbone.velocity(transformer, noisy, real.sigma, real.prompt)
         losses += ((velocity - (real.noise - real.latents)) ** 2).flatten(1).mean(1).tolist()
-    assert recorder.iterations()[0]["pretraining_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert recorder.history.iterations()[0]["pretraining_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_under_a_large_weight_the_loss_falls(make):
     """On the same few images over and over, with the reward's gradient drowned."""
-    run = make(1e4, steps=8)
+    run = make(1e4, iterations=8)
     recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
-    losses = [entry["pretraining_loss"] for entry in recorder.iterations()]
+    losses = [entry["pretraining_loss"] for entry in recorder.history.iterations()]
     assert sum(losses[4:]) < sum(losses[:4])
 
 

@@ -7,13 +7,14 @@ from diffusers import StableDiffusion3Pipeline
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.rollout import RolloutWorker
+from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.backbones.lora import adapter_disabled, add_lora, load_lora_state, lora_state, trainable
 from dina_rl.config import PipelineConfig
 from dina_rl.flow.sampler import denoise, replay_step
 from dina_rl.flow.sde import step_law
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import generator, normal
-from dina_rl.types import PolicyWeights, PromptEmbeds, TrainingGroup, WorkItem
+from dina_rl.types import PolicyWeights, TrainingGroup, WorkItem
 from tests.tiny_run import tiny_run
 
 PROMPT = "a small red circle on blue"
@@ -43,7 +44,7 @@ def test_replayed_log_probs_equal_the_sampled_ones_bit_for_bit(run, moved_adapte
     run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"dynamics": dynamics})})
     worker = RolloutWorker(run)
     worker.load_weights(moved_adapter)
-    item = WorkItem(step=0, prompt_id=7, prompt=PROMPT, group_size=3)
+    item = WorkItem(iteration=0, prompt_id=7, prompt=PROMPT, group_size=3)
     trajectory = worker.rollout([item])[0]
 
     backbone = open_pipeline(run.pipeline)
@@ -61,13 +62,13 @@ def test_replayed_log_probs_equal_the_sampled_ones_bit_for_bit(run, moved_adapte
 
 def test_first_update_has_ratio_exactly_one_and_changes_the_policy(run):
     worker = RolloutWorker(run)
-    items = [WorkItem(step=0, prompt_id=i, prompt=PROMPT, group_size=3) for i in range(4)]
+    items = [WorkItem(iteration=0, prompt_id=i, prompt=PROMPT, group_size=3) for i in range(4)]
     learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
     worker.load_weights(learner.policy())
     trajectories = [t for item in items for t in worker.rollout([item])]
     advantages = torch.tensor([1.0, 0.0, -1.0])
     before = learner.policy()
-    metrics = learner.update(0, [TrainingGroup(trajectory=t, advantages=advantages) for t in trajectories])
+    metrics = learner.update(0, [TrainingGroup(rollout=t, advantages=advantages) for t in trajectories])
     assert metrics["first_ratio_gap"] == 0
     assert metrics["largest_ratio_gap"] > 0, "the second minibatch sees the updated policy"
     assert metrics["kl"] > 0
@@ -79,15 +80,15 @@ def test_first_update_has_ratio_exactly_one_and_changes_the_policy(run):
 def test_a_stale_trajectory_is_refused(run):
     worker = RolloutWorker(run)
     learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
-    trajectory = worker.rollout([WorkItem(step=0, prompt_id=0, prompt=PROMPT, group_size=3)])[0]
+    trajectory = worker.rollout([WorkItem(iteration=0, prompt_id=0, prompt=PROMPT, group_size=3)])[0]
     learner.version = 1
     with pytest.raises(ValueError, match="sampled by policy version 0, the learner is at 1"):
-        learner.update(0, [TrainingGroup(trajectory=trajectory, advantages=torch.tensor([1.0, 0.0, -1.0]))])
+        learner.update(0, [TrainingGroup(rollout=trajectory, advantages=torch.tensor([1.0, 0.0, -1.0]))])
 
 
 def test_a_group_is_sampled_alike_alone_and_beside_others(run):
     worker = RolloutWorker(run)
-    items = [WorkItem(step=1, prompt_id=i, prompt=PROMPT, group_size=3) for i in range(2)]
+    items = [WorkItem(iteration=1, prompt_id=i, prompt=PROMPT, group_size=3) for i in range(2)]
     together, alone = worker.rollout(items), [worker.rollout([item])[0] for item in items]
     for one, other in zip(together, alone, strict=True):
         assert torch.allclose(one.latents, other.latents, atol=1e-5)
@@ -113,16 +114,9 @@ def test_our_ode_equals_diffusers(tiny_pipeline, guidance_scale):
     backbone = open_pipeline(PipelineConfig(path=str(tiny_pipeline)))
     transformer, text = backbone.load_transformer(), backbone.load_text_encoder()
 
-    def velocity_for(prompt: PromptEmbeds):
-        return lambda x, sigma: backbone.velocity(transformer, x, sigma, prompt)
-
-    ours = denoise(
-        noise,
-        backbone.sigmas(6, 32, 32),
-        velocity_for(text([PROMPT] * 2)),
-        velocity_for(text([""] * 2)),
-        guidance_scale=guidance_scale,
-    ).latents
+    negative = None if guidance_scale == 1 else text([""])
+    velocity = guided_velocity(backbone, transformer, text([PROMPT] * 2), negative, guidance_scale)
+    ours = denoise(noise, backbone.sigmas(6, 32, 32), velocity).latents
     # diffusers' pipeline returns normalised latents for output_type="latent"
     assert torch.allclose(ours, theirs, atol=1e-6 * theirs.abs().max().item())
 

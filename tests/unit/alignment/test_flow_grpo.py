@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from dina_rl.alignment.algorithms.clipping import clipped_policy_loss, ratio_gate, regulated_log_ratio
 from dina_rl.alignment.ema import WeightsEMA
-from dina_rl.alignment.flow_grpo import clipped_policy_loss, ratio_gate, regulated_log_ratio
 from dina_rl.flow.sde import log_prob as step_log_prob
 
 LOG_PROB = torch.tensor([0.10, -0.20, 0.30, -0.05, 0.0], dtype=torch.float64)

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from dina_rl.alignment.grpo import micro_batches
+from dina_rl.alignment.algorithms.grpo import Trajectory, micro_batches
 from dina_rl.alignment.loop import plan
 from dina_rl.alignment.measurement import evaluation_items
 from dina_rl.config import AlignRun, RolloutConfig
-from dina_rl.types import PromptEmbeds, TrainingGroup, Trajectory, WorkItem
+from dina_rl.types import PromptEmbeds, TrainingGroup, WorkItem
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
 
 
-def run_with(prompts_per_step: int) -> AlignRun:
-    return AlignRun(rollout=RolloutConfig(prompts_per_step=prompts_per_step, group_size=36))
+def run_with(prompts_per_iteration: int) -> AlignRun:
+    return AlignRun(rollout=RolloutConfig(prompts_per_iteration=prompts_per_iteration, group_size=36))
 
 
 def test_an_epoch_deals_every_prompt_once_and_then_reshuffles():
@@ -25,7 +25,7 @@ def test_an_epoch_deals_every_prompt_once_and_then_reshuffles():
     assert dealt[3] == [item.prompt_id for item in plan(run, PROMPTS, 3)], "a plan depends on its step alone"
 
 
-def test_more_prompts_per_step_than_prompts_is_refused():
+def test_more_prompts_per_iteration_than_prompts_is_refused():
     with pytest.raises(ValueError, match="only 10 training prompts"):
         plan(run_with(11), PROMPTS, 0)
 
@@ -39,8 +39,8 @@ def test_evaluation_takes_prompts_in_turn_and_numbers_repeats():
 def group(prompt_id: int, size: int) -> TrainingGroup:
     values = torch.arange(size) + 100.0 * prompt_id
     return TrainingGroup(
-        trajectory=Trajectory(
-            item=WorkItem(step=0, prompt_id=prompt_id, prompt="p", group_size=size),
+        rollout=Trajectory(
+            item=WorkItem(iteration=0, prompt_id=prompt_id, prompt="p", group_size=size),
             policy_version=0,
             sigmas=torch.tensor([1.0, 0.5, 0.0]),
             window_start=0,

@@ -32,9 +32,9 @@ def test_every_sd35m_preset_has_a_miniature(file):
 def test_the_arithmetic_of_a_plan():
     run = AlignRun.model_validate(
         {
-            "steps": 10,
-            "rollout": {"prompts_per_step": 32, "group_size": 18, "groups_per_call": 4},
-            "learner": {"updates_per_step": 2, "micro_batch_size": 9},
+            "iterations": 10,
+            "rollout": {"prompts_per_iteration": 32, "group_size": 18, "groups_per_call": 4},
+            "learner": {"updates_per_iteration": 2, "micro_batch_size": 9},
             "workers": {"learner_ranks": 2, "gpus_per_rank": 1, "gpus_per_rollout": 0.5},
         }
     )

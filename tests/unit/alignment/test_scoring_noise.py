@@ -17,7 +17,7 @@ from tests.tiny_run import tiny_run
 def trajectories(tmp_path_factory, tiny_pipeline, tiny_reward):
     worker = RolloutWorker(tiny_run(tmp_path_factory.mktemp("run"), tiny_pipeline, tiny_reward))
     return worker.rollout(
-        [WorkItem(step=0, prompt_id=i, prompt="a small red circle on blue", group_size=3) for i in range(2)]
+        [WorkItem(iteration=0, prompt_id=i, prompt="a small red circle on blue", group_size=3) for i in range(2)]
     )
 
 

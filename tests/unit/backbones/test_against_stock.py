@@ -6,9 +6,10 @@ from peft.tuners.lora import LoraLayer
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.backbones.flux import pack, unpack
+from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.backbones.lora import add_lora, lora_state, trainable
 from dina_rl.backbones.registry import open_backbone
-from dina_rl.flow.sampler import Velocity, denoise
+from dina_rl.flow.sampler import denoise
 from dina_rl.seeding import generator, normal
 from dina_rl.types import PromptEmbeds
 from tests.unit.backbones.conftest import HEIGHT, WIDTH, Family, watch
@@ -35,11 +36,8 @@ def test_the_sampler_is_the_stock_pipeline_s(family: Family, backbone: Backbone,
     sigmas = backbone.sigmas(STEPS, HEIGHT, WIDTH)
     torch.testing.assert_close(sigmas, pipeline.scheduler.sigmas, rtol=0, atol=1e-7)
 
-    def velocity(prompt: PromptEmbeds) -> Velocity:
-        return lambda latents, sigma: backbone.velocity(transformer, latents, sigma, prompt)
-
-    unconditional = velocity(text([""]).repeat(2))
-    ours = denoise(noise, sigmas, velocity(text(PROMPTS)), unconditional, guidance_scale=guidance).latents
+    negative = None if guidance == 1 else text([""])
+    ours = denoise(noise, sigmas, guided_velocity(backbone, transformer, text(PROMPTS), negative, guidance)).latents
     assert (theirs - noise).abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

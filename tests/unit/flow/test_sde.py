@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dina_rl.flow.sampler import denoise, replay_step
+from dina_rl.flow.sampler import GuidedVelocity, denoise, replay_step
 from dina_rl.flow.sde import gaussian_kl, log_prob, ode_step, step_law
 
 SIGMAS = torch.tensor([1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0.0])
@@ -77,8 +77,10 @@ def test_sde_and_ode_keep_the_same_marginals(dynamics, noise_level):
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(count, 1, 1, 1, generator=generator)
     noise = torch.randn(steps - 1, count, 1, 1, 1, generator=generator)
-    ode = denoise(start, sigmas, velocity).latents
-    sde = denoise(start, sigmas, velocity, dynamics=dynamics, noise_level=noise_level, window_noise=noise).latents
+    ode = denoise(start, sigmas, GuidedVelocity(velocity)).latents
+    sde = denoise(
+        start, sigmas, GuidedVelocity(velocity), dynamics=dynamics, noise_level=noise_level, window_noise=noise
+    ).latents
     error = q / math.sqrt(count)
     assert ode.mean().item() == pytest.approx(m, abs=4 * error)
     assert sde.mean().item() == pytest.approx(m, abs=4 * error + 0.005)
@@ -94,7 +96,7 @@ def test_sampled_log_prob_is_replayed_bit_for_bit():
     def velocity(x, sigma):
         return torch.sin(x) * sigma.view(-1, 1, 1, 1)
 
-    run = denoise(start, SIGMAS, velocity, window_start=1, noise_level=0.7, window_noise=noise)
+    run = denoise(start, SIGMAS, GuidedVelocity(velocity), window_start=1, noise_level=0.7, window_noise=noise)
     assert run.states.shape == (4, 3, 4, 2, 2)
     for k in range(3):
         law = step_law("flow_sde", SIGMAS, 1 + k, 0.7)
@@ -112,9 +114,7 @@ def test_guided_sampling_scores_the_conditional_policy():
     run = denoise(
         start,
         SIGMAS,
-        lambda x, s: torch.ones_like(x),
-        lambda x, s: torch.zeros_like(x),
-        guidance_scale=3.0,
+        GuidedVelocity(lambda x, s: torch.ones_like(x), lambda x, s: torch.zeros_like(x), 3.0),
         noise_level=0.7,
         window_noise=noise,
     )

@@ -6,9 +6,9 @@ import torch
 from pydantic import ValidationError
 
 from dina_rl.alignment.advantage import equal_weights, group_advantages
-from dina_rl.alignment.flow_grpo import clipped_policy_loss
+from dina_rl.alignment.algorithms.clipping import clipped_policy_loss
+from dina_rl.alignment.algorithms.refl import reward_surrogate
 from dina_rl.alignment.loop import weigh
-from dina_rl.alignment.refl import reward_surrogate
 from dina_rl.config import AlignRun, RewardsConfig
 from dina_rl.scorers.mixture import group_weighted_sum, weighted_sum
 from dina_rl.types import GoldenScores

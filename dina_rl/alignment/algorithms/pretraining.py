@@ -1,16 +1,48 @@
 """Preferred images for ReFL's pretraining loss, drawn by the rollout workers, which hold the text encoder."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import AlignRun
 from dina_rl.data.stores.latents import LatentStore
 from dina_rl.seeding import generator, normal
-from dina_rl.types import PretrainingSamples, WorkItem
+from dina_rl.types import PromptEmbeds, WorkItem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainingSamples:
+    """Real samples beside a group's own, for the flow-matching loss. G of them."""
+
+    latents: torch.Tensor  # [G, C, H, W] clean
+    noise: torch.Tensor  # [G, C, H, W]
+    sigma: torch.Tensor  # [G] in (0, 1)
+    prompt: PromptEmbeds  # G rows
+
+    def select(self, index: torch.Tensor) -> "PretrainingSamples":
+        """The samples at `index`, in that order."""
+        return PretrainingSamples(
+            latents=self.latents[index],
+            noise=self.noise[index],
+            sigma=self.sigma[index],
+            prompt=self.prompt.select(index),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence["PretrainingSamples"]) -> "PretrainingSamples":
+        """One batch from several, in order."""
+        return PretrainingSamples(
+            latents=torch.cat([part.latents for part in parts]),
+            noise=torch.cat([part.noise for part in parts]),
+            sigma=torch.cat([part.sigma for part in parts]),
+            prompt=PromptEmbeds.cat([part.prompt for part in parts]),
+        )
 
 
 class PretrainingDraws:
-    """Chosen images of the training pairs of a latent store; a draw depends on (seed, step, prompt id) alone.
+    """Chosen images of the training pairs of a latent store; a draw depends on (seed, iteration, prompt id) alone.
 
     Raises:
         ValueError: no complete latent store, or one of other latents than the policy's.
@@ -34,12 +66,12 @@ class PretrainingDraws:
     def draw(self, item: WorkItem, encode: TextEncoder) -> PretrainingSamples:
         """One sample per sample of the group, at sigma ~ U(0, 1)."""
         count = item.group_size
-        draws = generator(self._seed, "pretraining", item.step, item.prompt_id)
+        draws = generator(self._seed, "pretraining", item.iteration, item.prompt_id)
         positions = self._usable[torch.randint(len(self._usable), (count,), generator=draws)]
         latents = self._store.latents(self._pairs.chosen[positions])
         return PretrainingSamples(
             latents=latents,
-            noise=normal(tuple(latents.shape), self._seed, "pretraining-noise", item.step, item.prompt_id),
+            noise=normal(tuple(latents.shape), self._seed, "pretraining-noise", item.iteration, item.prompt_id),
             sigma=torch.rand(count, generator=draws),
             prompt=encode([self._pairs.prompts[i] for i in self._pairs.prompt[positions].tolist()]).to("cpu"),
         )

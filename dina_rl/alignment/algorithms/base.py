@@ -1,0 +1,67 @@
+"""What an alignment algorithm is to the loop, the rollout worker, the learner and the planner, none of which asks which
+one it holds.
+
+    check -> [ sampling -> scorers -> weigh -> objective -> gate ] every iteration
+
+One algorithm is one file beside this one, its section and rules in `config/algorithms.py`, and one line in
+`registry.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from dina_rl.alignment.advantage import Advantages
+from dina_rl.alignment.objective import Objective
+from dina_rl.alignment.policy import Policy
+from dina_rl.alignment.sampler import PolicySampler
+from dina_rl.types import Rollout, WorkItem
+
+SomeRollout = TypeVar("SomeRollout", bound=Rollout)
+
+Sampling = Callable[[Sequence[WorkItem]], list[SomeRollout]]
+"""One rollout per group; all groups belong to one iteration and go in one batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What an algorithm does, for people and for the plan's arithmetic."""
+
+    title: str
+    sampling: str  # how a sample comes about
+    trained_passes: int  # forwards with a backward pass of one sample in one epoch
+    latents_kept: int  # latents of one sample that travel from rollout to learner
+
+
+class Algorithm(Protocol[SomeRollout]):
+    """One way to align. Built from the run's configuration in every process; it holds no state of its own."""
+
+    wants_reward_gradients: bool  # the scorers are asked for d reward / d latents too
+
+    def check(self, latent_shape: tuple[int, int, int]) -> None:
+        """Look at what only this algorithm reads, before anything starts.
+
+        Raises:
+            ValueError: it is missing, or does not fit latents of `latent_shape`.
+        """
+        ...
+
+    def sampling(self, sampler: PolicySampler) -> Sampling[SomeRollout]:
+        """How a rollout worker samples; called once a process."""
+        ...
+
+    def weigh(self, scores: Mapping[str, torch.Tensor]) -> Advantages:
+        """What each sample is worth in the update, by its scores [P, G]."""
+        ...
+
+    def objective(self, policy: Policy) -> Objective[SomeRollout]:
+        """What a rank of the learner trains; called once a process."""
+        ...
+
+    def gate(self, metrics: Mapping[str, float]) -> str | None:
+        """What a user should know of an iteration's update, by the learner's metrics; None: nothing."""
+        ...
+
+    def work(self) -> Work: ...

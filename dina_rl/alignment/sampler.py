@@ -1,0 +1,90 @@
+"""The policy as a sampler: the transformer under the weights published last, and what conditions it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from dina_rl.alignment.measurement import EvaluationItem
+from dina_rl.backbones.guidance import guided_velocity
+from dina_rl.backbones.trained import check_names, copy_in, make_trainable, trained_parameters
+from dina_rl.config import AlignRun
+from dina_rl.flow.sampler import GuidedVelocity
+from dina_rl.runtime import open_pipeline
+from dina_rl.seeding import normal
+from dina_rl.types import PolicyWeights, PromptEmbeds, WorkItem
+
+
+class PolicySampler:
+    """What every algorithm samples with. Holds no state between calls but the weights."""
+
+    def __init__(self, run: AlignRun) -> None:
+        self.run = run
+        self.backbone = open_pipeline(run.pipeline)
+        self.device = self.backbone.device
+        self.text = self.backbone.load_text_encoder()
+        self.latent_shape = self.backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+        self.sigmas = self.backbone.sigmas(run.rollout.num_steps, run.pipeline.height, run.pipeline.width)
+        self.version = 0
+        self._transformer = self.backbone.load_transformer()
+        make_trainable(self._transformer, run.learner.lora, targets=self.backbone.lora_targets, seed=run.seed)
+        self._transformer.requires_grad_(False)
+        self._next_part = 0
+        self._loaded: set[str] = set()  # names of the weights that came in parts
+
+    def load_weights(self, weights: PolicyWeights) -> int:
+        """Sample with `weights` from now on; they may come in parts, in order. Returns their version.
+
+        Raises:
+            ValueError: a part is missing, or the weights are not those of this policy.
+        """
+        if weights.part != self._next_part:
+            raise ValueError(f"part {weights.part} of the policy's weights came where {self._next_part} was due")
+        parameters = trained_parameters(self._transformer)
+        self._loaded = set(weights.tensors) | (self._loaded if weights.part else set())
+        check_names(self._loaded & set(parameters), self._loaded)
+        for name, tensor in weights.tensors.items():
+            copy_in(parameters[name], tensor)
+        self._next_part = (weights.part + 1) % weights.parts
+        if self._next_part == 0:
+            check_names(self._loaded, set(parameters))
+            self.version = weights.version
+        return self.version
+
+    def noise(self, items: Sequence[WorkItem], count: int) -> torch.Tensor:
+        """`count` draws for every sample of the groups [count, B, C, H, W], on the CPU: the first is the initial noise.
+
+        They depend on (seed, iteration, prompt, sample) alone.
+        """
+        shape = count, *self.latent_shape
+        return torch.stack(
+            [
+                normal(shape, self.run.seed, "rollout", item.iteration, item.prompt_id, sample)
+                for item in items
+                for sample in range(item.group_size)
+            ],
+            1,
+        )
+
+    def evaluation_noise(self, item: EvaluationItem) -> torch.Tensor:
+        """Initial noise [B, C, H, W], by (split, prompt, sample) alone: every policy starts from the same."""
+        return torch.stack(
+            [
+                normal(self.latent_shape, "evaluation", item.split, prompt_id, sample_id)
+                for prompt_id, sample_id in zip(item.prompt_ids, item.sample_ids, strict=True)
+            ]
+        )
+
+    def prompts(self, items: Sequence[WorkItem]) -> tuple[PromptEmbeds, PromptEmbeds]:
+        """Embeddings of the groups' prompts, one row each, and one row per sample."""
+        rows = self.text([item.prompt for item in items])
+        sizes = [item.group_size for item in items]
+        return rows, PromptEmbeds.cat([rows.select(slice(i, i + 1)).repeat(size) for i, size in enumerate(sizes)])
+
+    def trained_negative(self) -> PromptEmbeds | None:
+        """The empty prompt, one row on the CPU, where the learner trains the guided velocity; else None."""
+        return self.text([""]).to("cpu") if self.run.learner.guidance_in_loss else None
+
+    def velocity(self, prompt: PromptEmbeds, guidance_scale: float) -> GuidedVelocity:
+        """The current policy's velocity for the samples of `prompt`, one row each."""
+        negative = None if guidance_scale == 1 else self.text([""])
+        return guided_velocity(self.backbone, self._transformer, prompt, negative, guidance_scale)

@@ -1,0 +1,115 @@
+"""Settings of the algorithms, one section each, with the rules that they lay on the rest of a run."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dina_rl.config.alignment import LearnerConfig, RolloutConfig
+from dina_rl.config.base import NonNegative, Rate, Section
+from dina_rl.config.rewards import RewardsConfig
+
+AlgorithmName = Literal["grpo", "refl"]
+
+
+class AlgorithmConfig(Section):
+    """What every algorithm has."""
+
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """weight of the KL to the base: the adapter switched off, or a second transformer when all weights are trained"""
+
+    @abstractmethod
+    def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
+        """A line for every setting of the run that this algorithm cannot go with."""
+        ...
+
+
+class GRPOConfig(AlgorithmConfig):
+    """Clipped policy optimisation over the SDE window (Flow-GRPO)."""
+
+    advantage_std: Literal["group", "global"] = "group"
+    """standard deviation that divides the centred rewards: of the group, or of the whole batch"""
+    advantage_clip: Rate = 5.0
+    """bound on |advantage|"""
+    clip_range: Rate = 1e-4
+    """bound on |ratio - 1| of the mean log-probability per latent dimension"""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.01
+    """weight of the KL to the base: the adapter switched off, or a second transformer when all weights are trained"""
+    guard: bool = False
+    """GRPO-Guard's regulated clipping: ratios normalised per step and freed of their bias (flow_sde and dance)"""
+    old_log_probs: Literal["auto", "rollout", "recompute"] = "auto"
+    """whose old log-probabilities: the rollout's, or recomputed by the learner at its own forward geometry before the
+    first update; auto recomputes below float32 and for the guard, which needs the old means too"""
+    ratio_gate: Literal["warn", "strict"] = "warn"
+    """what to do when |ratio - 1| before any update exceeds clip_range: say so once, or stop before the update"""
+
+    def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
+        if rollout.group_size < 2:
+            yield "rollout.group_size 1 leaves nothing to compare: Flow-GRPO needs 2 or more"
+        if rollout.dynamics == "ode":
+            yield "rollout.dynamics ode has no log-probability: Flow-GRPO needs flow_sde, dance or cps"
+        yield from _window_misfits(rollout)
+        if rollout.dynamics == "cps" and rollout.noise_level >= 1:
+            yield (
+                f"rollout.noise_level {rollout.noise_level} with dynamics cps: it is an angle in (0, 1) of a quarter "
+                "turn"
+            )
+        if rollout.noise_level == 0:
+            yield "rollout.noise_level 0 leaves no exploration: every log-probability would be undefined"
+        if self.guard and rollout.dynamics == "cps":
+            yield "grpo.guard normalises ratios of an SDE's steps; rollout.dynamics cps is not one"
+        if self.guard and self.old_log_probs == "rollout":
+            yield "grpo.guard needs the old means: set grpo.old_log_probs to auto or recompute"
+
+
+def _window_misfits(rollout: RolloutConfig) -> Iterator[str]:
+    """What is wrong with the SDE window."""
+    start, end = rollout.window_start, rollout.window_start + rollout.window_steps
+    if end >= rollout.num_steps:
+        yield (
+            f"rollout: SDE window [{start}, {end}) must end before the last of the {rollout.num_steps} steps: at "
+            "sigma_next = 0 a log-probability is undefined"
+        )
+    if rollout.window_range is not None:
+        first, last = rollout.window_range
+        if last - first < rollout.window_steps or last >= rollout.num_steps:
+            yield (
+                f"rollout.window_range [{first}, {last}) must hold window_steps ({rollout.window_steps}) and end "
+                f"before the last of the {rollout.num_steps} steps"
+            )
+
+
+class ReFLConfig(AlgorithmConfig):
+    """Reward feedback learning: the reward's gradient through one-step predictions (Eq. 18, section B.3)."""
+
+    stop_range: tuple[NonNegative, NonNegative] = (30, 39)
+    """first and last step, counted from 0, at which an iteration may stop denoising and take the gradient"""
+    reward_gradient: Literal["service", "learner"] = "service"
+    """who differentiates the reward: the scorer actors, so that the learner never holds the reward model, or it"""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """weight of the KL to the base, of unit-variance Gaussians around the two velocities"""
+    pretraining_weight: Annotated[float, Field(ge=0)] = 0.0
+    """weight of the flow-matching loss on preferred images, ReFL's pretraining loss"""
+    pretraining_latents: str = "~/dina_rl/shapes_reward/latents"
+    """latent store of those images, as jobs.encode writes it"""
+
+    @property
+    def pretraining_location(self) -> Path:
+        return Path(self.pretraining_latents).expanduser()
+
+    def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
+        first, last = self.stop_range
+        if not first <= last < rollout.num_steps:
+            yield f"refl.stop_range [{first}, {last}] must ascend and lie within the {rollout.num_steps} steps"
+        if rollout.dynamics not in ("auto", "ode"):
+            yield f"refl denoises along the ODE; rollout.dynamics {rollout.dynamics} is for grpo"
+        updates = learner.updates_per_iteration * learner.epochs
+        if self.reward_gradient == "service" and updates > 1:
+            yield (
+                "refl.reward_gradient service gives the gradient at the rollout's predictions, which hold for one "
+                f"update: learner.updates_per_iteration x learner.epochs is {updates}"
+            )
+        if rewards.normalise == "group":
+            yield "rewards.normalise group compares samples of a prompt, which refl does not; use constant"
