@@ -27,7 +27,7 @@ from dina_rl.cli import fail, load
 from dina_rl.config import FitConfig, LoRAConfig, PipelineConfig, RewardModelConfig
 from dina_rl.config.base import Positive, Section
 from dina_rl.data.stores.latents import PairBatch
-from dina_rl.flow.sampler import add_noise
+from dina_rl.flow.process import add_noise
 from dina_rl.reward.fit import RewardFit, fit
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.thurstone import comparison_variance, fidelity_loss

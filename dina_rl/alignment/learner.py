@@ -70,7 +70,7 @@ class PolicyLearner:
                     first = dict(zip(first, engine.reduce(list(first.values()), "max"), strict=True))
                     objective.before_first_step(first)
                 norms.append(self._take_step())
-        objective.after_updates()
+        objective.after_updates(self.version)
         largest = dict(zip(largest, engine.reduce(list(largest.values()), "max"), strict=True))
         return {
             **self._averages(sums),

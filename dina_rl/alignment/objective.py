@@ -56,8 +56,8 @@ class Objective(Protocol[Trained]):
         """Look at the first minibatch's maxima, over all ranks, before anything is changed; may raise RunStopped."""
         ...
 
-    def after_updates(self) -> None:
-        """Called after the iteration's last update."""
+    def after_updates(self, updates: int) -> None:
+        """Called after an iteration's last update; `updates` counts those of the run."""
         ...
 
     def sampling_weights(self) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ class SamplesItself:
 
     def before_first_step(self, maxima: Mapping[str, float]) -> None: ...
 
-    def after_updates(self) -> None: ...
+    def after_updates(self, updates: int) -> None: ...
 
     def sampling_weights(self) -> dict[str, torch.Tensor]:
         return self._policy.engine.weights()

@@ -25,9 +25,9 @@ class PolicySampler:
         self.latent_shape = self.backbone.latent_shape(run.pipeline.height, run.pipeline.width)
         self.sigmas = self.backbone.sigmas(run.rollout.num_steps, run.pipeline.height, run.pipeline.width)
         self.version = 0
-        self._transformer = self.backbone.load_transformer()
-        make_trainable(self._transformer, run.learner.lora, targets=self.backbone.lora_targets, seed=run.seed)
-        self._transformer.requires_grad_(False)
+        self.transformer = self.backbone.load_transformer()
+        make_trainable(self.transformer, run.learner.lora, targets=self.backbone.lora_targets, seed=run.seed)
+        self.transformer.requires_grad_(False)
         self._next_part = 0
         self._loaded: set[str] = set()  # names of the weights that came in parts
 
@@ -39,7 +39,7 @@ class PolicySampler:
         """
         if weights.part != self._next_part:
             raise ValueError(f"part {weights.part} of the policy's weights came where {self._next_part} was due")
-        parameters = trained_parameters(self._transformer)
+        parameters = trained_parameters(self.transformer)
         self._loaded = set(weights.tensors) | (self._loaded if weights.part else set())
         check_names(self._loaded & set(parameters), self._loaded)
         for name, tensor in weights.tensors.items():
@@ -87,4 +87,4 @@ class PolicySampler:
     def velocity(self, prompt: PromptEmbeds, guidance_scale: float) -> GuidedVelocity:
         """The current policy's velocity for the samples of `prompt`, one row each."""
         negative = None if guidance_scale == 1 else self.text([""])
-        return guided_velocity(self.backbone, self._transformer, prompt, negative, guidance_scale)
+        return guided_velocity(self.backbone, self.transformer, prompt, negative, guidance_scale)

@@ -103,17 +103,6 @@ def denoise_until(latents: torch.Tensor, sigmas: torch.Tensor, velocity: GuidedV
     return latents
 
 
-def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x_t = (1 - t) x_0 + t eps (Eq. 6), fp32; t [B], the rest [B, C, H, W]."""
-    t = t.view(-1, 1, 1, 1)
-    return (1 - t) * latents + t * noise
-
-
-def predict_clean(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
-    """x0 = x_sigma - sigma v: one step from anywhere to the end, since v = eps - x0."""
-    return latents - sigma * velocity
-
-
 def replay_step(
     law: GaussianStep, latents: torch.Tensor, next_latents: torch.Tensor, velocity: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

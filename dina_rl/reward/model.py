@@ -11,7 +11,7 @@ from torch import nn
 from dina_rl.backbones.base import Backbone
 from dina_rl.backbones.lora import add_lora
 from dina_rl.config import RewardModelConfig
-from dina_rl.flow.sampler import add_noise
+from dina_rl.flow.process import add_noise
 from dina_rl.reward.head import RewardHead
 from dina_rl.seeding import derive_seed
 from dina_rl.types import PromptEmbeds

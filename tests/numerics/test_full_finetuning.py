@@ -8,7 +8,7 @@ from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import align, plan
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
-from dina_rl.alignment.rollout import RolloutWorker
+from dina_rl.alignment.sampler import PolicySampler
 from dina_rl.backbones.trained import check_targets, make_trainable, trained_parameters, trained_state
 from dina_rl.config import PolicyLoRAConfig
 from dina_rl.runtime import open_pipeline
@@ -63,18 +63,18 @@ def test_below_float32_masters_stay_float32_and_old_log_probs_are_the_learners_o
 
 def test_weights_in_parts_are_the_same_weights_and_a_gap_is_refused(tmp_path, tiny_pipeline, tiny_reward):
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner=WHOLE)
-    worker = RolloutWorker(run)
+    sampler = PolicySampler(run)
     state = {name: torch.randn_like(tensor) for name, tensor in InlineLearner(run).policy().tensors.items()}
     parts = PolicyWeights(version=3, tensors=state).split(2**20)
     assert len(parts) > 5
     assert [name for part in parts for name in part.tensors] == list(state)
     for part in parts:
-        worker.load_weights(part)
-    loaded = trained_state(worker._transformer)
+        sampler.load_weights(part)
+    loaded = trained_state(sampler.transformer)
     assert all(torch.equal(loaded[name], state[name]) for name in state)
-    worker.load_weights(parts[0])
+    sampler.load_weights(parts[0])
     with pytest.raises(ValueError, match="part 2 of the policy's weights came where 1 was due"):
-        worker.load_weights(parts[2])
+        sampler.load_weights(parts[2])
 
 
 def test_an_adapter_has_pefts_names(tiny_pipeline):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dina_rl.alignment.algorithms.refl import reward_surrogate, stop_step, velocity_kl
+from dina_rl.alignment.algorithms.refl import reward_surrogate, stop_step
+from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.learner import PolicyLearner
@@ -13,7 +14,8 @@ from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.backbones.guidance import guided_velocity
-from dina_rl.flow.sampler import denoise, predict_clean
+from dina_rl.flow.process import predict_clean, velocity_kl
+from dina_rl.flow.sampler import denoise
 from dina_rl.reward.checkpoint import load_reward
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
@@ -62,7 +64,7 @@ def gradients(run, groups):
     learner = PolicyLearner(run, keep)
     scorer = ScoringWorker(run)
     reward_gradients = [None] * len(groups)
-    if run.wants_reward_gradients:
+    if open_algorithm(run).wants_reward_gradients:
         reward_gradients = [scorer.score_with_gradient([group])[1][0] for group in groups]
     metrics = learner.update(
         0,

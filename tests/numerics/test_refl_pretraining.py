@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from dina_rl.alignment.algorithms.pretraining import PretrainingDraws
-from dina_rl.alignment.algorithms.refl import flow_matching_loss
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import align, plan
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.data.stores.latents import LatentStore, StoredPair, StoreInfo
+from dina_rl.flow.process import flow_matching_loss
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import WorkItem

@@ -7,7 +7,7 @@ import torch
 
 from dina_rl.backbones.base import Features
 from dina_rl.backbones.registry import open_backbone
-from dina_rl.flow.sampler import add_noise
+from dina_rl.flow.process import add_noise
 from tests.tiny_reward import PROMPTS, latents, stirred_model
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

@@ -18,7 +18,8 @@ from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.sampler import PolicySampler
 from dina_rl.config import AlignRun
-from dina_rl.flow.sampler import add_noise, denoise_until, predict_clean
+from dina_rl.flow.process import add_noise, flow_matching_loss, predict_clean, velocity_kl
+from dina_rl.flow.sampler import denoise_until
 from dina_rl.scorers.base import Conditions
 from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.seeding import generator
@@ -123,19 +124,6 @@ def reward_surrogate(clean: torch.Tensor, gradient: torch.Tensor) -> torch.Tenso
         gradient: dr/dx0 at x0 [B, C, H, W].
     """
     return -(clean * gradient.detach()).flatten(1).sum(1)
-
-
-def velocity_kl(velocity: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """KL of unit-variance Gaussians around two velocities [B, C, H, W], averaged over dimensions: [B].
-
-    ReFL has no stochastic step whose law could be compared; this is flow matching's own likelihood of a velocity.
-    """
-    return ((velocity - reference) ** 2).flatten(1).mean(1) / 2
-
-
-def flow_matching_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance of the velocity from eps - x0 [B, C, H, W]: [B]. The loss the base was pretrained with."""
-    return ((velocity - (noise - latents)) ** 2).flatten(1).mean(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

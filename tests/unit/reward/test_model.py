@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dina_rl.backbones.registry import open_backbone
-from dina_rl.flow.sampler import add_noise
+from dina_rl.flow.process import add_noise
 from dina_rl.reward.model import LatentRewardModel
 from tests.tiny_reward import PROMPTS, TINY_REWARD, latents, stirred_model
 
