@@ -145,7 +145,7 @@ def test_help_shows_sections_that_are_off_and_how_to_switch_them(model, default,
     with pytest.raises(SystemExit):
         load(model, ["--help"], program="test")
     text = capsys.readouterr().out
-    assert default in " ".join(text.replace("│", " ").split())
+    assert default in " ".join(text.replace("\u2502", " ").split())
     assert line in text.splitlines()
 
 
