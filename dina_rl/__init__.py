@@ -4,3 +4,5 @@ This package is the library: pure torch, diffusers, transformers and peft. It ne
 (`dina_rl.local` aside), so it works where they are not installed. The Ray shells live in `actors/`, the entry
 points in `jobs/`.
 """
+
+__version__ = "0.2.0"

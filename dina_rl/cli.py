@@ -20,6 +20,7 @@ from dina_rl.config.base import RENAMED
 from dina_rl.errors import RunStopped
 
 Run = TypeVar("Run", bound=BaseModel)
+Part = TypeVar("Part", bound=BaseModel)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what shells use for Ctrl-C
 EXIT_STOPPED = 1
@@ -213,20 +214,46 @@ def section_of(annotation: object) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
+def can_be_off(annotation: object) -> bool:
+    """Whether a field holds a section that None switches off."""
+    return section_of(annotation) is not None and NoneType in get_args(annotation)
+
+
+def example(section: type[Part]) -> Part:
+    """A section whose every key has its own default; what has none is marked as required."""
+    required = [key for key, field in section.model_fields.items() if field.is_required()]
+    return section.model_construct(**dict.fromkeys(required, tyro.MISSING))
+
+
 def _print_help(model: type[Run], config: Run, program: str) -> NoReturn:
-    print(
-        f"{program} [--config FILE.yaml] [--section.key value ...]\nDefaults shown are those of the config file read.\n"
-    )
-    tyro.cli(model, default=_with_examples(config), args=["--help"], prog=program, config=(tyro.conf.AvoidSubcommands,))
+    print(f"{program} [--config FILE.yaml] [--section.key value ...]")
+    print("Defaults shown are those of the config file read.")
+    for key, on in _switches(config):
+        print(
+            f"--{key} is on; --{key} None switches it off" if on else f"--{key} is off; any of its keys switches it on"
+        )
+    print()
+    tyro.cli(model, default=_in_full(config), args=["--help"], prog=program, config=(tyro.conf.AvoidSubcommands,))
     raise AssertionError("tyro ends the program after --help")
 
 
-def _with_examples(config: Run) -> Run:
-    """`config` with a section called NAME wherever the user has named none, so that help shows what it may hold."""
-    examples = {}
-    for name, field in type(config).model_fields.items():
-        section = section_of(field.annotation)
-        if section is not None and is_named(field.annotation) and not dict(config)[name]:
-            required = {key: key.upper() for key, inner in section.model_fields.items() if inner.is_required()}
-            examples[name] = {NAME: section.model_construct(**required)}
-    return config.model_copy(update=examples)
+def _switches(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Dotted key of every section that can be off, and whether it is on."""
+    for name, field in type(section).model_fields.items():
+        value = dict(section)[name]
+        if can_be_off(field.annotation):
+            yield prefix + name, value is not None
+        if isinstance(value, BaseModel):
+            yield from _switches(value, f"{prefix}{name}.")
+
+
+def _in_full(section: Part) -> Part:
+    """`section` as help shows it: with the sections that are off, and one called NAME where the user has named none."""
+    shown: dict[str, object] = {}
+    for name, field in type(section).model_fields.items():
+        value, inner = dict(section)[name], section_of(field.annotation)
+        if inner is not None and is_named(field.annotation):
+            shown[name] = value or {NAME: example(inner)}
+        elif inner is not None:
+            shown[name] = _in_full(example(inner) if value is None else value)
+    return section.model_copy(update=shown)

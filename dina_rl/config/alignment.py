@@ -57,7 +57,7 @@ class RolloutConfig(Section):
 class LearnerConfig(Section):
     """The optimizer's side."""
 
-    lora: PolicyLoRAConfig | None = PolicyLoRAConfig(rank=32, alpha=64.0)
+    lora: PolicyLoRAConfig | None = PolicyLoRAConfig()
     """None trains all weights of the transformer; they travel to the rollout actors in parts"""
     learning_rate: Rate = 3e-5
     """AdamW's rate"""

@@ -64,12 +64,20 @@ class PipelineConfig(Section):
 
 
 class LoRAConfig(Section):
-    rank: Positive = 32
+    """An adapter, the reward model's (Table 7)."""
+
+    rank: Positive = 64
     """rank of every adapter matrix"""
-    alpha: Rate = 64.0
+    alpha: Rate = 128.0
     """scale numerator: the update is (alpha / rank) B A"""
 
 
 class PolicyLoRAConfig(LoRAConfig):
+    """The generator's adapter (Table 8, section C.2)."""
+
+    rank: Positive = 32
+    """rank of every adapter matrix"""
+    alpha: Rate = 64.0
+    """scale numerator: the update is (alpha / rank) B A"""
     targets: Texts | None = None
     """linear layers to adapt, by the ends of their diffusers names, e.g. attn.to_q; None: all attention projections"""

@@ -67,7 +67,7 @@ class RewardModelConfig(Section):
     """learnable query tokens"""
     num_heads: Positive = 8
     """attention heads of the scoring head"""
-    lora: LoRAConfig | None = LoRAConfig(rank=64, alpha=128.0)
+    lora: LoRAConfig | None = LoRAConfig()
     """adapter on the backbone; None trains the head on a frozen backbone (Table 3)"""
     thurstone: ThurstoneConfig = ThurstoneConfig()
     timestep: TimestepConfig = TimestepConfig()

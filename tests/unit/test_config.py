@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pydantic import BaseModel
 
 from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import load
@@ -127,6 +128,35 @@ def test_help_shows_what_a_named_section_may_hold(capsys):
     assert "--scorers.NAME.levels" in text
 
 
+@pytest.mark.parametrize(
+    ("model", "default", "line"),
+    [
+        (AlignRun, "--rewards.pickscore.weight FLOAT factor of the normalised score (default: 1.0)",
+         "--rewards.pickscore is off; any of its keys switches it on"),
+        (AlignRun, "--learner.lora.rank INT rank of every adapter matrix (default: 32)",
+         "--learner.lora is on; --learner.lora None switches it off"),
+        (EvaluateRun, "--training.path STR directory of the set (required)",
+         "--training is off; any of its keys switches it on"),
+        (EvaluateRun, "--sets.NAME.path STR directory of the set (required)",
+         "--uncertainty is on; --uncertainty None switches it off"),
+    ],
+)  # fmt: skip
+def test_help_shows_sections_that_are_off_and_how_to_switch_them(model, default, line, capsys):
+    with pytest.raises(SystemExit):
+        load(model, ["--help"], program="test")
+    text = capsys.readouterr().out
+    assert default in " ".join(text.replace("\u2502", " ").split())
+    assert line in text.splitlines()
+
+
+def test_help_says_what_the_command_line_has_switched(capsys):
+    with pytest.raises(SystemExit):
+        load(AlignRun, ["--rewards.pickscore", "{}", "--rewards.dina", "None", "--help"], program="test")
+    lines = capsys.readouterr().out.splitlines()
+    assert "--rewards.pickscore is on; --rewards.pickscore None switches it off" in lines
+    assert "--rewards.dina is off; any of its keys switches it on" in lines
+
+
 def test_every_field_is_documented():
     def undocumented(model, prefix=""):
         from dina_rl.cli import section_of
@@ -171,6 +201,59 @@ def test_the_reference_is_generated_from_the_schema():
     from dina_rl.reference import reference
 
     assert (CONFIGS / "REFERENCE.md").read_text() == reference(), "python -m dina_rl.reference > configs/REFERENCE.md"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| `rewards.pickscore.weight` | float | `1.0` | factor of the normalised score |",
+        "| `sets.NAME.path` | str | required | directory of the set |",
+        "| `training.split` | str | `test` | which part of it |",
+        "| `images` | list of str | none | image files,",
+    ],
+)
+def test_the_reference_shows_every_keys_own_default(row):
+    from dina_rl.reference import reference
+
+    assert f"\n{row}" in reference()
+
+
+def test_the_reference_says_which_sections_are_off_and_how_to_switch_them():
+    from dina_rl.reference import reference
+
+    rows = {line.split("`")[1]: line for line in reference().splitlines() if "| section |" in line}
+    assert "| off |" in rows["rewards.pickscore"]
+    assert "`--rewards.pickscore {}`, or any of its keys, switches it on" in rows["rewards.pickscore"]
+    assert "`--training.path PATH` switches it on" in rows["training"]
+    assert "| on |" in rows["learner.lora"]
+    assert "`--learner.lora None` switches it off" in rows["learner.lora"]
+    on = load(AlignRun, ["--rewards.pickscore", "{}"], program="test").rewards
+    off = load(AlignRun, ["--rewards.pickscore", "{}", "--rewards.dina", "None"], program="test").rewards
+    assert (set(on.scorers), set(off.scorers)) == ({"dina", "pickscore"}, {"pickscore"})
+
+
+@pytest.mark.parametrize("model", [LocalRun, FitRun, EvaluateRun, ScoreRun])
+def test_a_section_given_in_part_keeps_the_defaults_of_its_other_keys(model):
+    """So a key has one default, the one that reference and help show."""
+
+    def sections(model):
+        for field in model.model_fields.values():
+            if isinstance(field.default, BaseModel):
+                yield field.default
+                yield from sections(type(field.default))
+
+    found = list(sections(model))
+    assert found
+    assert [section for section in found if section != type(section)()] == []
+
+
+def test_the_reference_names_files_that_its_programs_can_read():
+    from dina_rl.reference import COMMANDS
+
+    read = [command for command in COMMANDS if command.default_config is not None]
+    assert [command.run for command in read] == [LocalRun, FitRun]
+    for command in read:
+        load(command.run, ["--config", str(CONFIGS.parent / command.default_config)], program="test")
 
 
 def test_a_local_run_points_its_alignment_at_its_own_reward_and_latents(tmp_path):
