@@ -21,7 +21,7 @@ from dina_rl.config import AlignRun
 from jobs.align import align_generator, exporter
 from tests.tiny_run import tiny_run
 
-pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("ray_local")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

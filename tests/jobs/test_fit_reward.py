@@ -214,7 +214,6 @@ def test_a_finished_run_returns_its_result(finished) -> None:
     assert fit_reward.fit_reward_model(run.model_copy(update={"resume": True})) == result
 
 
-@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(bucketed, stores, tiny_pipeline: Path, tmp_path: Path) -> None:
     """The group restarts from its last checkpoint and ends, bit for bit, with the weights of the run left alone."""
     run = bucketed_fit(tmp_path / "run", stores, tiny_pipeline)

@@ -5,7 +5,7 @@ import torch
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.seeding import normal
-from tests.unit.backbones.conftest import HEIGHT, WIDTH, Family, watch
+from tests.families import HEIGHT, WIDTH, Family, watch
 
 # For Z-Image 45, 19 and 46 tokens with the chat around them: padded to 64, 32 and 64.
 PROMPTS = ("a small red circle on blue", "", "a large green cross on red")

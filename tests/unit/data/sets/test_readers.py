@@ -12,7 +12,7 @@ from pyarrow import parquet
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord, pairs_of
 from dina_rl.data.sets.registry import KINDS, open_set, prompts_of
 
-PUBLISHED_ANNOTATIONS = Path(__file__).parents[4] / "shared" / "data" / "imagereward"
+PUBLISHED_ANNOTATIONS = Path(__file__).parents[5] / "shared" / "data" / "imagereward"
 
 
 def jpeg(shade: int, width: int = 8) -> bytes:
