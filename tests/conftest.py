@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from dina_rl.runtime import configure_process
+
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test and its fixtures run as the processes of a run do, whatever a job called by an earlier test has set.
+
+    One thread: the models are so small that two spend their time waiting for each other.
+    """
+    configure_process(threads=1)
 
 
 @pytest.fixture(scope="session")

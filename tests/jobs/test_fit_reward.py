@@ -21,6 +21,7 @@ from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD
 from dina_rl.runtime import open_pipeline
 from jobs import encode, fit_reward
+from tests.tensors import assert_same_tensors
 from tests.tiny_reward import TINY_REWARD, write_preferences, write_store
 
 
@@ -158,7 +159,7 @@ def test_the_best_and_the_last_weights_are_kept(bucketed) -> None:
     assert (result.best_step, result.best_accuracy_single) == (best, accuracies[best])
     assert result.held_out == held_out[6]
     last, kept = (load_file(run.run_dir / name / "head.safetensors") for name in (REWARD, REWARD_BEST))
-    assert set(last) == set(kept)
+    assert set(last) == set(kept) != set()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in last.items()) == (best == 6)
 
 
@@ -214,7 +215,6 @@ def test_a_finished_run_returns_its_result(finished) -> None:
     assert fit_reward.fit_reward_model(run.model_copy(update={"resume": True})) == result
 
 
-@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(bucketed, stores, tiny_pipeline: Path, tmp_path: Path) -> None:
     """The group restarts from its last checkpoint and ends, bit for bit, with the weights of the run left alone."""
     run = bucketed_fit(tmp_path / "run", stores, tiny_pipeline)
@@ -238,7 +238,7 @@ def test_a_killed_worker_changes_nothing(bucketed, stores, tiny_pipeline: Path, 
     for directory in (REWARD, REWARD_BEST):
         for file in ("head.safetensors", "backbone_lora/adapter_model.safetensors"):
             expected, actual = (load_file(r.run_dir / directory / file) for r in (bucketed[0], run))
-            assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
+            assert_same_tensors(actual, expected)
 
 
 def arguments(run_dir: Path, dataset: Path, pipeline: Path) -> list[str]:

@@ -4,8 +4,6 @@ import csv
 import json
 from pathlib import Path
 
-import pytest
-
 from dina_rl.shapes.pipeline import SHIPPED_PIPELINE
 from dina_rl.shapes.preferences import write_preferences
 from jobs import encode, evaluate, fit_reward, score
@@ -14,7 +12,6 @@ CONFIG = ["--config", str(Path(__file__).parents[2] / "configs" / "shapes_reward
 SIDES = ("path1", "path2")
 
 
-@pytest.mark.slow
 def test_encode_fit_evaluate_and_score(ray_local, tmp_path, capsys):
     write_preferences(SHIPPED_PIPELINE, tmp_path / "set", train_groups=8, test_groups=6, seed=0, progress=False)
     dataset = ["--dataset.path", str(tmp_path / "set")]

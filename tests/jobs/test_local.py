@@ -35,7 +35,6 @@ def local(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
-@pytest.mark.slow
 def test_the_smoke_run_end_to_end_on_ray(tmp_path):
     run_dir = tmp_path / "run"
     done = local("--run-dir", str(run_dir))

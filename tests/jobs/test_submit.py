@@ -27,7 +27,7 @@ SHORT = (
     "--rollout.prompts-per-iteration 2 --rollout.group-size 4 --rollout.num-steps 4 --learner.micro-batch-size 2"
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture

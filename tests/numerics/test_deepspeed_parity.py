@@ -16,6 +16,7 @@ from dina_rl.alignment.engine import Engine, TorchEngine
 from dina_rl.backbones.lora import adapter_disabled, add_lora
 from dina_rl.backbones.sd3 import SD3
 from dina_rl.config import LearnerConfig, WorkersConfig
+from tests.tensors import assert_same_tensors
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 # Workers cannot import test modules by name.
@@ -200,8 +201,8 @@ def test_a_restored_run_continues_exactly(stage, trained, ranks):
     ranks("load", *run.interrupted)
     ranks("train", range(INTERRUPTED_AFTER, STEPS))
     adapter, optimizer = ranks("state")
-    assert all(torch.equal(adapter[name], run.adapter[name]) for name in run.adapter)
-    assert all(torch.equal(optimizer[name], run.optimizer[name]) for name in run.optimizer)
+    assert_same_tensors(adapter, run.adapter)
+    assert_same_tensors(optimizer, run.optimizer)
 
 
 def test_a_checkpoint_of_plain_torch_continues_under_zero_3(plain, ranks):

@@ -46,6 +46,8 @@ def test_a_fit_step_reaches_all_trainable_weights(model: LatentRewardModel) -> N
         latents(model, "chosen"), latents(model, "rejected"), torch.tensor([0.1, 0.5, 0.9]), prompt, latents(model, "e")
     )
     (rejected - chosen).exp().sum().backward()
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"truncated", "head"}
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or name.startswith("head.")), name
         assert parameter.requires_grad == (parameter.grad is not None), name

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.checkpoint import load_tensors, save_tensors
@@ -12,6 +11,7 @@ from dina_rl.config import FitConfig
 from dina_rl.data.stores.latents import PairBatch
 from dina_rl.reward.fit import RewardFit, fit
 from dina_rl.reward.model import LatentRewardModel
+from tests.tensors import assert_same_tensors
 from tests.tiny_reward import TINY_REWARD, pair_batch
 
 CONFIG = FitConfig(steps=8, batch_size=4, learning_rate=1e-3, warmup_steps=2, decay_start=0.5, ema_decay=0.9)
@@ -51,7 +51,4 @@ def test_resumed_fit_equals_uninterrupted(tiny_pipeline: Path, tmp_path: Path, p
     resumed = fresh(9)  # other initial weights: everything that matters must come from the file
     resumed.load_state(load_tensors(tmp_path / "state.safetensors"))
     assert losses_before + run(resumed, 8) == losses
-    expected, actual = whole.state(), resumed.state()
-    assert set(expected) == set(actual)
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, actual[name]), name
+    assert_same_tensors(resumed.state(), whole.state())

@@ -14,6 +14,7 @@ from dina_rl.config import PolicyLoRAConfig
 from dina_rl.runtime import open_pipeline
 from dina_rl.types import PolicyWeights
 from jobs.align import exporter
+from tests.tensors import assert_same_tensors
 from tests.tiny_run import tiny_run
 
 WHOLE = {"lora": None, "learning_rate": 1e-4, "ema_decay": 0.0}
@@ -28,8 +29,7 @@ def perform(run):
 def test_a_run_trains_all_weights_and_exports_a_stock_transformer(tmp_path, tiny_pipeline, tiny_reward):
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner=WHOLE, iterations=2)
     recorder = perform(run)
-    for entry in recorder.history.iterations():
-        assert entry["first_ratio_gap"] == 0
+    assert [entry["first_ratio_gap"] for entry in recorder.history.iterations()] == [0, 0]
     assert recorder.history.iterations()[1]["kl"] > 0  # against the second transformer, which stays the base
     base = SD3Transformer2DModel.from_pretrained(tiny_pipeline, subfolder="transformer").state_dict()
     ours = SD3Transformer2DModel.from_pretrained(recorder.exported).state_dict()
@@ -70,8 +70,7 @@ def test_weights_in_parts_are_the_same_weights_and_a_gap_is_refused(tmp_path, ti
     assert [name for part in parts for name in part.tensors] == list(state)
     for part in parts:
         sampler.load_weights(part)
-    loaded = trained_state(sampler.transformer)
-    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    assert_same_tensors(trained_state(sampler.transformer), state)
     sampler.load_weights(parts[0])
     with pytest.raises(ValueError, match="part 2 of the policy's weights came where 1 was due"):
         sampler.load_weights(parts[2])

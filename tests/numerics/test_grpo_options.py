@@ -11,6 +11,7 @@ from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.flow.sde import step_law
 from dina_rl.types import TrainingGroup, WorkItem
+from tests.tensors import assert_same_tensors
 from tests.tiny_run import tiny_run
 
 ADVANTAGES = torch.tensor([1.0, 0.0, -1.0])
@@ -42,7 +43,7 @@ def test_recomputed_log_probs_are_the_rollouts_in_fp32_bit_for_bit(make):
         metrics = learner.update(0, groups)
         assert metrics["first_ratio_gap"] == metrics["first_log_prob_noise"] == 0
         adapters.append(learner.policy().tensors)
-    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert_same_tensors(*adapters)
 
 
 def test_recomputing_takes_the_rollouts_noise_out_of_the_ratio(make):
@@ -62,7 +63,7 @@ def test_a_strict_gate_stops_before_the_update(make):
         learner.update(0, groups)
     after = learner.policy()
     assert after.version == before.version
-    assert all(torch.equal(after.tensors[name], before.tensors[name]) for name in before.tensors)
+    assert_same_tensors(after.tensors, before.tensors)
 
 
 def test_a_guided_loss_starts_at_ratio_one_too_and_differs_from_the_conditional_one(make):

@@ -14,6 +14,7 @@ from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import load_tensors
 from jobs.align import exporter
+from tests.tensors import assert_same_tensors
 from tests.tiny_run import tiny_run
 
 
@@ -46,7 +47,7 @@ def test_everything_a_user_looks_for_is_there(finished, tiny_pipeline):
     )
     assert "samples/dev" in events.Tags()["images"]
     assert [event.step for event in events.Scalars("golden/dev")] == [0, 2, 3]
-    assert all(entry["first_ratio_gap"] == 0 for entry in recorder.history.iterations())
+    assert [entry["first_ratio_gap"] for entry in recorder.history.iterations()] == [0, 0, 0]
     StableDiffusion3Pipeline.from_pretrained(tiny_pipeline).load_lora_weights(run.run_dir / "adapter")
 
 
@@ -75,8 +76,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
     with pytest.raises(Killed):
         perform(run, DiesAt(run, iteration=2))
     resumed = perform(run)
-    ours, theirs = adapter_of(run), adapter_of(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_tensors(adapter_of(run), adapter_of(whole))
     assert resumed.history.entries == recorder.history.entries
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert lines == recorder.history.entries
@@ -144,8 +144,9 @@ def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(tmp_path, tin
     best = recorder.checkpoints.best_weights()
     assert best.version == 2, "after the first iteration's two updates"
     exported = adapter_of(run)
-    same = all(any(torch.equal(tensor, other) for other in exported.values()) for tensor in best.tensors.values())
-    assert same == (action == "stop")
+    found = [any(torch.equal(tensor, other) for other in exported.values()) for tensor in best.tensors.values()]
+    assert len(found) == len(exported)
+    assert all(found) == (action == "stop")
     again = Recorder(run, run.run_dir, exporter(run))
     again.restore()
     assert again.watch.diverged_at == 3
@@ -162,8 +163,7 @@ def test_the_watch_rolls_back_to_the_best_state_and_goes_on(tmp_path, tiny_pipel
     stopped = tiny_run(tmp_path / "short", tiny_pipeline, tiny_reward, iterations=3, **changes)
     perform(stopped, FallsAfter(stopped))
     state = load_tensors(stopped.run_dir / "checkpoints" / "iteration_000003" / "state.safetensors")
-    assert set(state) == set(best)
-    assert all(torch.equal(state[name], best[name]) for name in best)
+    assert_same_tensors(state, best)
 
 
 class OnlyFalls(FallsAfter):
@@ -187,9 +187,7 @@ def test_rolled_back_to_the_base_the_run_begins_anew(tmp_path, tiny_pipeline, ti
     advantages = torch.stack([group.scores["dina"] for group in groups])
     for each in (learner, fresh):
         each.update(0, [group.handle for group in groups], advantages, 1.0)
-    ours, theirs = learner.state(), fresh.state()
-    assert set(ours) == set(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_tensors(learner.state(), fresh.state())
 
 
 def test_the_watch_raises_the_kl_weight(tmp_path, tiny_pipeline, tiny_reward):

@@ -12,7 +12,7 @@ from dina_rl.backbones.registry import open_backbone
 from dina_rl.flow.sampler import denoise
 from dina_rl.seeding import generator, normal
 from dina_rl.types import PromptEmbeds
-from tests.unit.backbones.conftest import HEIGHT, WIDTH, Family, watch
+from tests.families import HEIGHT, WIDTH, Family, watch
 
 PROMPTS = ["a small red circle on blue", "a large green cross on red or on black"]
 STEPS = 5

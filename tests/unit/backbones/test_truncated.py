@@ -5,7 +5,7 @@ import torch
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.seeding import normal
-from tests.unit.backbones.conftest import HEIGHT, WIDTH, Family, watch
+from tests.families import HEIGHT, WIDTH, Family, watch
 
 # For Z-Image 45, 19 and 46 tokens with the chat around them: padded to 64, 32 and 64.
 PROMPTS = ("a small red circle on blue", "", "a large green cross on red")
@@ -72,6 +72,7 @@ def test_padding_and_batch_mates_change_no_feature(backbone: Backbone) -> None:
         with torch.no_grad():
             together = backbone.features(truncated, x, sigma, prompt, TAPS)
             alone = backbone.features(truncated, x[one], sigma[one], prompt.select(one), TAPS)
+        assert len(together.visual) == len(together.text) == len(TAPS)
         for ours, other in zip(together.visual, alone.visual, strict=True):
             torch.testing.assert_close(ours[one], other, rtol=1e-5, atol=1e-5)
         for ours, other in zip(together.text, alone.text, strict=True):

@@ -170,6 +170,7 @@ def listed(run: FitRun) -> dict[int, str]:
 def test_everything_bad_is_listed_with_its_reason(encoded_set, rotten) -> None:
     found, expected = listed(encoded_set[0]), rotten[1]
     assert set(found) == set(expected)
+    assert len(expected) == 20
     for index, reason in expected.items():
         assert found[index].startswith(reason), (found[index], reason)
 
@@ -240,7 +241,9 @@ def test_a_killed_encode_goes_on(encoded_set, rotten, tiny_pipeline: Path, tmp_p
     after = {file.name: file.stat().st_mtime_ns for file in store.directory.glob("shard-*")}
     assert before.items() <= after.items()
     whole = LatentStore(encoded_set[0].run_dir / LATENTS)
-    for file in sorted(whole.directory.glob("*.parquet")):
+    tables = sorted(whole.directory.glob("*.parquet"))
+    assert tables
+    for file in tables:
         assert file.read_bytes() == (store.directory / file.name).read_bytes(), file.name
     for name in (SKIPPED_FILE, RETENTION_FILE):
         assert (run.run_dir / name).read_bytes() == (encoded_set[0].run_dir / name).read_bytes()

@@ -53,6 +53,7 @@ def test_hub_ids_are_known_by_their_commits(tmp_path, monkeypatch) -> None:
         "weights": f"some/model@{COMMITS[1]}",
         "processor": "some/processor@None",
     }
+    assert len(found) == 1 + 2 * len(COMMITS)
     assert all(first != second for number, first in enumerate(found) for second in found[:number])
 
 

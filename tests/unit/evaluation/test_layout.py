@@ -42,7 +42,7 @@ def test_what_has_no_bucket_has_a_reason() -> None:
         SIZES.__getitem__,
     )
     assert layout.rows == {0: (None, None), 1: (0, None), 2: (1, None, 2)}
-    assert all("10x90" in problem.reason and not problem.broken for problem in layout.problems[0])
+    assert [("10x90" in problem.reason, problem.broken) for problem in layout.problems[0]] == [(True, False)] * 2
     assert layout.problems[1] == (None, Problem(reason="no file", broken=True))  # nothing is wrong with the other one
     assert "below the minimum" in layout.problems[2][1].reason
     assert (layout.problems[2][0], layout.problems[2][2]) == (None, None)

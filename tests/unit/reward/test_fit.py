@@ -9,6 +9,7 @@ from dina_rl.config import FitConfig, TimestepConfig
 from dina_rl.errors import RunStopped
 from dina_rl.reward.fit import RewardFit, fit, micro_batches, rate_factor, training_noise
 from dina_rl.reward.model import LatentRewardModel
+from tests.tensors import assert_same_tensors
 from tests.tiny_reward import TINY_REWARD, pair_batch, stirred_model
 
 CONFIG = FitConfig(steps=12, batch_size=8, learning_rate=3e-3, ema_decay=0.5)
@@ -55,7 +56,7 @@ def test_a_latent_that_is_not_finite_stops_the_fit_and_changes_nothing(
     with pytest.raises(RunStopped, match="gradient norm of step 2 is nan"):
         next(steps)
     after = progress.state()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert_same_tensors(after, before)
 
 
 def test_averages_follow_the_recursion_and_are_swapped_in_and_out(backbone, encoder) -> None:
@@ -152,8 +153,7 @@ def test_checkpointed_blocks_give_the_same_gradients(backbone, encoder) -> None:
     config = config.model_copy(update={"gradient_checkpointing": True})
     recomputed, others, checkpointed = state_after(backbone, encoder, config)
     assert recomputed == losses
-    assert all(torch.equal(others[name], gradient) for name, gradient in gradients.items())
-    assert set(others) == set(gradients)  # names, and with them saved files, stay as they are
+    assert_same_tensors(others, gradients)  # and with the names saved files stay as they are
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -161,7 +161,7 @@ def test_a_bfloat16_backbone_is_fitted_with_float32_weights_and_moments(tiny_pip
     backbone = open_backbone(tiny_pipeline, dtype=torch.bfloat16, max_sequence_length=8)
     config = FitConfig(steps=4, batch_size=8, autocast=autocast)
     losses, gradients, progress = state_after(backbone, backbone.load_text_encoder(), config, dtype=torch.bfloat16)
-    assert all(torch.tensor(losses).isfinite())
+    assert torch.tensor(losses).isfinite().tolist() == [True, True]
     trained = progress.parameters.values()
     frozen = [p for p in progress.model.parameters() if not p.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
@@ -191,4 +191,4 @@ def test_autocast_computes_the_head_in_bfloat16_and_keeps_the_gradient(tiny_pipe
 def test_without_averaging_the_saved_weights_are_the_last_ones(backbone, encoder) -> None:
     progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), CONFIG.model_copy(update={"ema_decay": 0.0}))
     list(fit(progress, (pair_batch(8, step) for step in range(3)), encoder, seed=0))
-    assert all(torch.equal(progress.averages[name], parameter) for name, parameter in progress.parameters.items())
+    assert_same_tensors(progress.averages, progress.parameters)

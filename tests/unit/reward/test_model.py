@@ -6,6 +6,7 @@ import torch
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.flow.process import add_noise
 from dina_rl.reward.model import LatentRewardModel
+from tests.tensors import assert_same_tensors
 from tests.tiny_reward import PROMPTS, TINY_REWARD, latents, stirred_model
 
 
@@ -27,7 +28,7 @@ def test_lora_and_head_train_in_fp32_and_nothing_else(backbone) -> None:
 
 def test_without_lora_only_the_head_trains(backbone) -> None:
     model = LatentRewardModel(backbone, TINY_REWARD.model_copy(update={"lora": None}), seed=0)
-    assert all(n.startswith("head.") for n, p in model.named_parameters() if p.requires_grad)
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"head"}
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
@@ -37,8 +38,7 @@ def test_only_the_needed_blocks_are_kept(backbone) -> None:
 
 def test_the_seed_decides_the_initial_weights(backbone) -> None:
     first, second, other = (LatentRewardModel(backbone, TINY_REWARD, seed=seed) for seed in (1, 1, 2))
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
+    assert_same_tensors(first.state_dict(), second.state_dict())
     assert not torch.equal(first.head.query_tokens, other.head.query_tokens)
 
 
@@ -87,4 +87,4 @@ def test_training_the_reward_model_leaves_the_generator_alone(backbone) -> None:
     with torch.no_grad():
         for parameter in truncated.parameters():
             parameter.zero_()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
+    assert_same_tensors(transformer.state_dict(), before)

@@ -30,6 +30,7 @@ from dina_rl.scorers.dina import open_dina
 from dina_rl.scoring import NoiseKey, open_scorer
 from dina_rl.seeding import generator
 from jobs.align import preflight
+from tests.tensors import assert_same_tensors
 from tests.tiny_reward import PROMPTS, latents
 from tests.tiny_run import tiny_run
 
@@ -174,8 +175,7 @@ def test_every_tensor_survives_the_way_there_and_back(backbone, published, tmp_p
     save_published(model, tmp_path / "again", pipeline=PipelineConfig(path=backbone.path))
     for file in (head_file, adapter_file):
         before, after = file(published), file(tmp_path / "again")
-        assert set(before) == set(after)
-        assert all(torch.equal(before[name].float(), after[name]) for name in before)
+        assert_same_tensors(after, {name: tensor.float() for name, tensor in before.items()})
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     kept = {key: value for key, value in RELEASED["model"].items() if key not in ("use_ema", "ema_decay")}
     assert again["model"] == kept | {"backbone_model_id": backbone.path}

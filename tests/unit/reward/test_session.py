@@ -14,8 +14,8 @@ from dina_rl.reward.fit import REWARD, RewardFit
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, run_fit
 from dina_rl.runtime import open_pipeline
+from tests.tiny_preprocessed import write_part
 from tests.tiny_reward import TINY_REWARD, write_store
-from tests.unit.data.test_preprocessed import write_part
 
 
 def fitted(directory: Path, pipeline: Path, run_dir: Path, **fit: object) -> Outcome:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from dina_rl.alignment.advantage import equal_weights, group_advantages
 from dina_rl.alignment.algorithms.clipping import clipped_policy_loss
 from dina_rl.alignment.algorithms.refl import reward_surrogate
-from dina_rl.alignment.loop import weigh
+from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.config import AlignRun, RewardsConfig
 from dina_rl.scorers.mixture import group_weighted_sum, weighted_sum
 from dina_rl.types import GoldenScores
@@ -42,7 +42,7 @@ def test_group_normalisation_lets_the_weights_decide_and_not_the_scales(normalis
     scores = {"dina": torch.tensor([[0.0, 1.0, 2.0]]), "pickscore": torch.tensor([[2000.0, 1000.0, 0.0]])}
     rewards = {"dina": {"weight": 2.0}, "pickscore": {}, "normalise": normalise}
     run = AlignRun.model_validate({"rewards": rewards, "rollout": {"group_size": 36}})
-    assert weigh(run, scores).values[0].argmax() == best
+    assert open_algorithm(run).weigh(scores).values[0].argmax() == best
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -50,7 +50,7 @@ def test_one_failed_score_fails_its_group_alone(broken):
     run = AlignRun.model_validate({"rewards": TWO, "rollout": {"group_size": 36}})
     drawn = {name: torch.tensor(score) for name, score in scores().items()}
     drawn["pickscore"][1, 2] = broken
-    advantages = weigh(run, drawn)
+    advantages = open_algorithm(run).weigh(drawn)
     assert advantages.kept.tolist() == [True, False, True]
     assert advantages.failed == 1
 
@@ -64,7 +64,7 @@ WAYS_IN = {
     ),
     "as rewards": lambda: group_advantages(GOLDEN),
     "as ReFL's rewards": lambda: equal_weights(GOLDEN),
-    "into the loop's weighing": lambda: weigh(AlignRun(), {"dina": GOLDEN}),
+    "into the loop's weighing": lambda: open_algorithm(AlignRun()).weigh({"dina": GOLDEN}),
     "as advantages": lambda: clipped_policy_loss(torch.zeros(3), GOLDEN, 1e-4),
     "as a reward's gradient": lambda: reward_surrogate(torch.zeros(3, 1, 2, 2), GOLDEN),
 }

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -9,10 +10,12 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from dina_rl.config.fitting import SetKind
+from dina_rl.data.sets.fields import text
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord, pairs_of
 from dina_rl.data.sets.registry import KINDS, open_set, prompts_of
 
-PUBLISHED_ANNOTATIONS = Path(__file__).parents[4] / "shared" / "data" / "imagereward"
+PUBLISHED_ANNOTATIONS = Path(__file__).parents[5] / "shared" / "data" / "imagereward"
 
 
 def jpeg(shade: int, width: int = 8) -> bytes:
@@ -222,9 +225,19 @@ def test_prompt_files(tmp_path: Path) -> None:
         list(open_set("prompts", tmp_path).records("train"))
 
 
-def test_every_kind_opens(tmp_path: Path) -> None:
-    for kind in KINDS:
-        open_set(kind, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_opens_and_names_the_file_it_lacks(tmp_path: Path, kind: SetKind) -> None:
+    lacks = {
+        "genai_bench": "train-[0-9]*.parquet",
+        "pickapic": "train-[0-9]*.parquet",
+        "prompts": "train.txt",
+        "preprocessed": "part_rank[0-9]*.parquet",
+    }
+    with pytest.raises(ValueError, match=re.escape(f"has no {lacks.get(kind, 'train.json')}")):
+        list(open_set(kind, tmp_path).records("train"))
+
+
+def test_a_kind_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown kind"):
         open_set("hpdv4", tmp_path)
 
@@ -232,5 +245,8 @@ def test_every_kind_opens(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_no_prompt(tmp_path: Path) -> None:
     """Whatever a JSON parser makes of it, what comes through can be written to files."""
     (tmp_path / "train.json").write_text(r'[{"prompt": "\ud800", "path1": "a", "path2": "b"}]')
-    for record in open_set("hpdv3", tmp_path).records("train"):
-        json.dumps(record.reason if isinstance(record, SkippedRecord) else record.prompt, ensure_ascii=False).encode()
+    (record,) = open_set("hpdv3", tmp_path).records("train")
+    shown = record.reason if isinstance(record, SkippedRecord) else record.prompt
+    assert shown.encode()
+    with pytest.raises(ValueError, match="prompt is not valid Unicode"):
+        text({"prompt": "\ud800"}, "prompt")

@@ -72,8 +72,8 @@ def test_malformed_records_come_with_the_reason(tmp_path: Path, change: dict, re
 @pytest.mark.parametrize("raw", ["text", 3, None, ["a", "b"]])
 def test_records_that_are_no_objects_are_malformed(tmp_path: Path, raw: object) -> None:
     bad, good = read(tmp_path, raw, GOOD)
-    assert isinstance(bad, SkippedRecord)
-    assert good.index == 1
+    assert (bad.index, good.index) == (0, 1)
+    assert bad.reason.startswith("record is a ")
 
 
 def test_missing_directory_and_file(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_images_are_small_rgb_pngs_of_their_group_only(written):
         for path in prompt_of:
             with Image.open(directory / path) as image:
                 assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
-        assert len(prompt_of) == len(list((directory / "images" / split).iterdir()))
+        assert len(prompt_of) == len(list((directory / "images" / split).iterdir())) > 0
 
 
 def test_train_pairs_are_all_of_a_group_and_test_pairs_are_disjoint(written):
@@ -134,9 +134,11 @@ def test_labels_follow_thurstone(written):
 def test_confidence_is_the_probability_of_the_likelier_order(written):
     directory, _ = written
     golden = json.loads((directory / "golden.json").read_text())
-    for record in _records(directory, "train"):
-        gap = abs(golden[record["path1"]] - golden[record["path2"]])
-        assert record["confidence"] == pytest.approx((1 + erf(gap / (2 * TAU))) / 2, abs=1e-4)
+    records = _records(directory, "train")
+    gaps = [abs(golden[record["path1"]] - golden[record["path2"]]) for record in records]
+    expected = [(1 + erf(gap / (2 * TAU))) / 2 for gap in gaps]
+    assert [record["confidence"] for record in records] == pytest.approx(expected, abs=1e-4)
+    assert len(records) == 360
 
 
 def test_the_seed_decides_everything(untrained, tmp_path):

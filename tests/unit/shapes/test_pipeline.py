@@ -13,6 +13,7 @@ from dina_rl.shapes.grammar import WORDS, all_prompts, prompts
 from dina_rl.shapes.pipeline import MAX_SEQUENCE_LENGTH, SHIPPED_PIPELINE, build_pipeline
 from dina_rl.shapes.render import IMAGE_SIZE
 from dina_rl.shapes.sampling import draw, open_studio
+from tests.tensors import assert_same_tensors
 
 TEST_SAMPLES = SAMPLES_PER_PROMPT * len(prompts("test"))  # behind every row of the card
 SMALL = 128  # samples of the check of the shipped pipeline
@@ -62,9 +63,9 @@ def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone(fre
     again, other = build_pipeline(0), build_pipeline(1)
     assert torch.get_rng_state().equal(state)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
-        weights = [dict(getattr(p, name).named_parameters()) for p in (fresh, again, other)]
-        assert all(weights[1][key].equal(value) for key, value in weights[0].items())
-        assert any(not weights[2][key].equal(value) for key, value in weights[0].items())
+        first, second, third = (dict(getattr(p, name).named_parameters()) for p in (fresh, again, other))
+        assert_same_tensors(second, first)
+        assert any(not third[key].equal(value) for key, value in first.items())
 
 
 def test_text_features_tell_all_prompts_apart(fresh):
@@ -90,8 +91,7 @@ def test_the_shipped_pipeline_is_small_and_in_fp16(shipped):
 def test_the_shipped_text_encoders_are_those_of_the_cards_seed(shipped, card):
     built = build_pipeline(card["recipe"]["seed"])
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        stored = getattr(shipped, name).state_dict()
-        assert all(stored[key].equal(value) for key, value in getattr(built, name).state_dict().items())
+        assert_same_tensors(getattr(shipped, name).state_dict(), getattr(built, name).state_dict())
 
 
 def test_the_stock_pipeline_draws_what_our_sampler_draws(shipped):
