@@ -16,14 +16,13 @@ import tyro
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dina_rl.config.keys import NAME, is_named, section_of
 from dina_rl.errors import RunStopped
 
 Run = TypeVar("Run", bound=BaseModel)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what shells use for Ctrl-C
 EXIT_STOPPED = 1
-NAME = "NAME"
-"""Stands in a dotted key for a name that the user chooses: `sets.NAME.path`."""
 
 
 def fail(message: str) -> NoReturn:
@@ -188,11 +187,6 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def is_named(annotation: object) -> bool:
-    """Whether a field is a mapping of sections by names that the user chooses."""
-    return get_origin(annotation) is dict
-
-
 def _without_names(model: type[BaseModel], key: str) -> str:
     """A dotted key with NAME in place of the names that the user chose."""
     first, dot, rest = key.partition(".")
@@ -204,12 +198,6 @@ def _without_names(model: type[BaseModel], key: str) -> str:
         return f"{first}.{_without_names(section, rest)}"
     _, dot, rest = rest.partition(".")
     return f"{first}.{NAME}{dot}{_without_names(section, rest) if dot else ''}"
-
-
-def section_of(annotation: object) -> type[BaseModel] | None:
-    """The model class behind a field annotation `Section`, `Section | None` or `dict[str, Section]`, else None."""
-    candidates = [annotation, *get_args(annotation)]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _print_help(model: type[Run], config: Run, program: str) -> NoReturn:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         check_fit(run.fit_run(run.run_dir, run.run_dir), open_pipeline(run.pipeline))
         load_prompts(run.prompts)
         align.check_clip_models(run)
-        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=align.MAY_CHANGE)
+        run_dir = open_run_dir(run, run.run_dir, resume=run.resume)
     except ValueError as error:
         fail(str(error))
     if (run_dir / SUMMARY).is_file():
@@ -121,7 +121,7 @@ def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:
     """The alignment against the reward model just fitted."""
     align_run = run.align_run(run_dir / "fit" / "reward", run_dir / "align")
     prompts = align.preflight(align_run)  # the reward model is there only now
-    open_run_dir(align_run, align_run.run_dir, resume=run.resume, may_change=align.MAY_CHANGE)
+    open_run_dir(align_run, align_run.run_dir, resume=run.resume)
     stages.start(
         "align", f"{ALGORITHMS[run.algorithm]}, {run.steps} iterations of {run.rollout.prompts_per_step} groups"
     )

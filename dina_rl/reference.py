@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from dina_rl.cli import NAME, is_named, section_of
 from dina_rl.config import AlignRun, EvaluateRun, FitRun, LocalRun, ScoreRun
+from dina_rl.config.keys import NAME, is_named, section_of
 
 RUNS: dict[str, type[BaseModel]] = {
     "python -m dina_rl.local": LocalRun,
