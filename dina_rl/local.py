@@ -16,10 +16,10 @@ from dina_rl.checkpoint import open_run_dir, versions, write_json
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
 from dina_rl.memory import PeakMemory
-from dina_rl.reward.inline import fit_inline
 from dina_rl.reward.inputs import check_fit
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs import align
+from jobs.fit_reward import fit_reward_model
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "local.yaml"
 SUMMARY = "summary.json"
@@ -103,12 +103,7 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
     metrics = run_dir / "fit" / "metrics.json"
     if not metrics.is_file():
         stages.start("reward", f"fitting DiNa-LRM, {run.fit.steps} steps of {run.fit.batch_size} pairs")
-        if run.inline:
-            result = fit_inline(fit_run)
-        else:
-            from jobs.fit_reward import fit_reward_model
-
-            result = fit_reward_model(fit_run)
+        result = fit_reward_model(fit_run)
         stages.finish(
             "reward",
             f"accuracy {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
