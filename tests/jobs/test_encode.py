@@ -131,3 +131,14 @@ def test_a_resumed_encode_minds_what_it_reads_alone(tiny_pipeline: Path, tmp_pat
             encode.main([*argv, "--resume", f"--{key}", value])
         assert ending.value.code == 2
         assert capsys.readouterr().err == f"error: cannot resume {run_dir} with other values of: {key}\n"
+
+
+def test_what_encoding_does_not_read_need_not_be_there(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """`encode.UNREAD` is all of a run but this; a new section is a decision."""
+    assert set(FitRun.model_fields) == {"seed", "run_dir", "resume", "inline", "pipeline", "dataset", *encode.UNREAD}
+    write_preferences(tmp_path / "data", train=4, test=2)
+    dataset = {"path": str(tmp_path / "data"), "prompt_embeddings": True}
+    run = FitRun.model_validate({"pipeline": {"path": str(tiny_pipeline)}, "dataset": dataset})
+    backbone = open_backbone(tiny_pipeline, max_sequence_length=8)
+    bare = check_inputs(run, backbone).model_copy(update=dict.fromkeys(encode.UNREAD))
+    assert encode_dataset(bare, tmp_path / "run", backbone, EncodingHere(backbone)).complete()
