@@ -18,7 +18,8 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from dina_rl.alignment.engine import MOMENTS, build_optimizer
+from dina_rl.adamw import MOMENTS
+from dina_rl.alignment.engine import build_optimizer
 from dina_rl.backbones.lora import trainable
 from dina_rl.backbones.trained import check_names, copy_in, copy_out, trained_parameters
 from dina_rl.config import LearnerConfig

@@ -3,26 +3,39 @@
 import json
 import os
 import platform
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file, save_file
 
+from dina_rl.config.keys import Mark, covers, explain, marked, with_todays_names
+
 CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.json"
 PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "tensorboard")
+CHECKOUT = Path(__file__).parents[1]
+GIT_TIMEOUT_S = 5.0
 
 
-def open_run_dir(config: BaseModel, run_dir: Path, *, resume: bool, may_change: Sequence[str] = ()) -> Path:
+def open_run_dir(
+    config: BaseModel, run_dir: Path, *, resume: bool, may_change: Sequence[str] = (), unread: Sequence[str] = ()
+) -> Path:
     """Create `run_dir` (or, with `resume`, continue the run in it) and save the resolved config and versions there.
 
+    A resumed run may set differently what is marked as the business of processes or places.
+
     Args:
-        may_change: dotted keys or section names that a resumed run may set differently.
+        may_change: dotted keys or section names that it may set differently too.
+        unread: sections that this job never reads: they may differ, and stay as they are saved, for another job of the
+            same directory goes by them.
 
     Raises:
         ValueError: the directory holds a run already and `resume` is off, or the resumed run has another configuration.
@@ -35,23 +48,58 @@ def open_run_dir(config: BaseModel, run_dir: Path, *, resume: bool, may_change: 
         raise ValueError(f"run directory {run_dir} is not empty and holds no run; name another")
     values = config.model_dump(mode="json")
     if saved.is_file():
-        try:
-            before = yaml.safe_load(saved.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{saved} is not valid YAML; was it edited? {' '.join(str(error).split())}") from error
-        changed = _differences(before, values)
-        forbidden = [key for key in changed if not _covers(("resume", "run_dir", *may_change), key)]
+        before = _saved_config(type(config), saved)
+        values |= {name: before[name] for name in unread if name in before}
+        allowed = (*marked(type(config), Mark.PROCESS, Mark.PLACE), *may_change)
+        forbidden = [key for key in _differences(before, values) if not covers(allowed, key)]
         if forbidden:
             raise ValueError(f"cannot resume {run_dir} with other values of: {', '.join(forbidden)}")
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(saved, yaml.safe_dump(values, sort_keys=False))
-    write_json(run_dir / "versions.json", versions())
+    write_json(run_dir / VERSIONS_FILE, versions())
     return run_dir
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+def versions() -> dict[str, str | None]:
+    """Versions of this package, of Python and of the packages that decide numbers; None: it is not installed."""
+    return {
+        "dina_rl": _version("dina_rl"),
+        "commit": commit_of(CHECKOUT),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def commit_of(checkout: Path) -> str | None:
+    """The commit of a git checkout, with `-dirty` where tracked files differ from it.
+
+    None where `checkout` is none (an installed package may lie inside somebody else's) or git cannot say: no trouble
+    with git is a run's.
+    """
+    if not (checkout / ".git").exists():
+        return None
+    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        asked = subprocess.run(
+            ("git", "-c", "core.fsmonitor=false", "-C", str(checkout), *describe),
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=GIT_TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.strip()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -106,13 +154,23 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+def _saved_config(model: type[BaseModel], file: Path) -> dict[str, object]:
+    """The values of a saved configuration; settings that it does not know yet have their defaults."""
+    try:
+        saved = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML; was it edited? {' '.join(str(error).split())}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file} holds no configuration; was it edited?")
+    try:
+        return model.model_validate(with_todays_names(saved)).model_dump(mode="json")
+    except ValidationError as error:
+        raise ValueError(f"{file}: {explain(error)[0]}; was it edited?") from error
+
+
 def _differences(old: object, new: object, prefix: str = "") -> list[str]:
     """Dotted keys at which two config dumps differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
     return [] if old == new else [prefix.removesuffix(".")]
-
-
-def _covers(allowed: Sequence[str], key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in allowed)

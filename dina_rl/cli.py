@@ -16,7 +16,7 @@ import tyro
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dina_rl.config.base import RENAMED
+from dina_rl.config.keys import NAME, RENAMED, can_be_off, explain, is_named, section_of
 from dina_rl.errors import RunStopped
 
 Run = TypeVar("Run", bound=BaseModel)
@@ -24,8 +24,6 @@ Part = TypeVar("Part", bound=BaseModel)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what shells use for Ctrl-C
 EXIT_STOPPED = 1
-NAME = "NAME"
-"""Stands in a dotted key for a name that the user chooses: `sets.NAME.path`."""
 
 
 def fail(message: str) -> NoReturn:
@@ -87,21 +85,6 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"config file {file} must hold a mapping of sections, not {type(values).__name__}")
     return values
-
-
-def explain(error: ValidationError) -> list[str]:
-    """One line per mistake: `section.key: what is wrong (got value)`."""
-    lines = []
-    for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{path}: unknown key" + (f"; it is called {RENAMED[path]} now" if path in RENAMED else ""))
-        elif isinstance(item["input"], dict | BaseModel):
-            lines.append(f"{path}: {message}" if path else message)
-        else:
-            lines.append(f"{path}: {message} (got {item['input']!r})")
-    return lines
 
 
 def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, list[str]]], bool]:
@@ -190,11 +173,6 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def is_named(annotation: object) -> bool:
-    """Whether a field is a mapping of sections by names that the user chooses."""
-    return get_origin(annotation) is dict
-
-
 def _without_names(model: type[BaseModel], key: str) -> str:
     """A dotted key with NAME in place of the names that the user chose."""
     first, dot, rest = key.partition(".")
@@ -206,17 +184,6 @@ def _without_names(model: type[BaseModel], key: str) -> str:
         return f"{first}.{_without_names(section, rest)}"
     _, dot, rest = rest.partition(".")
     return f"{first}.{NAME}{dot}{_without_names(section, rest) if dot else ''}"
-
-
-def section_of(annotation: object) -> type[BaseModel] | None:
-    """The model class behind a field annotation `Section`, `Section | None` or `dict[str, Section]`, else None."""
-    candidates = [annotation, *get_args(annotation)]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
-def can_be_off(annotation: object) -> bool:
-    """Whether a field holds a section that None switches off."""
-    return section_of(annotation) is not None and NoneType in get_args(annotation)
 
 
 def example(section: type[Part]) -> Part:

@@ -17,10 +17,10 @@ from dina_rl.checkpoint import open_run_dir, versions, write_json
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
 from dina_rl.memory import PeakMemory
-from dina_rl.reward.inline import fit_inline
 from dina_rl.reward.inputs import check_fit
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs import align
+from jobs.fit_reward import fit_reward_model
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "local.yaml"
 SUMMARY = "summary.json"
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
         check_fit(run.fit_run(run.run_dir, run.run_dir), open_pipeline(run.pipeline))
         load_prompts(run.prompts)
         align.check_clip_models(run)
-        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=align.MAY_CHANGE)
+        run_dir = open_run_dir(run, run.run_dir, resume=run.resume)
     except ValueError as error:
         fail(str(error))
     if (run_dir / SUMMARY).is_file():
@@ -104,12 +104,7 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
     metrics = run_dir / "fit" / "metrics.json"
     if not metrics.is_file():
         stages.start("reward", f"fitting DiNa-LRM, {run.fit.steps} steps of {run.fit.batch_size} pairs")
-        if run.inline:
-            result = fit_inline(fit_run)
-        else:
-            from jobs.fit_reward import fit_reward_model
-
-            result = fit_reward_model(fit_run)
+        result = fit_reward_model(fit_run)
         stages.finish(
             "reward",
             f"accuracy {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
@@ -122,7 +117,7 @@ def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:
     """The alignment against the reward model just fitted."""
     align_run = run.align_run(run_dir / "fit" / "reward", run_dir / "align")
     prompts = align.preflight(align_run)  # the reward model is there only now
-    open_run_dir(align_run, align_run.run_dir, resume=run.resume, may_change=align.MAY_CHANGE)
+    open_run_dir(align_run, align_run.run_dir, resume=run.resume)
     title = open_algorithm(run).work().title
     stages.start("align", f"{title}, {run.iterations} iterations of {run.rollout.prompts_per_iteration} groups")
     recorder = align.align_generator(align_run, prompts, align_run.run_dir)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dina_rl.cli import NAME, can_be_off, is_named, section_of
 from dina_rl.config import AlignRun, EvaluateRun, FitRun, LocalRun, ScoreRun
+from dina_rl.config.keys import NAME, can_be_off, is_named, section_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,6 @@ from dina_rl.reward.checkpoint import RewardCard, read_card
 from dina_rl.runtime import configure_process, open_pipeline
 from dina_rl.scorers.clip import check_clip
 
-MAY_CHANGE = ("inline", "workers", "checkpoint_every")
-
 
 def main(argv: Sequence[str]) -> None:
     run = load(AlignRun, argv, program="python -m jobs.align")
@@ -30,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         return
     try:
         prompts = preflight(run)
-        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
+        run_dir = open_run_dir(run, run.run_dir, resume=run.resume)
     except ValueError as error:
         fail(str(error))
     with interruptible(run_dir):

@@ -1,133 +1,37 @@
-"""Encode a preference set to latents by Ray Data: `python -m jobs.encode --config configs/...yaml`.
+"""Encode a preference set to latents: `python -m jobs.encode --config configs/...yaml`, by Ray Data or with --inline.
 
-What to encode is decided first, from records and image headers (`dina_rl/data/plan.py`); tasks read the headers of a
-large set. Then shards of images go to actors, which decode, run the VAE and write: pixels never travel. What is on disk
-already is not done again, so a killed encode continues with --resume. At the end stands what became of every pair. With
-`dataset.prompt_embeddings`, also switched on later with --resume, the pairs' prompts follow, in the same way. On a
-cluster, `run_dir` and the dataset must lie on storage that all nodes share.
+What to encode is decided first, from records and image headers (`dina_rl/data/plan.py`); then the VAE encodes shard
+after shard of images. What is on disk already is not done again, so a killed encode continues with --resume. At the end
+stands what became of every pair. With `dataset.prompt_embeddings`, also switched on later with --resume, the pairs'
+prompts follow, in the same way. On a cluster, `run_dir` and the dataset must lie on storage that all nodes share.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import ray
-from ray.data import ActorPoolStrategy
-from tqdm import tqdm
-
+from dina_rl.backbones.base import Backbone
 from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import fail, load
-from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
-from dina_rl.data.encode import check_inputs, encode_dataset, encode_shard, measure_images
-from dina_rl.data.plan import EncodePlan, Measured
-from dina_rl.data.sets.registry import open_set
-from dina_rl.data.stores.latents import LatentStore
-from dina_rl.data.stores.prompts import PromptStore
+from dina_rl.config import FitRun
+from dina_rl.data.encode import EncodeWork, EncodingHere, check_inputs, encode_dataset
 from dina_rl.runtime import configure_process, open_pipeline
-from jobs.cluster import quiet_ray_data, start_ray, visible_gpus
 
 DEFAULT_CONFIG = "configs/shapes_reward.yaml"
-MAY_CHANGE = (
-    *("dataset.max_skipped", "dataset.prompt_embeddings"),
-    *(
-        f"fit.{key}"
-        for key in ("num_workers", "cpus_per_worker", "gpus_per_worker", "threads_per_worker", "checkpoint_every")
-    ),
-)
-"""What a resumed run may set differently: who does the work, what is tolerated, and what is added to the latents."""
-
-MEASURED_HERE = 32
-"""Chunks of image headers that this process reads before Ray's workers would have started."""
-WAVE = 256
-"""Chunks of image names on the way to the workers at once."""
+UNREAD = ("latents", "reward", "fit")
+"""What the fit alone goes by; of `fit` only the numbers and sizes of Ray's workers are used here."""
 
 
-def load_sizes(chunk: dict, *, dataset: DatasetConfig) -> dict:
-    """Ray Data task: sizes of a chunk's images. {chunk, images} -> {chunk, heights, widths, problems}."""
-    sizes = measure_images(open_set(dataset.kind, dataset.location), chunk["images"])
-    return {
-        "chunk": chunk["chunk"],
-        "heights": [0 if isinstance(size, str) else size[0] for size in sizes],
-        "widths": [0 if isinstance(size, str) else size[1] for size in sizes],
-        "problems": [size if isinstance(size, str) else "" for size in sizes],
-    }
+def open_work(run: FitRun, backbone: Backbone) -> EncodeWork:
+    """This process with `inline`, else Ray's."""
+    if run.inline:
+        configure_process(run.fit.threads_per_worker * run.fit.num_workers)
+        return EncodingHere(backbone)
+    from jobs.cluster import quiet_ray_data, start_ray
+    from jobs.encoding import RayEncoding
 
-
-class EncodeShard:
-    """Ray Data actor: decodes the images of a shard, runs the VAE, and writes it to the store."""
-
-    def __init__(self, directory: Path, pipeline: PipelineConfig, dataset: DatasetConfig, threads: int) -> None:
-        configure_process(threads)
-        self._store = LatentStore(directory)
-        self._source = open_set(dataset.kind, dataset.location)
-        self._codec = open_pipeline(pipeline).load_codec()
-        self._batch_size, self._threads = dataset.encode_batch_size, threads
-
-    def __call__(self, shard: dict) -> dict:
-        count = encode_shard(
-            *(self._source, self._store, int(shard["shard"]), self._codec),
-            batch_size=self._batch_size,
-            threads=self._threads,
-        )
-        return {"done": count}
-
-
-class EncodePrompts:
-    """Ray Data actor: runs the text encoders on the prompts of a shard and writes it."""
-
-    def __init__(self, directory: Path, pipeline: PipelineConfig, threads: int) -> None:
-        configure_process(threads)
-        self._prompts = PromptStore(directory)
-        self._encoder = open_pipeline(pipeline).load_text_encoder(cached=1)  # prompts are distinct
-
-    def __call__(self, shard: dict) -> dict:
-        return {"done": self._prompts.write_shard(int(shard["shard"]), self._encoder)}
-
-
-class RayEncoding:
-    """`EncodeWork` by Ray Data. Ray must be initialised."""
-
-    def measure(self, run: FitRun, plan: EncodePlan, chunks: Sequence[int]) -> Iterator[tuple[int, Measured]]:
-        if len(chunks) <= MEASURED_HERE:
-            source = open_set(run.dataset.kind, run.dataset.location)
-            yield from ((chunk, measure_images(source, plan.images(chunk))) for chunk in chunks)
-            return
-        for start in tqdm(range(0, len(chunks), WAVE), desc="image sizes", unit="wave"):
-            wave = [{"chunk": chunk, "images": plan.images(chunk)} for chunk in chunks[start : start + WAVE]]
-            done = ray.data.from_items(wave).map(
-                load_sizes, fn_kwargs={"dataset": run.dataset}, num_cpus=run.fit.cpus_per_worker
-            )
-            for row in done.iter_rows():
-                found = zip(row["heights"], row["widths"], row["problems"], strict=True)
-                yield int(row["chunk"]), [problem or (int(height), int(width)) for height, width, problem in found]
-
-    def encode(self, run: FitRun, store: LatentStore, shards: Sequence[int]) -> None:
-        images = sum(len(store.info.shard(shard)[1]) for shard in shards)
-        with tqdm(total=images, desc="encode", unit="img") as bar:
-            for done in _on_actors(EncodeShard, (store.directory, run.pipeline, run.dataset), run, shards):
-                bar.update(done)
-
-    def encode_prompts(self, run: FitRun, prompts: PromptStore, shards: Sequence[int]) -> None:
-        count = sum(len(prompts.rows(shard)) for shard in shards)
-        with tqdm(total=count, desc="prompts", unit="prompt") as bar:
-            for done in _on_actors(EncodePrompts, (prompts.directory.parent, run.pipeline), run, shards):
-                bar.update(done)
-
-
-def _on_actors(actor: type, arguments: tuple, run: FitRun, shards: Sequence[int]) -> Iterator[int]:
-    """How much of every shard is done, as it is. An actor is made of `arguments` and its number of threads."""
-    gpus = run.fit.gpus_per_worker
-    actors = run.fit.num_workers if gpus else 1  # on a CPU one model with all threads beats two, and starts sooner
-    threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
-    done = ray.data.from_items([{"shard": shard} for shard in shards]).map(
-        actor,
-        fn_constructor_args=(*arguments, threads),
-        compute=ActorPoolStrategy(size=actors),
-        num_cpus=run.fit.cpus_per_worker,
-        num_gpus=gpus,
-        runtime_env=visible_gpus(gpus),
-    )
-    return (row["done"] for row in done.iter_rows())
+    start_ray()
+    quiet_ray_data()
+    return RayEncoding()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -135,10 +39,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         backbone = open_pipeline(run.pipeline)
         run = check_inputs(run, backbone)
-        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
-        start_ray()
-        quiet_ray_data()
-        store = encode_dataset(run, run_dir, backbone, RayEncoding())
+        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, unread=UNREAD)
+        store = encode_dataset(run, run_dir, backbone, open_work(run, backbone))
     except ValueError as error:
         fail(str(error))
     print(f"{store.info.num_rows} images in {store.directory}; continue with jobs.fit_reward --resume")

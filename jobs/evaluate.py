@@ -20,6 +20,7 @@ from pathlib import Path
 from dina_rl.checkpoint import open_run_dir, write_text
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import EvaluateRun
+from dina_rl.config.keys import Mark, marked
 from dina_rl.evaluation.audit import audit, audit_jobs, write_report
 from dina_rl.evaluation.named_scorers import NamedScorer, named_scorer
 from dina_rl.evaluation.paper import Plan, plan_table
@@ -37,8 +38,6 @@ from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, check_malformed, open_source, read_sets
 from dina_rl.runtime import configure_process
 
-MAY_CHANGE = ("inline", "workers", "cache", "max_broken", "bootstrap", "bins", "convention", "pool_data_sets")
-"""What a resumed run may set differently: it is found in the kept scores anew."""
 DROPPED_FILE = "dropped.jsonl"
 
 
@@ -171,7 +170,8 @@ def main(argv: Sequence[str]) -> None:
     run = load(EvaluateRun, argv, program="python -m jobs.evaluate")
     try:
         inputs = preflight(run)
-        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=MAY_CHANGE)
+        told_anew = tuple(marked(EvaluateRun, Mark.REPORT))  # from the scores that are kept
+        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=told_anew)
     except ValueError as error:
         fail(str(error))
     with interruptible(run_dir):

@@ -2,7 +2,6 @@
 
 import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import ray.train
@@ -17,7 +16,7 @@ from dina_rl.data.stores.open import open_store
 from dina_rl.reward.fit import RewardFit
 from dina_rl.reward.inputs import open_encoder
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import run_fit
+from dina_rl.reward.session import Outcome, run_fit
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.pair_stream import pair_batches
 
@@ -29,28 +28,25 @@ class TrainRanks:
 
     def __init__(self) -> None:
         context = ray.train.get_context()
-        self.rank = context.get_world_rank()
-        self.count = context.get_world_size()
+        self.rank: int = context.get_world_rank()
+        self.count: int = context.get_world_size()
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        total = values.to(get_device())  # NCCL reduces what lies on the GPU
+        total: torch.Tensor = values.to(get_device())  # NCCL reduces what lies on the GPU
         distributed.all_reduce(total)
         return (total / self.count).cpu()
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
-        gathered: list[torch.Tensor | None] = [None] * self.count
+        gathered = [torch.empty(0)] * self.count
         distributed.all_gather_object(gathered, values)
         return gathered
 
 
-def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> dict:
+def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> Outcome:
     """`run_fit` on this rank; continues from the checkpoint that Ray Train gives, if any.
 
     Args:
         latents: the store of the training pairs.
-
-    Returns:
-        `Outcome` as a dictionary.
 
     Raises:
         RunStopped: a gradient is not finite; every rank raises it.
@@ -66,7 +62,7 @@ def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> dict:
     # Buffers are frozen position tables: equal everywhere, and large, so they are not broadcast at every forward.
     forward = prepare_model(progress.model, parallel_strategy_kwargs={"broadcast_buffers": False})
     store = open_store(latents)
-    outcome = run_fit(
+    return run_fit(
         progress,
         pair_batches(ray.train.get_dataset_shard("train"), store.pairs("train").prompts, first_step=progress.step),
         open_encoder(run, latents, backbone),
@@ -78,7 +74,6 @@ def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> dict:
         no_sync=forward.no_sync if isinstance(forward, DistributedDataParallel) else nullcontext,
         save_checkpoint=lambda progress: _save_checkpoint(progress, ranks.rank),
     )
-    return asdict(outcome)
 
 
 def _save_checkpoint(progress: RewardFit, rank: int) -> None:

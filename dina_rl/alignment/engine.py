@@ -6,11 +6,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from dina_rl.adamw import MOMENTS
 from dina_rl.backbones.lora import trainable
 from dina_rl.backbones.trained import load_trained_state, trained_state
 from dina_rl.config import LearnerConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(Protocol):

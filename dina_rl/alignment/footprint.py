@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from dina_rl.adamw import MOMENTS
 from dina_rl.backbones.base import Backbone
 from dina_rl.backbones.lora import trainable
 from dina_rl.backbones.trained import make_trainable
@@ -15,7 +16,6 @@ from dina_rl.config import AlignRun
 from dina_rl.types import PromptEmbeds
 
 FP32 = 4  # bytes
-MOMENTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ def learner_footprint(run: AlignRun, backbone: Backbone) -> LearnerFootprint:
         whole += frozen if run.pipeline.dtype != "float32" else 0  # the cast copy
         whole += frozen if run.kl_weight else 0  # the reference
     gradients = trained * FP32 // (ranks if learner.zero_stage >= 2 else 1)
-    moments = MOMENTS * trained * FP32 // (ranks if learner.zero_stage >= 1 else 1)
+    moments = len(MOMENTS) * trained * FP32 // (ranks if learner.zero_stage >= 1 else 1)
     weights = parameters // (ranks if learner.zero_stage == 3 else 1) + whole
     return LearnerFootprint(weights=weights, optimizer=gradients + moments, activations=activations)
 

@@ -12,6 +12,7 @@ from dina_rl.config.base import (
     Rate,
     Section,
 )
+from dina_rl.config.keys import Mark
 from dina_rl.flow.sde import Dynamics
 
 
@@ -50,7 +51,7 @@ class RolloutConfig(Section):
     """samples per prompt"""
     groups_per_call: Positive = 1
     """groups that one rollout actor samples and one scorer scores in one forward"""
-    max_failed: Fraction = 0.1
+    max_failed: Annotated[Fraction, Mark.PROCESS] = 0.1
     """share of an iteration's groups whose reward may fail (be not finite) before the run stops"""
 
 
@@ -75,11 +76,11 @@ class LearnerConfig(Section):
     """decay of the averaged weights that are evaluated and exported, with warm-up min((1 + n) / (10 + n), decay)"""
     guidance_in_loss: bool = False
     """train the guided velocity, at a second forward with gradient, instead of the conditional one alone"""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Mark.PROCESS] = False
     """recompute activations in the backward pass"""
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    engine: Annotated[Literal["deepspeed", "torch"], Mark.PROCESS] = "deepspeed"
     """`torch` is plain AdamW on one rank; --inline always uses it"""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3), Mark.PROCESS] = 0
     """DeepSpeed ZeRO stage"""
 
 

@@ -14,14 +14,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NoiseLevel = Annotated[float, Field(ge=0, lt=1)]
 
 
-RENAMED = {
-    "steps": "iterations",
-    "rollout.prompts_per_step": "rollout.prompts_per_iteration",
-    "learner.updates_per_step": "learner.updates_per_iteration",
-}
-"""Keys of an alignment run before version 0.2, and what they are called now."""
-
-
 def _as_list(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 

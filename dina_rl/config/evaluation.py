@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dina_rl.config.base import Fraction, NoiseLevels, NonNegative, Positive, Rate, Section
 from dina_rl.config.fitting import SetKind
+from dina_rl.config.keys import Mark
 from dina_rl.config.scoring import PictureScorerConfig
 
 PaperItem = Literal["table1", "table2", "table3", "table4", "table5", "table6", "figure2"]
@@ -74,19 +75,19 @@ class EvaluateRun(Section):
 
     seed: int = 0
     """seed of noise, samples and resampling"""
-    run_dir: Path = Path("runs/evaluate")
+    run_dir: Annotated[Path, Mark.PLACE] = Path("runs/evaluate")
     """directory of this run; must not hold a run already unless --resume"""
-    resume: bool = False
+    resume: Annotated[bool, Mark.PLACE] = False
     """continue the run that run_dir holds"""
-    inline: bool = False
+    inline: Annotated[bool, Mark.PROCESS] = False
     """score in this one process, without Ray"""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Mark.PLACE] = None
     """directory of encoded images and scores, so that several evaluations share them; None: in run_dir"""
     paper: PaperItem | None = None
     """a table or figure of the paper, its rows derived from the configurations of `runs`; None: an audit"""
     runs: tuple[str, ...] = ()
     """directories of fit runs; those that differ in their seed alone are one row of a table"""
-    pool_data_sets: bool = False
+    pool_data_sets: Annotated[bool, Mark.REPORT] = False
     """runs fitted on different data are seeds of one row (each seed of the miniature world draws its own)"""
     scorers: dict[str, PictureScorerConfig] = {}
     """further scorers by name: an audit's, or rows of table1"""
@@ -94,7 +95,7 @@ class EvaluateRun(Section):
     """preference sets by name, the columns of a table"""
     training: SetConfig | None = None
     """an audit looks for its prompts and images in the sets; None: no leak check"""
-    convention: Literal["micro", "ties_wrong", "per_prompt"] = "micro"
+    convention: Annotated[Literal["micro", "ties_wrong", "per_prompt"], Mark.REPORT] = "micro"
     """which accuracy a table of the paper shows, see dina_rl/evaluation/accuracy.py; all three are written beside it"""
     noise: Literal["shared", "independent"] = "shared"
     """the images of a record meet the same noise, as in training, or each its own, as in the published evaluator"""
@@ -102,10 +103,10 @@ class EvaluateRun(Section):
     """noise levels of the sweep in an audit and in figure2"""
     uncertainty: UncertaintyConfig | None = UncertaintyConfig()
     """an audit's Appendix A and table4; None: an audit without"""
-    bootstrap: BootstrapConfig = BootstrapConfig()
-    bins: Positive = 10
+    bootstrap: Annotated[BootstrapConfig, Mark.REPORT] = BootstrapConfig()
+    bins: Annotated[Positive, Mark.REPORT] = 10
     """bins of equal width of the reliability curve, over the predicted winner's probability [0.5, 1]"""
-    max_broken: Fraction = 0.01
+    max_broken: Annotated[Fraction, Mark.PROCESS] = 0.01
     """share of a set's records that may be malformed or have unreadable images before the run stops"""
     buckets: Literal["pipeline", "published"] | tuple[tuple[Positive, Positive], ...] | None = None
     """image sizes of latent scorers: pipeline: all stretched to the reward model's height x width; published: the 13 of
@@ -116,7 +117,7 @@ class EvaluateRun(Section):
     """images per forward of a scorer"""
     records_per_part: Positive = 256
     """records that one call scores, and that an interruption loses"""
-    workers: ScoringWorkersConfig = ScoringWorkersConfig()
+    workers: Annotated[ScoringWorkersConfig, Mark.PROCESS] = ScoringWorkersConfig()
 
     @field_validator("runs", mode="before")
     @classmethod

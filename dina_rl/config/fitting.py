@@ -17,6 +17,7 @@ from dina_rl.config.base import (
     Rate,
     Section,
 )
+from dina_rl.config.keys import Mark
 
 OWN_TEST = "test"
 """Among a fit's held-out sets, the test pairs of the store that it trains on."""
@@ -118,13 +119,13 @@ class DatasetConfig(Section):
     """image sizes: pipeline: all stretched to its height x width; published: the 13 of DiNa-LRM; or [height, width]s"""
     latent_dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of stored latents"""
-    max_skipped: Fraction = 0.01
+    max_skipped: Annotated[Fraction, Mark.PROCESS] = 0.01
     """share of records that may be malformed or have unreadable images before the run stops"""
-    encode_batch_size: Positive = 64
+    encode_batch_size: Annotated[Positive, Mark.FILES] = 64
     """images per VAE forward"""
-    batches_per_shard: Positive = 1
+    batches_per_shard: Annotated[Positive, Mark.FILES] = 1
     """VAE forwards whose latents share a file"""
-    prompt_embeddings: bool = False
+    prompt_embeddings: Annotated[bool, Mark.PROCESS] = False
     """store every prompt's embeddings too, so that a fit needs no text encoders in memory"""
 
     @property
@@ -154,7 +155,7 @@ class FitConfig(Section):
     """pairs per step over all workers, after accumulation"""
     bucket_batch: Literal["constant", "tokens"] = "constant"
     """constant: batch_size in every step; tokens: floor(largest area / its area) x batch_size in a bucket's steps"""
-    micro_batch_size: Annotated[int | None, Field(gt=0)] = None
+    micro_batch_size: Annotated[int | None, Field(gt=0), Mark.PROCESS] = None
     """pairs of the largest bucket in one forward of one worker; gradients accumulate over a step; None: all at once"""
     learning_rate: Rate = 5e-5
     """AdamW's peak rate"""
@@ -170,25 +171,25 @@ class FitConfig(Section):
     """decay of the averaged weights that are evaluated and saved; 0: no averaging, the last weights themselves"""
     autocast: bool = False
     """compute matrix products in bfloat16, LoRA's and the head's too; their weights and optimizer stay fp32"""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Mark.PROCESS] = False
     """recompute the backbone's blocks in the backward pass: memory of one block instead of all, a third more work"""
-    checkpoint_every: Positive = 500
+    checkpoint_every: Annotated[Positive, Mark.PROCESS] = 500
     """steps between checkpoints"""
-    evaluate_every: NonNegative = 0
+    evaluate_every: Annotated[NonNegative, Mark.REPORT] = 0
     """steps between evaluations on the held-out sets; the best weights so far are kept too; 0: only at the end"""
-    held_out: Directories = {}
+    held_out: Annotated[Directories, Mark.REPORT] = {}
     """name -> directory of further encoded pairs: their test split is evaluated beside the fit's own, called `test`"""
-    evaluation_batch_size: Positive = 64
+    evaluation_batch_size: Annotated[Positive, Mark.PROCESS] = 64
     """pairs per forward of one worker in evaluations"""
-    num_workers: Positive = 2
+    num_workers: Annotated[Positive, Mark.PROCESS] = 2
     """Ray Train workers; must divide batch_size"""
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    gpus_per_worker: Annotated[float, Field(ge=0), Mark.PROCESS] = 0
     """GPUs of one worker"""
-    cpus_per_worker: Rate = 0.5
+    cpus_per_worker: Annotated[Rate, Mark.PROCESS] = 0.5
     """CPUs Ray reserves for one worker (leave some for Ray Data)"""
-    threads_per_worker: Positive = 1
+    threads_per_worker: Annotated[Positive, Mark.PROCESS] = 1
     """torch threads of one worker on the CPU"""
-    max_failures: NonNegative = 3
+    max_failures: Annotated[NonNegative, Mark.PROCESS] = 3
     """crashes of a worker after which the fit continues from its last checkpoint"""
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """One tree of settings per job, and the rules that span its sections."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import model_validator
 
@@ -15,15 +15,16 @@ from dina_rl.config.alignment import (
 )
 from dina_rl.config.base import PipelineConfig, Positive, Section
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig
+from dina_rl.config.keys import Mark
 from dina_rl.config.rewards import GoldenConfig, RewardsConfig
 
 
 class _Run(Section):
     seed: int = 0
     """seed of everything that is drawn"""
-    run_dir: Path = Path("runs/run")
+    run_dir: Annotated[Path, Mark.PLACE] = Path("runs/run")
     """directory of this run; must not hold a run already unless --resume"""
-    resume: bool = False
+    resume: Annotated[bool, Mark.PLACE] = False
     """continue the run that run_dir holds"""
     pipeline: PipelineConfig = PipelineConfig()
 
@@ -31,8 +32,8 @@ class _Run(Section):
 class FitRun(_Run):
     """Fit DiNa-LRM on a preference set by Ray Train."""
 
-    inline: bool = False
-    """run the same fit in this one process, without Ray"""
+    inline: Annotated[bool, Mark.PROCESS] = False
+    """do the same in this one process, without Ray"""
     latents: Path | None = None
     """encoded pairs to fit on, so that fits share them: a complete `latents` directory of jobs.encode, or the authors'
     preprocessed files; None: encode into run_dir"""
@@ -48,11 +49,11 @@ class AlignRun(_Run):
     """grpo: Flow-GRPO(-Fast); refl: ReFL. Each has a section of its own; the others' are not read"""
     plan: bool = False
     """print batch arithmetic, actors, memory and steps, and start nothing"""
-    inline: bool = False
+    inline: Annotated[bool, Mark.PROCESS] = False
     """run the same loop in this one process, without Ray and DeepSpeed"""
     iterations: Positive = 150
     """rollouts, each followed by its updates"""
-    checkpoint_every: Positive = 10
+    checkpoint_every: Annotated[Positive, Mark.PROCESS] = 10
     """iterations between checkpoints"""
     prompts: PromptsConfig = PromptsConfig()
     rewards: RewardsConfig = RewardsConfig()
@@ -62,7 +63,7 @@ class AlignRun(_Run):
     learner: LearnerConfig = LearnerConfig()
     golden: GoldenConfig = GoldenConfig()
     watch: WatchConfig = WatchConfig()
-    workers: WorkersConfig = WorkersConfig()
+    workers: Annotated[WorkersConfig, Mark.PROCESS] = WorkersConfig()
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
@@ -143,6 +144,7 @@ class LocalRun(AlignRun):
             seed=self.seed,
             run_dir=run_dir,
             resume=self.resume,
+            inline=self.inline,
             pipeline=self.pipeline,
             dataset=DatasetConfig(path=str(dataset)),
             reward=self.reward,

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dina_rl.backbones.base import Backbone, LatentCodec
 from dina_rl.checkpoint import write_json
 from dina_rl.config import DatasetConfig, FitRun
+from dina_rl.config.keys import Mark, dump_without
 from dina_rl.data.buckets import Bucketing
 from dina_rl.data.copy import copy_latents
 from dina_rl.data.filters import bucketing, max_per_prompt
@@ -217,7 +218,7 @@ def retention_lines(retention: Mapping[Split, SplitRetention]) -> list[str]:
 
 def _ingredients(run: FitRun) -> dict[str, object]:
     """What the plan and the latents depend on."""
-    dataset = run.dataset.model_dump(mode="json", exclude={"max_skipped", "prompt_embeddings"})
+    dataset = dump_without(run.dataset, Mark.PROCESS)
     pipeline = run.pipeline.model_dump(mode="json", include={"path", "dtype", "height", "width"})
     return {"dataset": dataset, "pipeline": pipeline, "seed": run.seed, "chunk": CHUNK}
 

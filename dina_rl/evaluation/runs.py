@@ -9,21 +9,13 @@ import yaml
 from pydantic import ValidationError
 
 from dina_rl.checkpoint import CONFIG_FILE
-from dina_rl.cli import explain
 from dina_rl.config import DatasetConfig, FitRun, PictureScorerConfig
+from dina_rl.config.keys import Mark, covers, dump_without, explain
 from dina_rl.data.stores.latents import STORE_FILE
 from dina_rl.evaluation.requests import View
 from dina_rl.reward.fit import REWARD
 
 DATA_PATH = "data.path"
-PLACES = ("seed", "run_dir", "resume", "inline", "latents", "dataset", "fit.held_out")
-PROCESSES = (
-    *(f"data.{name}" for name in ("max_skipped", "encode_batch_size", "batches_per_shard", "prompt_embeddings")),
-    *(f"fit.{name}_per_worker" for name in ("cpus", "gpus", "threads")),
-    *(f"fit.{name}" for name in ("num_workers", "max_failures", "checkpoint_every", "evaluate_every")),
-    *(f"fit.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "evaluation_batch_size")),
-)
-"""Settings that say who does the work, not what comes out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,32 +68,32 @@ def notes_on(runs: Sequence[FittedRun]) -> tuple[str, ...]:
 
 
 def essence(run: FittedRun, *, pool: bool) -> dict[str, object]:
-    """What decides a fit's numbers, seed, places and processes aside: dotted key -> value.
+    """What decides a fit's numbers, the seed aside: dotted key -> value of every setting without a mark.
 
     Args:
         pool: which data it was fitted on does not count, only how they were filtered and encoded.
     """
-    values = _flat(run.run.model_dump(mode="json"))
-    values = {key: value for key, value in values.items() if not _covered(key, PLACES)} | training_data(run)
-    return {key: value for key, value in values.items() if key not in PROCESSES and not (pool and key == DATA_PATH)}
+    own, data = _flat(dump_without(run.run, *Mark)), training_data(run)
+    aside = ("seed", "latents", "dataset", *((DATA_PATH,) if pool else ()))  # `data` says what latents and dataset hold
+    return {key: value for key, value in (own | data).items() if not covers(aside, key)}
 
 
 def training_data(run: FittedRun) -> dict[str, object]:
-    """The preference set of a fit and its settings, `data.KEY` -> value.
+    """The preference set of a fit and its settings without a mark, `data.KEY` -> value.
 
     A fit on `latents` was not asked for them: the run that encoded the store was, whose `config.yaml` lies beside it.
     Without that the store itself says a part; of the authors' files only the directory is known.
     """
     latents = run.run.latents
     if latents is None:
-        return _flat({"data": run.run.dataset.model_dump(mode="json")})
+        return _flat({"data": dump_without(run.run.dataset, *Mark)})
     store = latents.expanduser() / STORE_FILE
     if not store.is_file():
         return {DATA_PATH: str(latents)}
     info = json.loads(store.read_text())
     dataset = _encoded_from(store.parent.parent / CONFIG_FILE)
     if dataset is not None and dataset.path == info["dataset"]:
-        return _flat({"data": dataset.model_dump(mode="json")})
+        return _flat({"data": dump_without(dataset, *Mark)})
     sizes = ["x".join(map(str, size)) for size in info["buckets"]]
     return _flat({"data": {"path": info["dataset"], "buckets": sizes, "latent_dtype": info["dtype"]}})
 
@@ -120,10 +112,6 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _covered(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _read_run(directory: Path) -> FittedRun:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dina_rl.adamw import MOMENTS
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.backbones.lora import trainable
 from dina_rl.config import FitConfig, TimestepConfig
@@ -26,7 +27,8 @@ from dina_rl.seeding import generator
 
 FINAL_RATE = 0.05
 """Share of the peak learning rate at which a decaying schedule ends."""
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+ADAMW_STATE = ("step", *MOMENTS)
+"""What a checkpoint holds of a parameter's optimizer: AdamW counts steps for each."""
 
 METRICS_FILE = "metrics.json"
 """`FitResult` in the run directory, written last."""
@@ -97,8 +99,8 @@ class RewardFit:
         for name, parameter in self.parameters.items():
             tensors[f"weights.{name}"] = parameter
             tensors[f"averages.{name}"] = self.averages[name]
-            for moment, value in self.optimizer.state[parameter].items():
-                tensors[f"{moment}.{name}"] = value
+            for part, value in self.optimizer.state[parameter].items():
+                tensors[f"{part}.{name}"] = value
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
     @torch.no_grad()
@@ -110,7 +112,7 @@ class RewardFit:
             parameter.copy_(state[f"weights.{name}"])
             self.averages[name].copy_(state[f"averages.{name}"])
             self.optimizer.state[parameter] = {
-                moment: state[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in MOMENTS
+                part: state[f"{part}.{name}"].to(parameter.device, copy=True) for part in ADAMW_STATE
             }
 
     @torch.no_grad()

@@ -12,18 +12,6 @@ from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.preprocessed import PreprocessedStore
 from dina_rl.data.stores.prompts import StoredPrompts, find_prompts
 
-MAY_CHANGE = (
-    *("inline", "dataset.prompt_embeddings"),
-    *(
-        f"fit.{key}"
-        for key in (
-            *("num_workers", "cpus_per_worker", "gpus_per_worker", "threads_per_worker", "max_failures"),
-            *("micro_batch_size", "gradient_checkpointing", "evaluation_batch_size", "checkpoint_every"),
-        )
-    ),
-)
-"""What a resumed fit may set differently: who does the work and in what portions, not what comes out."""
-
 
 def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
     """`run` with absolute paths: Ray's workers have working directories of their own.

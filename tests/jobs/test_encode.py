@@ -8,6 +8,7 @@ import numpy
 import pyarrow
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pyarrow import parquet
 
@@ -16,7 +17,8 @@ from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, RETENTION_FILE, SKIPPED_FILE, EncodingHere, check_inputs, encode_dataset
 from dina_rl.data.stores.latents import LatentStore
 from dina_rl.data.stores.prompts import StoredPrompts, find_prompts
-from jobs import encode
+from jobs import encode, encoding
+from tests.tiny_reward import write_preferences
 
 SIZES = ((32, 32), (24, 48))
 
@@ -52,7 +54,7 @@ def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
     ray_local, dataset: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """The same files; and with --resume, what was lost meanwhile is made again and prompts are added, nothing else."""
-    monkeypatch.setattr(encode, "MEASURED_HERE", 0)  # image headers by Ray too
+    monkeypatch.setattr(encoding, "MEASURED_HERE", 0)  # image headers by Ray too
     values = {
         "pipeline": {"path": str(tiny_pipeline)},
         "dataset": {
@@ -64,7 +66,6 @@ def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
             "encode_batch_size": 4,
             "batches_per_shard": 2,
         },
-        "reward": {"taps": [1, 2], "num_heads": 4},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(values))
     argv = ["--config", str(tmp_path / "config.yaml"), "--run_dir", str(tmp_path / "ray")]
@@ -102,3 +103,42 @@ def test_a_parquet_set_through_ray_is_what_one_process_makes_of_it(
     stored, expected = StoredPrompts([embeddings])(kept), backbone.load_text_encoder()(kept)
     assert torch.allclose(stored.embeds, expected.embeds, rtol=1e-4, atol=1e-5)
     assert torch.allclose(stored.pooled, expected.pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_encode_minds_what_it_reads_alone(tiny_pipeline: Path, tmp_path: Path, capsys) -> None:
+    """A fit's settings, a reward model that the pipeline does not fit among them, are the fit's business."""
+    write_preferences(tmp_path / "data", train=4, test=2)
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    run_dir = tmp_path / "run"
+    argv = ["--config", str(tmp_path / "empty.yaml"), "--inline", "--pipeline.path", str(tiny_pipeline)]
+    argv += ["--dataset.path", str(tmp_path / "data"), "--run_dir", str(run_dir)]
+    encode.main([*argv, "--fit.micro_batch_size", "2"])
+    config = (run_dir / "config.yaml").read_text()
+    fit = ["--fit.micro_batch_size", "3", "--fit.learning_rate", "1", "--fit.evaluate_every", "7"]
+    encode.main([*argv, "--resume", *fit, "--reward.taps", "99", "--latents", "elsewhere"])
+    ours, before = (yaml.safe_load(text) for text in ((run_dir / "config.yaml").read_text(), config))
+    assert ours | {"resume": False} == before  # what the directory's fit will go by is as it was
+    encode.main([*argv, "--resume", "--dataset.max_skipped", "0.5"])
+    capsys.readouterr()
+    refused = {
+        "seed": "1",
+        "pipeline.dtype": "bfloat16",
+        "dataset.encode_batch_size": "3",
+        "dataset.filter.min_confidence": "0.5",
+    }
+    for key, value in refused.items():
+        with pytest.raises(SystemExit) as ending:
+            encode.main([*argv, "--resume", f"--{key}", value])
+        assert ending.value.code == 2
+        assert capsys.readouterr().err == f"error: cannot resume {run_dir} with other values of: {key}\n"
+
+
+def test_what_encoding_does_not_read_need_not_be_there(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """`encode.UNREAD` is all of a run but this; a new section is a decision."""
+    assert set(FitRun.model_fields) == {"seed", "run_dir", "resume", "inline", "pipeline", "dataset", *encode.UNREAD}
+    write_preferences(tmp_path / "data", train=4, test=2)
+    dataset = {"path": str(tmp_path / "data"), "prompt_embeddings": True}
+    run = FitRun.model_validate({"pipeline": {"path": str(tiny_pipeline)}, "dataset": dataset})
+    backbone = open_backbone(tiny_pipeline, max_sequence_length=8)
+    bare = check_inputs(run, backbone).model_copy(update=dict.fromkeys(encode.UNREAD))
+    assert encode_dataset(bare, tmp_path / "run", backbone, EncodingHere(backbone)).complete()

@@ -20,7 +20,8 @@ from dina_rl.reward.inline import fit_inline, training_batches
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD
 from dina_rl.runtime import open_pipeline
-from jobs import encode, fit_reward
+from jobs import encode, fit_reward, training
+from jobs.encoding import RayEncoding
 from tests.tensors import assert_same_tensors
 from tests.tiny_reward import TINY_REWARD, write_preferences, write_store
 
@@ -221,7 +222,7 @@ def test_a_killed_worker_changes_nothing(bucketed, stores, tiny_pipeline: Path, 
     killed = []
 
     def kill_after_the_first_checkpoint() -> None:
-        snapshot = run.run_dir / fit_reward.TRAIN / fit_reward.RAY_SNAPSHOT
+        snapshot = run.run_dir / training.TRAIN / training.RAY_SNAPSHOT
         while not snapshot.exists():
             time.sleep(0.02)
         victim = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
@@ -309,12 +310,12 @@ def test_too_many_unreadable_images(ray_local, small_config, tmp_path, tiny_pipe
 def test_an_interrupted_encode_continues(ray_local, dataset, tiny_pipeline, tmp_path) -> None:
     run = tiny_fit(tmp_path / "run", dataset, tiny_pipeline)
     backbone = open_pipeline(run.pipeline)
-    store = encode_dataset(run, run.run_dir, backbone, encode.RayEncoding())
+    store = encode_dataset(run, run.run_dir, backbone, RayEncoding())
     shards = sorted(store.directory.glob("shard-*"))
     contents = {shard.name: shard.read_bytes() for shard in shards}
     before = shards[0].stat().st_mtime_ns
     shards[-1].unlink()
-    again = encode_dataset(run, run.run_dir, backbone, encode.RayEncoding())
+    again = encode_dataset(run, run.run_dir, backbone, RayEncoding())
     assert again.missing_shards() == []
     assert shards[0].stat().st_mtime_ns == before
     assert {shard.name: shard.read_bytes() for shard in shards} == contents

@@ -1,0 +1,76 @@
+"""The reward model's fit from a preference set to its result, given who encodes and who takes the steps.
+
+    check -> encode what is not encoded -> train -> result
+
+In one process and on Ray it is this same job; `Training` has a version for each, as `EncodeWork` has.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+from dina_rl.backbones.base import Backbone
+from dina_rl.checkpoint import open_run_dir, write_json
+from dina_rl.config import FitRun
+from dina_rl.data.encode import EncodeWork
+from dina_rl.data.stores.open import open_store
+from dina_rl.reward.fit import METRICS_FILE, FitResult
+from dina_rl.reward.inputs import check_fit_inputs, encode_missing, training_latents, unseen_pairs, without_embeddings
+from dina_rl.reward.session import Outcome, result_of
+from dina_rl.runtime import open_pipeline
+
+
+class Training(Protocol):
+    """Who takes the steps, on one rank or many."""
+
+    def train(self, run: FitRun, latents: Path, run_dir: Path) -> Outcome:
+        """`run_fit` on the encoded pairs at `latents`, from its last checkpoint on if it keeps any.
+
+        Raises:
+            RunStopped: a gradient is not finite.
+        """
+        ...
+
+
+FitWork = tuple[EncodeWork, Training]
+
+
+def fit_reward(run: FitRun, open_work: Callable[[Backbone], FitWork]) -> FitResult:
+    """The whole job: encode what is not encoded, fit, save, measure. A finished run returns what it found.
+
+    Args:
+        open_work: who encodes and who trains, given the pipeline; asked once the inputs are found right.
+
+    Raises:
+        ValueError: mistakes in the inputs or a used run directory, found before anything starts; too many unreadable
+            images, found while encoding.
+        RunStopped: a gradient is not finite.
+    """
+    begin = perf_counter()
+    backbone = open_pipeline(run.pipeline)
+    run = check_fit_inputs(run, backbone)
+    run_dir = open_run_dir(run, run.run_dir, resume=run.resume)
+    metrics_file = run_dir / METRICS_FILE
+    if metrics_file.is_file():
+        return FitResult(**json.loads(metrics_file.read_text()))
+    encoding, training = open_work(backbone)
+    encode_missing(run, run_dir, backbone, encoding)
+    latents = training_latents(run, run_dir)
+    store = open_store(latents)
+    notes = unseen_pairs(run, store) + without_embeddings(run, latents)
+    print("".join(f"{line}\n" for line in notes), end="", flush=True)
+    encode_seconds = perf_counter() - begin
+    outcome = training.train(run, latents, run_dir)
+    result = result_of(
+        outcome,
+        run,
+        run_dir,
+        store,
+        encode_seconds=encode_seconds,
+        total_seconds=perf_counter() - begin,
+    )
+    write_json(metrics_file, asdict(result))
+    return result
