@@ -9,7 +9,7 @@ from ray.exceptions import RayTaskError
 
 from actors.placement import actor_options
 from actors.pool import Pool
-from dina_rl.config import ScoringWorkersConfig
+from dina_rl.config import EvaluationWorkersConfig
 from dina_rl.evaluation.requests import EncodeRequest, PartScores, ScoreRequest
 from dina_rl.evaluation.worker import EvaluationWorker
 from dina_rl.runtime import configure_process
@@ -33,7 +33,7 @@ class EvaluationActor:
 class RayWorkers:
     """`Workers` on a pool of actors. Latent stores must lie on storage that all nodes share."""
 
-    def __init__(self, config: ScoringWorkersConfig) -> None:
+    def __init__(self, config: EvaluationWorkersConfig) -> None:
         self._timeout_s = config.call_timeout_s
         options = actor_options(config, num_gpus=config.gpus_per_actor)
         self._pool = Pool(

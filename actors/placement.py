@@ -8,7 +8,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dina_rl.config import ScoringWorkersConfig, WorkersConfig
+from dina_rl.config import EvaluationWorkersConfig, WorkersConfig
 from dina_rl.errors import RunStopped
 
 log = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 30.0
 
 
-def actor_options(workers: WorkersConfig | ScoringWorkersConfig, *, num_gpus: float) -> dict[str, object]:
+def actor_options(workers: WorkersConfig | EvaluationWorkersConfig, *, num_gpus: float) -> dict[str, object]:
     """Options of one rollout, scorer or learner actor.
 
     Ray itself never restarts or retries: an actor that it restarts would answer with the weights of its `__init__`.
@@ -39,7 +39,7 @@ def actor_options(workers: WorkersConfig | ScoringWorkersConfig, *, num_gpus: fl
 
 
 def place_gang(
-    ranks: int, *, num_cpus: float, num_gpus: float, timeout_s: float
+    world_size: int, *, num_cpus: float, num_gpus: float, timeout_s: float
 ) -> PlacementGroupSchedulingStrategy | None:
     """Reserve one bundle per rank, packed on as few nodes as possible; None where the ranks reserve nothing.
 
@@ -49,8 +49,8 @@ def place_gang(
     bundle = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount}
     if not bundle:
         return None
-    group = placement_group([bundle] * ranks, strategy="PACK")
-    waiting_for = f"{ranks} learner ranks of {bundle}"
+    group = placement_group([bundle] * world_size, strategy="PACK")
+    waiting_for = f"{world_size} learner ranks of {bundle}"
     deadline = time.monotonic() + timeout_s
     while not ray.wait([group.ready()], timeout=min(REPORT_EVERY_S, max(0.0, deadline - time.monotonic())))[0]:
         if time.monotonic() >= deadline:

@@ -26,7 +26,12 @@ def add_lora(module: nn.Module, *, rank: int, alpha: float, targets: Sequence[st
     Only the adapter's parameters require a gradient afterwards.
     """
     module.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # declared int, but peft only divides it by r
+        init_lora_weights="gaussian",
+        target_modules=list(targets),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
         inject_adapter_in_model(config, module)

@@ -50,7 +50,7 @@ class BootstrapConfig(Section):
     """probability that the interval should cover"""
 
 
-class ScoringWorkersConfig(Section):
+class EvaluationWorkersConfig(Section):
     """Processes that score, and how long to wait for them."""
 
     num_workers: Positive = 2
@@ -116,7 +116,7 @@ class EvaluateRun(Section):
     """images per forward of a scorer"""
     records_per_part: Positive = 256
     """records that one call scores, and that an interruption loses"""
-    workers: ScoringWorkersConfig = ScoringWorkersConfig()
+    workers: EvaluationWorkersConfig = EvaluationWorkersConfig()
 
     @field_validator("runs", mode="before")
     @classmethod

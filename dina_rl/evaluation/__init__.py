@@ -1,7 +1,7 @@
 """How well scorers agree with people: accuracy, calibration, uncertainty, leaks, and the paper's tables.
 
-The way of an evaluation (jobs/evaluate.py): sets and scorers are read, `score_store` finds what is missing, workers score
-it, and an audit or a table of the paper is made of what is kept.
+The way of an evaluation (jobs/evaluate.py): sets and scorers are read, `score_store` finds what is missing, workers
+score it, and an audit or a table of the paper is made of what is kept.
 
 sets.py         named preference sets, read into records
 named_scorers.py   scorers by name, and in which views each is looked at
