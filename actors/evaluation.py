@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
+from actors.handles import Handle
 from actors.placement import actor_options
 from actors.pool import Pool
 from dina_rl.config import EvaluationWorkersConfig
@@ -23,9 +23,11 @@ class EvaluationActor:
         configure_process(threads)
         self._worker = EvaluationWorker()
 
+    @ray.method
     def encode(self, request: EncodeRequest) -> int:
         return self._worker.encode(request)
 
+    @ray.method
     def score(self, request: ScoreRequest) -> PartScores:
         return self._worker.score(request)
 
@@ -55,7 +57,7 @@ class RayWorkers:
         self._pool.shutdown()
 
     def _stream(
-        self, requests: Iterable[Request], call: Callable[[ActorHandle, Request], ray.ObjectRef]
+        self, requests: Iterable[Request], call: Callable[[Handle[EvaluationActor], Request], ray.ObjectRef[Result]]
     ) -> Iterator[tuple[int, Result]]:
         """Results as they finish.
 

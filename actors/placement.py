@@ -3,11 +3,13 @@
 import logging
 import time
 from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.handles import AnyRef
 from dina_rl.config import EvaluationWorkersConfig, WorkersConfig
 from dina_rl.errors import RunStopped
 
@@ -16,7 +18,18 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 30.0
 
 
-def actor_options(workers: WorkersConfig | EvaluationWorkersConfig, *, num_gpus: float) -> dict[str, object]:
+class ActorOptions(TypedDict):
+    """Keyword arguments of `ray.remote` for an actor."""
+
+    num_cpus: float
+    num_gpus: float
+    max_restarts: int
+    max_task_retries: int
+    runtime_env: dict[str, dict[str, str]]
+    scheduling_strategy: NotRequired[PlacementGroupSchedulingStrategy | None]
+
+
+def actor_options(workers: WorkersConfig | EvaluationWorkersConfig, *, num_gpus: float) -> ActorOptions:
     """Options of one rollout, scorer or learner actor.
 
     Ray itself never restarts or retries: an actor that it restarts would answer with the weights of its `__init__`.
@@ -74,7 +87,7 @@ def resources() -> str:
     return f"cluster: {len(ray.nodes())} node(s), {', '.join(shares)}"
 
 
-def wait_all(refs: Sequence[ray.ObjectRef], *, timeout_s: float, what: str) -> None:
+def wait_all(refs: Sequence[AnyRef], *, timeout_s: float, what: str) -> None:
     """Wait until every one of `refs` is done, reporting the cluster's resources every 30 s; ends at the first failure.
 
     Raises:
@@ -95,7 +108,7 @@ def wait_all(refs: Sequence[ray.ObjectRef], *, timeout_s: float, what: str) -> N
             log.warning("%s: waiting for %d of %d; %s", what, len(pending), len(refs), resources())
 
 
-def check(done: ray.ObjectRef) -> None:
+def check(done: AnyRef) -> None:
     """Raise the error that a finished call ended with, if it did, without bringing a large value here.
 
     An error always lies with the caller. A value on another node is not fetched within 0 s: that is a success too.

@@ -42,7 +42,8 @@ def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
     )
     # Not from_arrow, which starts a task for every table to look at it; a real fit has 100,000 of them.
     references = ray.data.from_blocks(list(tables))
-    return references.map_batches(load_latents, batch_size=None, fn_kwargs={"directory": directory})
+    dataset: Dataset = references.map_batches(load_latents, batch_size=None, fn_kwargs={"directory": directory})
+    return dataset
 
 
 def blocks(

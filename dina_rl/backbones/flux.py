@@ -186,11 +186,11 @@ class Flux:
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """Latents [B, C, h, w] -> tokens [B, (h / 2) (w / 2), 4 C], each a 2x2 patch, row by row."""
-    cells = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h / 2, 2, w / 2, 2]
+    cells: torch.Tensor = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h / 2, 2, w / 2, 2]
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
     """The inverse of `pack`: tokens [B, (h / 2) (w / 2), 4 C] -> latents [B, C, h, w]."""
-    cells = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (h // 2, w // 2))  # [B, h / 2, w / 2, C, 2, 2]
+    cells: torch.Tensor = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (h // 2, w // 2))  # [B, h / 2, w / 2, C, 2, 2]
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -102,8 +102,8 @@ class TruncatedZImage(nn.Module):
 
     def _rope(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotations [B, N, head / 2] of positions [B, N, 3]."""
-        rotations: torch.Tensor = self.rope_embedder(positions.flatten(0, 1))
-        return rotations.unflatten(0, positions.shape[:2])
+        rotations: torch.Tensor = self.rope_embedder(positions.flatten(0, 1)).unflatten(0, positions.shape[:2])
+        return rotations
 
 
 class ZImage:
@@ -231,7 +231,7 @@ def _in_multiples(count: int) -> int:
 
 def _patches(latents: torch.Tensor) -> torch.Tensor:
     """Latents [B, C, h, w] -> [B, (h / 2) (w / 2), 4 C], row by row; inside a patch the channel runs fastest."""
-    cells = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h / 2, 2, w / 2, 2]
+    cells: torch.Tensor = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h / 2, 2, w / 2, 2]
     return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
