@@ -1,4 +1,4 @@
-"""The types of actors' handles and results, as far as Ray says them: a call of a method marked `@ray.method` is checked."""
+"""Types of actors' handles and results, as far as Ray says them: calls of methods marked `@ray.method` are checked."""
 
 from typing import Any, Protocol, TypeVar, cast
 

@@ -71,7 +71,8 @@ def audit_jobs(
     for scorer in scorers:
         for data in sets:
             jobs.append((scorer, scorer.job(data, _views(run, scorer))))
-            if repeated := _repeated(run, scorer):
+            repeated = _repeated(run, scorer)
+            if run.uncertainty is not None and repeated:
                 sample = data.sample(run.uncertainty.pairs, run.seed)
                 jobs.append((scorer, scorer.job(sample, repeated)))
     return jobs
@@ -216,7 +217,7 @@ def _sweep(report: Report) -> dict[str, dict[str, list[tuple[float, Cell]]]]:
 
 
 def _as_json(report: Report) -> dict[str, object]:
-    def listed(values: Mapping[tuple[str, str, str], object]) -> list[dict[str, object]]:
+    def listed(values: Mapping[tuple[str, str, str], Calibration | Uncertainty]) -> list[dict[str, object]]:
         names = ("scorer", "set", "view")
         return [{**dict(zip(names, key, strict=True)), **asdict(value)} for key, value in values.items()]
 

@@ -52,7 +52,7 @@ def denoise(
         velocity = followed = conditional(latents, sigma)
         if unconditional is not None and guidance_scale != 1:
             followed = guided(velocity, unconditional(latents, sigma), guidance_scale)
-        if window_start <= step < window_start + window:
+        if window_noise is not None and window_start <= step < window_start + window:
             law = step_law(dynamics, sigmas, step, noise_level)
             states.append(latents)
             latents = law.mean(latents, followed) + law.std * window_noise[step - window_start]

@@ -145,7 +145,7 @@ def fit(
     *,
     seed: int,
     forward: nn.Module | None = None,
-    no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     world_size: int = 1,
 ) -> Iterator[StepReport]:
     """One optimizer step per batch (Algorithm 1); yields after each, when `progress` may be saved.
@@ -169,7 +169,8 @@ def fit(
             group["lr"] = rate
         progress.optimizer.zero_grad()
         parts = micro_batches(batch, config, world_size=world_size)
-        losses, margins = [], []
+        losses: list[torch.Tensor] = []
+        margins: list[torch.Tensor] = []
         for part in parts:
             with nullcontext() if part is parts[-1] else no_sync():
                 margin, loss = _forward(forward, part, encoder, progress, seed=seed)
@@ -177,10 +178,11 @@ def fit(
                 loss.backward()
             losses.append(loss.detach())
             margins.append(margin.detach())
+        loss_of_step = sum(losses, torch.zeros(())).item()
         grad_norm = nn.utils.clip_grad_norm_(progress.parameters.values(), config.max_grad_norm).item()
         if not math.isfinite(grad_norm):
             raise RunStopped(
-                f"the gradient norm of step {progress.step + 1} is {grad_norm}, this rank's loss {sum(losses).item()}: "
+                f"the gradient norm of step {progress.step + 1} is {grad_norm}, this rank's loss {loss_of_step}: "
                 "a latent or a weight is not finite, or the learning rate is too high; the step is not taken"
             )
         progress.optimizer.step()
@@ -188,7 +190,7 @@ def fit(
         progress.step += 1
         yield StepReport(
             step=progress.step,
-            loss=sum(losses).item(),
+            loss=loss_of_step,
             pairs=len(batch),
             accuracy=(torch.cat(margins) > 0).float().mean().item(),
             grad_norm=grad_norm,

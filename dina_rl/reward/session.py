@@ -87,7 +87,7 @@ def run_fit(
     *,
     ranks: Ranks | None = None,
     forward: nn.Module | None = None,
-    no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     save_checkpoint: Callable[[RewardFit], None] = lambda progress: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> Outcome:
@@ -250,7 +250,7 @@ class FitLog:
         if self._writer is not None:
             self._writer.close()
 
-    def _write(self, step: int, scalars: dict[str, float], line: dict) -> None:
+    def _write(self, step: int, scalars: dict[str, float], line: Mapping[str, object]) -> None:
         if self._writer is None:
             return
         for name, value in scalars.items():

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from PIL import Image
@@ -120,7 +120,8 @@ def write_preferences(
         ("train", train_groups, TRAIN_PAIRS),
         ("test", test_groups, TEST_PAIRS),
     )
-    stats, golden = {}, {}
+    stats: dict[str, SplitStats] = {}
+    golden: dict[str, float] = {}
     with tqdm(total=GROUP * (train_groups + test_groups), desc="preferences", disable=not progress) as bar:
         for split, groups, pairs in plan:
             pictures = _picture_groups(studio, split, groups, seed, generator_fraction, domain, bar)
@@ -147,7 +148,13 @@ class _Pictures:
 
 
 def _picture_groups(
-    studio: Studio, split: PromptSplit, groups: int, seed: int, generator_fraction: float, domain: Domain, bar: tqdm
+    studio: Studio,
+    split: PromptSplit,
+    groups: int,
+    seed: int,
+    generator_fraction: float,
+    domain: Domain,
+    bar: "tqdm[NoReturn]",
 ) -> _Pictures:
     key = (seed, "shapes preferences", split) if domain == "in" else (seed, "shapes preferences", domain, split)
     draws = generator(*key)

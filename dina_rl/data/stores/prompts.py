@@ -11,7 +11,7 @@ groups are small (one prompt of a large text encoder), both for reading and for 
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -85,7 +85,9 @@ class PromptStore:
         self._width: int = self.info.values * getattr(torch, self.info.dtype).itemsize  # bytes of a row
         self._per_group = max(1, ROW_GROUP_BYTES // self._width)
         largest = self._width * min(self._per_group, self.info.prompts_per_shard)
-        self._group = lru_cache(maxsize=max(1, CACHE_BYTES // largest))(self._read_group)
+        self._group: Callable[[int, int], PromptEmbeds] = lru_cache(maxsize=max(1, CACHE_BYTES // largest))(
+            self._read_group
+        )
 
     def __reduce__(self) -> tuple[type["PromptStore"], tuple[Path]]:
         return PromptStore, (self.directory.parent,)  # another process opens it anew
