@@ -123,14 +123,18 @@ class DeepSpeedEngine:
     @property
     def _optimizer(self) -> torch.optim.AdamW:
         """The AdamW that steps, on whole parameters at stage 0 and on this rank's flat shards above it."""
-        return self.module.optimizer if self._stage == 0 else self.module.optimizer.optimizer
+        optimizer: torch.optim.AdamW = self.module.optimizer if self._stage == 0 else self.module.optimizer.optimizer
+        return optimizer
 
     def _flat_shards(self) -> list[torch.Tensor]:
         """This rank's fp32 share of the parameters, as DeepSpeed hands it to AdamW."""
         optimizer = self.module.optimizer
         if self._stage == 0:
             return list(self._parameters.values())
-        return optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        shards: list[torch.Tensor] = (
+            optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        )
+        return shards
 
     def _shards(self) -> list[dict[str, torch.Tensor]]:
         return [self._optimizer.state[shard] for shard in self._flat_shards()]
@@ -150,7 +154,7 @@ class DeepSpeedEngine:
             self._optimizer.state[parameter][moment].copy_(whole)
         elif self._stage == 3:
             # DeepSpeed's own setter cuts past the end of a parameter that the ranks do not divide evenly.
-            share = parameter.ds_tensor.numel()
+            share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed sets it on parameters
             padded = nn.functional.pad(whole.flatten(), (0, share * self.world_size - whole.numel()))
             mine = padded[self.rank * share : (self.rank + 1) * share]
             safe_set_local_optimizer_state(parameter, mine, moment)

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
+from actors.handles import Handle
 from actors.placement import actor_options
 from actors.pool import Pool
-from dina_rl.config import ScoringWorkersConfig
+from dina_rl.config import EvaluationWorkersConfig
 from dina_rl.evaluation.requests import EncodeRequest, PartScores, ScoreRequest
 from dina_rl.evaluation.worker import EvaluationWorker
 from dina_rl.runtime import configure_process
@@ -23,9 +23,11 @@ class EvaluationActor:
         configure_process(threads)
         self._worker = EvaluationWorker()
 
+    @ray.method
     def encode(self, request: EncodeRequest) -> int:
         return self._worker.encode(request)
 
+    @ray.method
     def score(self, request: ScoreRequest) -> PartScores:
         return self._worker.score(request)
 
@@ -33,7 +35,7 @@ class EvaluationActor:
 class RayWorkers:
     """`Workers` on a pool of actors. Latent stores must lie on storage that all nodes share."""
 
-    def __init__(self, config: ScoringWorkersConfig) -> None:
+    def __init__(self, config: EvaluationWorkersConfig) -> None:
         self._timeout_s = config.call_timeout_s
         options = actor_options(config, num_gpus=config.gpus_per_actor)
         self._pool = Pool(
@@ -55,7 +57,7 @@ class RayWorkers:
         self._pool.shutdown()
 
     def _stream(
-        self, requests: Iterable[Request], call: Callable[[ActorHandle, Request], ray.ObjectRef]
+        self, requests: Iterable[Request], call: Callable[[Handle[EvaluationActor], Request], ray.ObjectRef[Result]]
     ) -> Iterator[tuple[int, Result]]:
         """Results as they finish.
 

@@ -5,14 +5,15 @@ and the caller builds a new gang from its last checkpoint.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Generic, TypeVar
 
 import ray
 import torch.distributed
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.handles import AnyRef, Handle, kill, ready
 from actors.placement import check, wait_all
 
 DEATH_NOTICE_S = 5.0  # Ray reports a dead process well within this
@@ -35,6 +36,7 @@ class GangMember:
         self.timeout_s = timeout_s
         self._store: torch.distributed.TCPStore | None = None
 
+    @ray.method
     def listen(self) -> tuple[str, int]:
         """Rank 0 opens the store that all ranks meet at; returns its (address, port)."""
         address = ray.util.get_node_ip_address()
@@ -49,6 +51,7 @@ class GangMember:
         )
         return address, self._store.port
 
+    @ray.method
     def join(self, address: str, port: int) -> None:
         """Form torch's default process group. All ranks must call it."""
         timeout = timedelta(seconds=self.timeout_s)
@@ -66,7 +69,11 @@ class GangMember:
         )
 
 
-class Gang:
+Member = TypeVar("Member", bound=GangMember)
+Result = TypeVar("Result")
+
+
+class Gang(Generic[Member]):
     """`size` actors from `spawn(rank)`, each a `GangMember`, joined in one process group.
 
     Args:
@@ -81,7 +88,7 @@ class Gang:
 
     def __init__(
         self,
-        spawn: Callable[[int], ActorHandle],
+        spawn: Callable[[int], Handle[Member]],
         size: int,
         *,
         name: str,
@@ -91,13 +98,13 @@ class Gang:
         self.name = name
         self._call_timeout_s = call_timeout_s
         self._handles = [spawn(rank) for rank in range(size)]
-        self._run([handle.__ray_ready__.remote() for handle in self._handles], start_timeout_s, "starting")
+        self._run([ready(handle) for handle in self._handles], start_timeout_s, "starting")
         meeting_point = self._handles[0].listen.remote()
         self._run([meeting_point], start_timeout_s, "rendezvous")
         address, port = ray.get(meeting_point, timeout=start_timeout_s)
         self._run([handle.join.remote(address, port) for handle in self._handles], start_timeout_s, "rendezvous")
 
-    def call(self, call: Callable[[ActorHandle], ray.ObjectRef]) -> ray.ObjectRef:
+    def call(self, call: Callable[[Handle[Member]], ray.ObjectRef[Result]]) -> ray.ObjectRef[Result]:
         """Submit `call` to every rank and wait for all; returns rank 0's finished result.
 
         Raises:
@@ -111,10 +118,10 @@ class Gang:
     def shutdown(self) -> None:
         """Kill all ranks."""
         for handle in self._handles:
-            ray.kill(handle)
+            kill(handle)
         self._handles = []
 
-    def _run(self, refs: list[ray.ObjectRef], timeout_s: float, what: str) -> None:
+    def _run(self, refs: Sequence[AnyRef], timeout_s: float, what: str) -> None:
         try:
             wait_all(refs, timeout_s=timeout_s, what=f"{self.name} ({what})")
         except RayTaskError:
@@ -128,13 +135,13 @@ class Gang:
             raise GangLost(f"{self.name}: a rank was lost ({what}): {lost}") from lost
 
 
-def _death_among(refs: list[ray.ObjectRef]) -> RayActorError | None:
+def _death_among(refs: Sequence[AnyRef]) -> RayActorError | None:
     """The death of a rank behind another rank's error, if there is one.
 
     When a rank dies, the collective of the others fails at once and may be heard of first; Ray tells of the death soon
     after. Without this look a lost rank would pass for an error of the program.
     """
-    done, _ = ray.wait(refs, num_returns=len(refs), timeout=DEATH_NOTICE_S, fetch_local=False)
+    done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=DEATH_NOTICE_S, fetch_local=False)
     for ref in done:
         try:
             check(ref)

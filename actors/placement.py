@@ -3,12 +3,14 @@
 import logging
 import time
 from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dina_rl.config import ScoringWorkersConfig, WorkersConfig
+from actors.handles import AnyRef
+from dina_rl.config import EvaluationWorkersConfig, WorkersConfig
 from dina_rl.errors import RunStopped
 
 log = logging.getLogger(__name__)
@@ -16,7 +18,18 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 30.0
 
 
-def actor_options(workers: WorkersConfig | ScoringWorkersConfig, *, num_gpus: float) -> dict[str, object]:
+class ActorOptions(TypedDict):
+    """Keyword arguments of `ray.remote` for an actor."""
+
+    num_cpus: float
+    num_gpus: float
+    max_restarts: int
+    max_task_retries: int
+    runtime_env: dict[str, dict[str, str]]
+    scheduling_strategy: NotRequired[PlacementGroupSchedulingStrategy | None]
+
+
+def actor_options(workers: WorkersConfig | EvaluationWorkersConfig, *, num_gpus: float) -> ActorOptions:
     """Options of one rollout, scorer or learner actor.
 
     Ray itself never restarts or retries: an actor that it restarts would answer with the weights of its `__init__`.
@@ -39,7 +52,7 @@ def actor_options(workers: WorkersConfig | ScoringWorkersConfig, *, num_gpus: fl
 
 
 def place_gang(
-    ranks: int, *, num_cpus: float, num_gpus: float, timeout_s: float
+    world_size: int, *, num_cpus: float, num_gpus: float, timeout_s: float
 ) -> PlacementGroupSchedulingStrategy | None:
     """Reserve one bundle per rank, packed on as few nodes as possible; None where the ranks reserve nothing.
 
@@ -49,8 +62,8 @@ def place_gang(
     bundle = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount}
     if not bundle:
         return None
-    group = placement_group([bundle] * ranks, strategy="PACK")
-    waiting_for = f"{ranks} learner ranks of {bundle}"
+    group = placement_group([bundle] * world_size, strategy="PACK")
+    waiting_for = f"{world_size} learner ranks of {bundle}"
     deadline = time.monotonic() + timeout_s
     while not ray.wait([group.ready()], timeout=min(REPORT_EVERY_S, max(0.0, deadline - time.monotonic())))[0]:
         if time.monotonic() >= deadline:
@@ -74,7 +87,7 @@ def resources() -> str:
     return f"cluster: {len(ray.nodes())} node(s), {', '.join(shares)}"
 
 
-def wait_all(refs: Sequence[ray.ObjectRef], *, timeout_s: float, what: str) -> None:
+def wait_all(refs: Sequence[AnyRef], *, timeout_s: float, what: str) -> None:
     """Wait until every one of `refs` is done, reporting the cluster's resources every 30 s; ends at the first failure.
 
     Raises:
@@ -95,7 +108,7 @@ def wait_all(refs: Sequence[ray.ObjectRef], *, timeout_s: float, what: str) -> N
             log.warning("%s: waiting for %d of %d; %s", what, len(pending), len(refs), resources())
 
 
-def check(done: ray.ObjectRef) -> None:
+def check(done: AnyRef) -> None:
     """Raise the error that a finished call ended with, if it did, without bringing a large value here.
 
     An error always lies with the caller. A value on another node is not fetched within 0 s: that is a success too.

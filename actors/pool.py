@@ -12,60 +12,63 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, Literal, TypeVar
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.handles import Actor, AnyRef, Handle, kill, ready
 from actors.placement import REPORT_EVERY_S, check, resources
 from dina_rl.errors import RunStopped
 
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+Purpose = Literal["start", "sync", "work"]
 CAPACITY = 2  # items per actor: one running, one queued so that it never waits for the driver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
+class _Work(Generic[Actor]):
     """One item of a stream, kept until its result is known."""
 
     index: int
-    item: object
+    item: object  # to be named in messages
+    submit: Callable[[Handle[Actor]], AnyRef]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
+class _Call(Generic[Actor]):
     """A call that was submitted to an actor."""
 
-    ref: ray.ObjectRef
-    purpose: str  # "start", "sync" or "work"
-    work: _Work | None = None
+    ref: AnyRef
+    purpose: Purpose
+    work: _Work[Actor] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
-class _Member:
+class _Member(Generic[Actor]):
     """An actor and its submitted calls, oldest first."""
 
-    handle: ActorHandle
-    calls: deque[_Call] = field(default_factory=deque)
+    handle: Handle[Actor]
+    calls: deque[_Call[Actor]] = field(default_factory=deque)
     head_since: float = 0.0  # when the oldest call became the oldest
 
-    def submit(self, call: _Call) -> None:
+    def submit(self, call: _Call[Actor]) -> None:
         if not self.calls:
             self.head_since = time.monotonic()
         self.calls.append(call)
 
-    def pop(self) -> _Call:
+    def pop(self) -> _Call[Actor]:
         self.head_since = time.monotonic()
         return self.calls.popleft()
 
-    def work(self) -> list[_Work]:
+    def work(self) -> list[_Work[Actor]]:
         return [call.work for call in self.calls if call.work is not None]
 
 
-class Pool:
+class Pool(Generic[Actor]):
     """`size` actors from `spawn(number)`, all alike.
 
     Actors must be created with `max_restarts=0` and `max_task_retries=0`; their methods return their values (a value
@@ -82,22 +85,22 @@ class Pool:
 
     def __init__(
         self,
-        spawn: Callable[[int], ActorHandle],
+        spawn: Callable[[int], Handle[Actor]],
         size: int,
         *,
         name: str,
         start_timeout_s: float,
         call_timeout_s: float,
         max_restarts: int,
-        sync: Callable[[ActorHandle], ray.ObjectRef] | None = None,
+        sync: Callable[[Handle[Actor]], AnyRef] | None = None,
     ) -> None:
         self.name = name
         self.restarts = 0
         self._spawn = spawn
         self._sync = sync
-        self._limits = {"start": start_timeout_s, "sync": call_timeout_s, "work": call_timeout_s}
+        self._limits: dict[Purpose, float] = {"start": start_timeout_s, "sync": call_timeout_s, "work": call_timeout_s}
         self._max_restarts = max_restarts
-        self._pending: deque[_Work] = deque()
+        self._pending: deque[_Work[Actor]] = deque()
         self._members = [self._create(number) for number in range(size)]
 
     def wait_until_ready(self) -> None:
@@ -105,19 +108,21 @@ class Pool:
         while any(member.calls for member in self._members):
             self._advance()
 
-    def broadcast(self, call: Callable[[ActorHandle], ray.ObjectRef]) -> None:
+    def broadcast(self, call: Callable[[Handle[Actor]], AnyRef]) -> None:
         """Submit `call` to every actor, to run after what is submitted and before what is not. Does not wait."""
         self._sync = call
         for member in self._members:
             member.submit(_Call(ref=call(member.handle), purpose="sync"))
 
-    def map(self, items: Iterable[Item], call: Callable[[ActorHandle, Item], ray.ObjectRef]) -> list[ray.ObjectRef]:
+    def map(
+        self, items: Iterable[Item], call: Callable[[Handle[Actor], Item], ray.ObjectRef[Result]]
+    ) -> list[ray.ObjectRef[Result]]:
         """The finished results of `call` on every item, in the items' order; raises like `stream`."""
         return [ref for _, ref in sorted(self.stream(items, call), key=lambda result: result[0])]
 
     def stream(
-        self, items: Iterable[Item], call: Callable[[ActorHandle, Item], ray.ObjectRef]
-    ) -> Iterator[tuple[int, ray.ObjectRef]]:
+        self, items: Iterable[Item], call: Callable[[Handle[Actor], Item], ray.ObjectRef[Result]]
+    ) -> Iterator[tuple[int, ray.ObjectRef[Result]]]:
         """Yield (index, result) as results finish. `items` is pulled only as actors become free.
 
         Streams chain: `scorers.stream(rollouts.stream(...), ...)` scores a rollout while others are still sampled.
@@ -129,43 +134,51 @@ class Pool:
         left = len(self._pending) + sum(len(member.work()) for member in self._members)
         assert left == 0, f"pool {self.name!r}: the previous stream was not exhausted"
         source = enumerate(items)
+        refs: dict[int, ray.ObjectRef[Result]] = {}  # of the items that are under way, lost ones by their last call
+
+        def work_on(index: int, item: Item) -> _Work[Actor]:
+            def submit(handle: Handle[Actor]) -> ray.ObjectRef[Result]:
+                refs[index] = call(handle, item)
+                return refs[index]
+
+            return _Work(index=index, item=item, submit=submit)
+
         exhausted = False
         while True:
             member = self._freest()
             if member is not None and not self._pending and not exhausted:
                 try:
-                    index, item = next(source)
-                    self._pending.append(_Work(index=index, item=item))
+                    self._pending.append(work_on(*next(source)))
                 except StopIteration:
                     exhausted = True
             if member is not None and self._pending:
                 work = self._pending.popleft()
-                member.submit(_Call(ref=call(member.handle, work.item), purpose="work", work=work))
+                member.submit(_Call(ref=work.submit(member.handle), purpose="work", work=work))
             elif any(each.work() for each in self._members):
                 for done in self._advance():
-                    yield done.work.index, done.ref
+                    yield done.index, refs.pop(done.index)
             else:
                 return
 
     def shutdown(self) -> None:
         """Kill all actors."""
         for member in self._members:
-            ray.kill(member.handle)
+            kill(member.handle)
         self._members = []
 
-    def _create(self, number: int) -> _Member:
+    def _create(self, number: int) -> _Member[Actor]:
         member = _Member(handle=self._spawn(number))
-        member.submit(_Call(ref=member.handle.__ray_ready__.remote(), purpose="start"))
+        member.submit(_Call(ref=ready(member.handle), purpose="start"))
         if self._sync is not None:
             member.submit(_Call(ref=self._sync(member.handle), purpose="sync"))
         return member
 
-    def _freest(self) -> _Member | None:
+    def _freest(self) -> _Member[Actor] | None:
         """The actor with the least work submitted, None if all are at capacity."""
         member = min(self._members, key=lambda member: len(member.work()))
         return member if len(member.work()) < CAPACITY else None
 
-    def _advance(self) -> list[_Call]:
+    def _advance(self) -> list[_Work[Actor]]:
         """Wait for the oldest call of any actor; replace dead and hung actors. Returns the work that is done."""
         heads = {member.calls[0].ref: number for number, member in enumerate(self._members) if member.calls}
         now = time.monotonic()
@@ -176,7 +189,7 @@ class Pool:
             timeout=min(max(slack, 0.0), REPORT_EVERY_S),
             fetch_local=False,
         )
-        finished = []
+        finished: list[_Work[Actor]] = []
         for ref in done:
             number = heads[ref]
             try:
@@ -188,7 +201,7 @@ class Pool:
             else:
                 call = self._members[number].pop()
                 if call.work is not None:
-                    finished.append(call)
+                    finished.append(call.work)
         if not done:
             self._judge_waiting([heads[ref] for ref in waiting])
         return finished
@@ -208,12 +221,12 @@ class Pool:
             elif purpose == "start":
                 log.warning("pool %r: waiting for actor %d to start; %s", self.name, number, resources())
 
-    def _deadline(self, member: _Member) -> float:
+    def _deadline(self, member: _Member[Actor]) -> float:
         return member.head_since + self._limits[member.calls[0].purpose]
 
     def _replace(self, number: int, reason: str) -> None:
         member = self._members[number]
-        ray.kill(member.handle)
+        kill(member.handle)
         lost = member.work()
         self.restarts += 1
         which = f"item {lost[0].index} ({lost[0].item!r})" if lost else "no item"

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dina_rl.config.keys import NAME, RENAMED, can_be_off, explain, is_named, section_of
-from dina_rl.errors import RunStopped
+from dina_rl.errors import RunStopped, shown
 
 Run = TypeVar("Run", bound=BaseModel)
 Part = TypeVar("Part", bound=BaseModel)
@@ -54,7 +54,8 @@ def load(model: type[Run], argv: Sequence[str], *, program: str, default_config:
     """
     try:
         config_file, overrides, wants_help = _split(list(argv))
-        values = read_yaml(config_file or default_config) if config_file or default_config else {}
+        file = config_file or default_config
+        values = {} if file is None else read_yaml(file)
         for key, words in overrides:
             _assign(model, values, key, words)
         config = model.model_validate(values)
@@ -69,7 +70,7 @@ def load(model: type[Run], argv: Sequence[str], *, program: str, default_config:
     return config
 
 
-def read_yaml(path: str | Path) -> dict:
+def read_yaml(path: str | Path) -> dict[str, object]:
     """A YAML mapping.
 
     Raises:
@@ -139,10 +140,14 @@ def _annotation(model: type[BaseModel], key: str) -> object:
     annotation = model.model_fields[first].annotation
     if is_named(annotation):
         _, _, rest = rest.partition(".")  # the user's name
-    return _annotation(section_of(annotation), rest) if rest else annotation
+    if not rest:
+        return annotation
+    section = section_of(annotation)
+    assert section is not None
+    return _annotation(section, rest)
 
 
-def _assign(model: type[BaseModel], values: dict, key: str, words: list[str]) -> None:
+def _assign(model: type[BaseModel], values: dict[str, object], key: str, words: list[str]) -> None:
     """Set a dotted key in nested `values`; an unknown one is refused with the nearest known key."""
     known = known_keys(model)
     if _without_names(model, key) not in known:
@@ -150,9 +155,12 @@ def _assign(model: type[BaseModel], values: dict, key: str, words: list[str]) ->
         raise ValueError(f"--{key}: unknown key" + (f"; did you mean --{close[0]}?" if close else ""))
     *parents, leaf = key.split(".")
     for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
+        section = values.get(parent)
+        if section is None:
+            section = values[parent] = {}
+        if not isinstance(section, dict):
+            raise ValueError(f"--{key}: {parent} is no section in the config file, but {shown(section)}")
+        values = section
     try:
         values[leaf] = _value(words, text=_is_text(_annotation(model, key)))
     except yaml.YAMLError as error:
@@ -177,8 +185,10 @@ def _without_names(model: type[BaseModel], key: str) -> str:
     """A dotted key with NAME in place of the names that the user chose."""
     first, dot, rest = key.partition(".")
     field = model.model_fields.get(first)
-    section = None if field is None else section_of(field.annotation)
-    if not dot or section is None:
+    if not dot or field is None:
+        return key
+    section = section_of(field.annotation)
+    if section is None:
         return key
     if not is_named(field.annotation):
         return f"{first}.{_without_names(section, rest)}"

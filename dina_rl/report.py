@@ -1,7 +1,7 @@
 """Pictures of a run: proxy and golden side by side (the paper's Fig. 5), and samples before and after."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def image_grid(images: torch.Tensor, columns: int = 8, scale: int = 3) -> torch.
     return torch.cat([torch.cat(list(row), 2) for row in rows], 1)
 
 
-def plot_curves(points: Sequence[dict], base: dict[float, float], path: Path) -> None:
+def plot_curves(points: Sequence[Mapping[str, float]], base: Mapping[float, float], path: Path) -> None:
     """Golden (left) and proxy (right) over iterations, with standard errors.
 
     Args:
@@ -45,7 +45,7 @@ def plot_curves(points: Sequence[dict], base: dict[float, float], path: Path) ->
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5")
-    scale = max(base, key=base.get)
+    scale = max(base, key=base.__getitem__)
     left.axhline(base[scale], color=FAINT, linestyle="--", linewidth=1)
     left.annotate(f"base at its best guidance ({scale:g}, test prompts)", (0, base[scale]), (2, 3),
                   textcoords="offset points", fontsize=8, color=FAINT)  # fmt: skip

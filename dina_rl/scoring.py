@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +24,7 @@ from dina_rl.data.buckets import Size, assign
 from dina_rl.data.images import image_size, load_image
 from dina_rl.reward.checkpoint import RewardCard, read_card
 from dina_rl.reward.revision import pipeline_revision
-from dina_rl.scorers.base import Conditions, Scorer
+from dina_rl.scorers.base import Conditions, Scorer, Space
 from dina_rl.scorers.dina import DiNaScorer, open_dina
 from dina_rl.scorers.registry import open_image_scorer
 from dina_rl.seeding import normal
@@ -52,7 +51,7 @@ class NoiseKey:
 class Sample:
     """One picture as it is scored."""
 
-    space: Literal["images", "latents"]
+    space: Space
     tensor: torch.Tensor  # [3, H, W] in [0, 1], or [C, h, w] normalised as the backbone takes it
 
 
@@ -94,7 +93,7 @@ class PictureScorer:
         if not isinstance(self._scorer, DiNaScorer):
             raise ValueError(f"a {self.config.kind} scorer has no noise levels")
         config = PictureScorerConfig(**{**self.config.model_dump(), "levels": tuple(levels), "draws": draws})
-        scorer = DiNaScorer(config.reward, self._scorer.model)
+        scorer = DiNaScorer(config.dina, self._scorer.model)
         return PictureScorer(config, scorer, parts=self._parts, card=self.card, sizes=self._sizes, seed=self._seed)
 
     def score(self, paths: Sequence[str | Path], prompts: Sequence[str], *, batch_size: int = 8) -> torch.Tensor:
@@ -140,11 +139,11 @@ class PictureScorer:
         """Scores [B] of pictures of any size and space; those that are alike run in one forward."""
         if not len(samples) == len(prompts) == len(keys):
             raise ValueError(f"{len(samples)} pictures, {len(prompts)} prompts and {len(keys)} keys do not match")
-        alike: dict[tuple, list[int]] = {}
+        alike: dict[tuple[Space, torch.Size], list[int]] = {}
         for row, sample in enumerate(samples):
-            alike.setdefault((sample.space, *sample.tensor.shape), []).append(row)
+            alike.setdefault((sample.space, sample.tensor.shape), []).append(row)
         scores = torch.empty(len(samples))
-        for (space, *_), rows in alike.items():
+        for (space, _), rows in alike.items():
             batch = torch.stack([samples[row].tensor for row in rows])
             chosen = [prompts[row] for row in rows], [keys[row] for row in rows]
             score = self.score_latents if space == "latents" else self.score_images
@@ -155,14 +154,16 @@ class PictureScorer:
     def score_images(self, images: torch.Tensor, prompts: Sequence[str], keys: Sequence[NoiseKey]) -> torch.Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1]."""
         if self.space == "latents":
-            return self.score_latents(self.encode(images), prompts, keys)
+            scores: torch.Tensor = self.score_latents(self.encode(images), prompts, keys)
+            return scores
         return self._normalised(self._scorer(images, Conditions.of_images(prompts)))
 
     @torch.no_grad()
     def score_latents(self, latents: torch.Tensor, prompts: Sequence[str], keys: Sequence[NoiseKey]) -> torch.Tensor:
         """Scores [B] of clean, normalised latents [B, C, h, w]."""
         if self.space == "images":
-            return self.score_images(self._parts.codec.decode(latents.float()), prompts, keys)
+            scores: torch.Tensor = self.score_images(self._parts.codec.decode(latents.float()), prompts, keys)
+            return scores
         shape = (self.config.draws, *latents.shape[1:])
         conditions = Conditions(
             prompts=tuple(prompts),
@@ -265,7 +266,7 @@ def dina_pipeline(config: PictureScorerConfig, card: RewardCard) -> PipelineConf
     """
     size = (config.height, config.width) if config.height else card.image_size
     if size is None:
-        raise ValueError(f"reward model {config.reward.path} does not say its image size; give height and width")
+        raise ValueError(f"reward model {config.dina.path} does not say its image size; give height and width")
     return PipelineConfig(
         path=config.pipeline or card.pipeline,
         dtype=config.dtype or card.dtype or "float32",
@@ -276,7 +277,7 @@ def dina_pipeline(config: PictureScorerConfig, card: RewardCard) -> PipelineConf
 
 
 def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
-    card = read_card(config.reward.location)
+    card = read_card(config.dina.location)
     pipeline = dina_pipeline(config, card)
     sizes = ((pipeline.height, pipeline.width),) if config.height or not card.buckets else card.buckets
     try:
@@ -285,7 +286,7 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
         if config.pipeline is not None:
             raise
         raise ValueError(
-            f"{error} (reward model {config.reward.path} was fitted on it; a copy may be named as its pipeline)"
+            f"{error} (reward model {config.dina.path} was fitted on it; a copy may be named as its pipeline)"
         ) from error
     for size in sizes:
         backbone.latent_shape(*size)
@@ -293,7 +294,7 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
     if None not in (card.revision, revision) and revision != card.revision:
         log.warning(
             "reward model %s was fitted on revision %s of %s, %s has %s",
-            config.reward.path, card.revision, card.pipeline, pipeline.path, revision,
+            config.dina.path, card.revision, card.pipeline, pipeline.path, revision,
         )  # fmt: skip
     resolved = {
         "levels": config.levels or (card.reward.single_level,),
@@ -302,7 +303,7 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
         "max_sequence_length": pipeline.max_sequence_length,
     }
     config = config.model_copy(update=resolved)
-    dina = open_dina(config.reward, backbone)
+    dina = open_dina(config.dina, backbone)
     return PictureScorer(config, dina, parts=Parts(backbone), card=card, sizes=sizes, seed=seed)
 
 
@@ -310,7 +311,7 @@ def _open_images(config: PictureScorerConfig, seed: int) -> PictureScorer:
     backbone = None
     if config.pipeline is not None:
         backbone = runtime.open_pipeline(PipelineConfig(path=config.pipeline, dtype=config.dtype or "float32"))
-    scorer = open_image_scorer(config.kind, config.reward, device=runtime.device())
+    scorer = open_image_scorer(config.kind, config.clip, device=runtime.device())
     return PictureScorer(config, scorer, parts=Parts(backbone), card=None, sizes=(), seed=seed)
 
 

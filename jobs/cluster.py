@@ -18,7 +18,7 @@ def start_ray() -> None:
         address="local",
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="warning",
+        logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )
 
@@ -32,7 +32,7 @@ def quiet_ray_data() -> None:
             handler.setLevel(logging.ERROR)
 
 
-def visible_gpus(gpus: float) -> dict:
+def visible_gpus(gpus: float) -> dict[str, dict[str, str]]:
     """Runtime environment of a process that was given `gpus`: one without any must not find the machine's own.
 
     Ray leaves all GPUs visible to a process that asked for none, and torch would use them.

@@ -27,11 +27,11 @@ from dina_rl.evaluation.paper import Plan, plan_table
 from dina_rl.evaluation.requests import Workers
 from dina_rl.evaluation.results import (
     accuracy_table,
+    export_table,
     measured,
     uncertainty_of,
     uncertainty_table,
     write_accuracies,
-    write_table,
 )
 from dina_rl.evaluation.runs import notes_on, read_runs
 from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
@@ -106,7 +106,7 @@ def evaluate(run: EvaluateRun, inputs: Inputs, run_dir: Path) -> str:
         results = [measured(run, store, name, job, view) for name, job, view in scored]
         write_accuracies(results, run_dir / "accuracies.csv")
         table = accuracy_table(inputs.plan, results, inputs.sets, run.convention, inputs.notes)
-    return write_table(table, run_dir, run.paper)
+    return export_table(table, run_dir, run.paper)
 
 
 def paper_jobs(run: EvaluateRun, inputs: Inputs) -> list[tuple[NamedScorer, ScoringJob]]:

@@ -37,10 +37,13 @@ def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
     """
     store = open_store(directory)
     order = fit_order(store, run.fit, seed=run.seed)
-    tables = blocks(order, store.pairs("train"), store.latent_shapes, ranks=run.fit.num_workers, first_step=first_step)
+    tables = blocks(
+        order, store.pairs("train"), store.latent_shapes, world_size=run.fit.num_workers, first_step=first_step
+    )
     # Not from_arrow, which starts a task for every table to look at it; a real fit has 100,000 of them.
     references = ray.data.from_blocks(list(tables))
-    return references.map_batches(load_latents, batch_size=None, fn_kwargs={"directory": directory})
+    dataset: Dataset = references.map_batches(load_latents, batch_size=None, fn_kwargs={"directory": directory})
+    return dataset
 
 
 def blocks(
@@ -48,7 +51,7 @@ def blocks(
     pairs: PairTable,
     latent_shapes: Sequence[tuple[int, int, int]],
     *,
-    ranks: int,
+    world_size: int,
     first_step: int,
 ) -> Iterator[pyarrow.Table]:
     """The rows of `pair_dataset`, latents as row numbers, in blocks as the module's docstring says.
@@ -57,8 +60,8 @@ def blocks(
         latent_shapes: (C, h, w) of every bucket.
     """
     for steps in order.runs(first_step):
-        shares = [order.batches[step].view(ranks, -1) for step in steps]
-        index = torch.cat(shares, dim=1)  # [ranks, pairs of a rank]
+        shares = [order.batches[step].view(world_size, -1) for step in steps]
+        index = torch.cat(shares, dim=1)  # [world_size, pairs of a rank]
         sizes = torch.tensor([share.shape[1] for share in shares])
         step = torch.tensor(steps).repeat_interleave(sizes)
         share = sizes.repeat_interleave(sizes)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from diffusers.models import ModelMixin
 from torch import nn
 
 from dina_rl.backbones.text import CACHED_PROMPTS
@@ -46,6 +47,7 @@ class Backbone(Protocol):
     """One diffusion family, opened on a pipeline directory or hub id. Parts load only when asked for."""
 
     dtype: torch.dtype  # of the frozen weights
+    device: str  # where parts load, and where what they compute lies
     num_blocks: int  # joint blocks of the full transformer, those over visual and text tokens
     last_tap: int  # blocks 1 to this one have a visual and a text output
     width: int  # hidden width of a token
@@ -53,11 +55,11 @@ class Backbone(Protocol):
     prompt_shape: tuple[int, int, int]  # text tokens, their width, and that of the pooled embedding
     lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
 
-    def load_transformer(self) -> nn.Module:
+    def load_transformer(self) -> ModelMixin:
         """The denoiser, frozen and in eval mode."""
         ...
 
-    def empty_transformer(self) -> nn.Module:
+    def empty_transformer(self) -> ModelMixin:
         """The denoiser on torch's meta device: shapes and names without weights."""
         ...
 

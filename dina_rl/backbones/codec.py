@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models import AutoencoderKL
 
 
 class KLCodec:
@@ -11,16 +11,18 @@ class KLCodec:
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self._vae = vae
+        self._shift: float = vae.config["shift_factor"]
+        self._scale: float = vae.config["scaling_factor"]
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         pixels = (images * 2 - 1).to(self._vae.device, self._vae.dtype)
-        latent = self._vae.encode(pixels).latent_dist.mode().float()
-        return (latent - self._vae.config.shift_factor) * self._vae.config.scaling_factor
+        latent: torch.Tensor = self._vae.encode(pixels).latent_dist.mode().float()
+        return (latent - self._shift) * self._scale
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        latent = latents / self._vae.config.scaling_factor + self._vae.config.shift_factor
-        pixels = self._vae.decode(latent.to(self._vae.device, self._vae.dtype)).sample.float()
+        latent = latents / self._scale + self._shift
+        pixels: torch.Tensor = self._vae.decode(latent.to(self._vae.device, self._vae.dtype)).sample.float()
         return (pixels / 2 + 0.5).clamp(0, 1)
 
 
@@ -63,4 +65,5 @@ class LatentGrid:
 def pixels_per_latent(path: str) -> int:
     """Downsampling factor of the VAE of the pipeline at `path`."""
     config = AutoencoderKL.load_config(path, subfolder="vae")
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    num_halvings = len(config["block_out_channels"]) - 1
+    return 1 << num_halvings

@@ -10,7 +10,8 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import nn
 
 from dina_rl.backbones.base import Features
@@ -71,7 +72,7 @@ class TruncatedFlux(nn.Module):
 class Flux:
     """`Backbone` for `FluxPipeline` directories and hub ids (FLUX.1-dev, and FLUX.1-schnell, which has no guidance)."""
 
-    lora_targets = (
+    lora_targets: tuple[str, ...] = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -99,10 +100,12 @@ class Flux:
         )
 
     def load_transformer(self) -> FluxTransformer2DModel:
-        return load_frozen(FluxTransformer2DModel, self.path, self.dtype, self.device)
+        transformer: FluxTransformer2DModel = load_frozen(FluxTransformer2DModel, self.path, self.dtype, self.device)
+        return transformer
 
     def empty_transformer(self) -> FluxTransformer2DModel:
-        return without_weights(FluxTransformer2DModel, self.path, self.dtype)
+        transformer: FluxTransformer2DModel = without_weights(FluxTransformer2DModel, self.path, self.dtype)
+        return transformer
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """T5's tokens and CLIP-L's pooled embedding through the stock pipeline's `encode_prompt`."""
@@ -130,7 +133,7 @@ class Flux:
     def velocity(
         self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds
     ) -> torch.Tensor:
-        tokens = transformer(**self._inputs(latents, sigma, prompt), return_dict=False)[0]
+        tokens: torch.Tensor = transformer(**self._inputs(latents, sigma, prompt), return_dict=False)[0]
         return unpack(tokens, *latents.shape[-2:]).float()
 
     def truncated(self, transformer: nn.Module, num_blocks: int) -> TruncatedFlux:
@@ -138,6 +141,7 @@ class Flux:
             raise ValueError(
                 f"a reward on {self.path} can use blocks 1 to {self.last_tap} (its double blocks), not {num_blocks}"
             )
+        assert isinstance(transformer, FluxTransformer2DModel)
         return TruncatedFlux(transformer, num_blocks)
 
     def features(
@@ -148,7 +152,8 @@ class Flux:
         prompt: PromptEmbeds,
         taps: Sequence[int],
     ) -> Features:
-        return truncated(**self._inputs(latents, sigma, prompt), taps=taps)
+        features: Features = truncated(**self._inputs(latents, sigma, prompt), taps=taps)
+        return features
 
     def save_adapter(
         self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]
@@ -181,11 +186,11 @@ class Flux:
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """Latents [B, C, h, w] -> tokens [B, (h / 2) (w / 2), 4 C], each a 2x2 patch, row by row."""
-    cells = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h / 2, 2, w / 2, 2]
+    cells: torch.Tensor = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h / 2, 2, w / 2, 2]
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
     """The inverse of `pack`: tokens [B, (h / 2) (w / 2), 4 C] -> latents [B, C, h, w]."""
-    cells = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (h // 2, w // 2))  # [B, h / 2, w / 2, C, 2, 2]
+    cells: torch.Tensor = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (h // 2, w // 2))  # [B, h / 2, w / 2, C, 2, 2]
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

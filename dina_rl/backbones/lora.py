@@ -26,12 +26,23 @@ def add_lora(module: nn.Module, *, rank: int, alpha: float, targets: Sequence[st
     Only the adapter's parameters require a gradient afterwards.
     """
     module.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    config = peft_config(rank=rank, alpha=alpha, targets=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
         inject_adapter_in_model(config, module)
     for parameter in trainable(module).values():
         parameter.data = parameter.data.float()  # fp32 masters also on a half-precision base
+
+
+def peft_config(*, rank: int, alpha: float, targets: Sequence[str], inference_mode: bool = False) -> LoraConfig:
+    """Our adapters in peft's words."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # declared int, but peft only divides it by r
+        init_lora_weights="gaussian",
+        target_modules=list(targets),
+        inference_mode=inference_mode,
+    )
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

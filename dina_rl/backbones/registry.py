@@ -1,17 +1,43 @@
-"""Pipeline class name -> backbone. Adding a family is one file beside `sd3.py` and one line here."""
+"""Pipeline class name -> backbone. Adding a family is one file beside `sd3.py`, its import and one line here."""
 
 import json
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from dina_rl.backbones.base import Backbone
 
-BACKBONES = {
-    "FluxPipeline": "dina_rl.backbones.flux:Flux",
-    "StableDiffusion3Pipeline": "dina_rl.backbones.sd3:SD3",
-    "ZImagePipeline": "dina_rl.backbones.z_image:ZImage",
+
+class Family(Protocol):
+    """What opens a pipeline directory or hub id: the class of a backbone."""
+
+    def __call__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int) -> Backbone: ...
+
+
+def _flux() -> Family:
+    from dina_rl.backbones.flux import Flux
+
+    return Flux
+
+
+def _sd3() -> Family:
+    from dina_rl.backbones.sd3 import SD3
+
+    return SD3
+
+
+def _z_image() -> Family:
+    from dina_rl.backbones.z_image import ZImage
+
+    return ZImage
+
+
+BACKBONES: dict[str, Callable[[], Family]] = {  # each imports its own pipeline only
+    "FluxPipeline": _flux,
+    "StableDiffusion3Pipeline": _sd3,
+    "ZImagePipeline": _z_image,
 }
 
 
@@ -38,7 +64,8 @@ def pipeline_class(path: str | Path) -> str:
             raise ValueError(
                 f"pipeline {path} is neither a local directory nor a hub id that can be read here: {error}"
             ) from error
-    return json.loads(index.read_text())["_class_name"]
+    name: str = json.loads(index.read_text())["_class_name"]
+    return name
 
 
 def open_backbone(
@@ -57,6 +84,5 @@ def open_backbone(
     name = pipeline_class(path)
     if name not in BACKBONES:
         raise ValueError(f"pipeline {path} is a {name}; supported: {', '.join(sorted(BACKBONES))}")
-    module, cls = BACKBONES[name].split(":")
-    factory = vars(import_module(module))[cls]
-    return factory(path, dtype=dtype, device=device, max_sequence_length=max_sequence_length)
+    family = BACKBONES[name]()
+    return family(path, dtype=dtype, device=device, max_sequence_length=max_sequence_length)

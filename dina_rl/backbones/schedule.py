@@ -1,8 +1,8 @@
 """The sigma table of the pipelines that set their own sigmas: FLUX and Z-Image."""
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
 
 def shifted_sigmas(path: str, num_steps: int, image_tokens: int) -> torch.Tensor:
@@ -17,4 +17,5 @@ def shifted_sigmas(path: str, num_steps: int, image_tokens: int) -> torch.Tensor
         image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / num_steps, num_steps).tolist(), mu=shift)
-    return scheduler.sigmas.float()
+    sigmas: torch.Tensor = scheduler.sigmas
+    return sigmas.float()

@@ -5,7 +5,9 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 from transformers import CLIPTextConfig
 
@@ -49,7 +51,7 @@ class TruncatedSD3(nn.Module):
 class SD3:
     """`Backbone` for `StableDiffusion3Pipeline` directories and hub ids (SD3, SD3.5 medium and large)."""
 
-    lora_targets = (
+    lora_targets: tuple[str, ...] = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -86,10 +88,12 @@ class SD3:
         )
 
     def load_transformer(self) -> SD3Transformer2DModel:
-        return load_frozen(SD3Transformer2DModel, self.path, self.dtype, self.device)
+        transformer: SD3Transformer2DModel = load_frozen(SD3Transformer2DModel, self.path, self.dtype, self.device)
+        return transformer
 
     def empty_transformer(self) -> SD3Transformer2DModel:
-        return without_weights(SD3Transformer2DModel, self.path, self.dtype)
+        transformer: SD3Transformer2DModel = without_weights(SD3Transformer2DModel, self.path, self.dtype)
+        return transformer
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """CLIP-L, CLIP-G and T5 through the stock pipeline's `encode_prompt`."""
@@ -99,8 +103,8 @@ class SD3:
         def encode(prompt: str) -> PromptEmbeds:
             embeds, _, pooled, _ = pipeline.encode_prompt(
                 prompt=prompt,
-                prompt_2=None,
-                prompt_3=None,
+                prompt_2=prompt,
+                prompt_3=prompt,
                 device=torch.device(self.device),
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
@@ -120,18 +124,20 @@ class SD3:
         # A scheduler of its own for every table: set_timesteps mutates the object, and the shift is applied once.
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.path, subfolder="scheduler")
         scheduler.set_timesteps(num_steps)
-        return scheduler.sigmas.float()
+        sigmas: torch.Tensor = scheduler.sigmas
+        return sigmas.float()
 
     def velocity(
         self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds
     ) -> torch.Tensor:
-        return transformer(
+        velocity: torch.Tensor = transformer(
             hidden_states=latents.to(self.dtype),
             timestep=1000 * sigma,
             encoder_hidden_states=prompt.embeds,
             pooled_projections=prompt.pooled,
             return_dict=False,
-        )[0].float()
+        )[0]
+        return velocity.float()
 
     def truncated(self, transformer: nn.Module, num_blocks: int) -> TruncatedSD3:
         if not 1 <= num_blocks <= self.last_tap:
@@ -139,6 +145,7 @@ class SD3:
                 f"a reward on {self.path} can use blocks 1 to {self.last_tap} (the last of its {self.num_blocks} "
                 f"blocks has no text output), not {num_blocks}"
             )
+        assert isinstance(transformer, SD3Transformer2DModel)
         return TruncatedSD3(transformer, num_blocks)
 
     def features(
@@ -149,7 +156,8 @@ class SD3:
         prompt: PromptEmbeds,
         taps: Sequence[int],
     ) -> Features:
-        return truncated(latents.to(self.dtype), 1000 * sigma, prompt, taps)
+        features: Features = truncated(latents.to(self.dtype), 1000 * sigma, prompt, taps)
+        return features
 
     def save_adapter(
         self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
+from diffusers.models import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 

@@ -1,20 +1,31 @@
 """A family's transformer, with and without its weights."""
 
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from diffusers import ModelMixin
+from torch import nn
 
-Transformer = TypeVar("Transformer", bound=ModelMixin)
+Transformer = TypeVar("Transformer", bound=nn.Module)
+Transformer_co = TypeVar("Transformer_co", bound=nn.Module, covariant=True)
 
 
-def load_frozen(cls: type[Transformer], path: str, dtype: torch.dtype, device: str) -> Transformer:
+class StockClass(Protocol[Transformer_co]):
+    """What we call of a diffusers model class. Diffusers declares these methods on mixins, and less exactly."""
+
+    def from_pretrained(self, path: str, *, subfolder: str, dtype: torch.dtype) -> Transformer_co: ...
+
+    def load_config(self, path: str, *, subfolder: str) -> dict[str, object]: ...
+
+    def from_config(self, config: dict[str, object]) -> Transformer_co: ...
+
+
+def load_frozen(cls: StockClass[Transformer], path: str, dtype: torch.dtype, device: str) -> Transformer:
     """The transformer of the pipeline at `path`, frozen and in eval mode."""
     transformer = cls.from_pretrained(path, subfolder="transformer", dtype=dtype)
     return transformer.to(device).requires_grad_(False).eval()
 
 
-def without_weights(cls: type[Transformer], path: str, dtype: torch.dtype) -> Transformer:
+def without_weights(cls: StockClass[Transformer], path: str, dtype: torch.dtype) -> Transformer:
     """The same on torch's meta device: names and shapes."""
     config = cls.load_config(path, subfolder="transformer")
     with torch.device("meta"):

@@ -11,8 +11,9 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers.models import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import ADALN_EMBED_DIM, SEQ_MULTI_OF
+from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from torch import nn
 from torch.nn import functional
 
@@ -54,10 +55,10 @@ class TruncatedZImage(nn.Module):
         lengths = _lengths(prompt)
         padded = [_in_multiples(length) for length in lengths]
         longest = max(padded)
-        lengths, ends = (torch.tensor(each, device=latents.device) for each in (lengths, padded))
+        words, ends = (torch.tensor(each, device=latents.device) for each in (lengths, padded))
         text_mask = None if min(padded) == longest else torch.arange(longest, device=latents.device) < ends[:, None]
         visual, visual_rope = self._image(latents, ends, time_embedding)
-        text, text_rope = self._caption(prompt.embeds, lengths, longest, text_mask)
+        text, text_rope = self._caption(prompt.embeds, words, longest, text_mask)
 
         tokens, rope = torch.cat([visual, text], 1), torch.cat([visual_rope, text_rope], 1)
         mask = None if text_mask is None else functional.pad(text_mask, (visual.shape[1], 0), value=True)
@@ -101,7 +102,8 @@ class TruncatedZImage(nn.Module):
 
     def _rope(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotations [B, N, head / 2] of positions [B, N, 3]."""
-        return self.rope_embedder(positions.flatten(0, 1)).unflatten(0, positions.shape[:2])
+        rotations: torch.Tensor = self.rope_embedder(positions.flatten(0, 1)).unflatten(0, positions.shape[:2])
+        return rotations
 
 
 class ZImage:
@@ -115,7 +117,7 @@ class ZImage:
         ValueError: `max_sequence_length` is beyond the transformer's position table.
     """
 
-    lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+    lora_targets: tuple[str, ...] = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
     def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int) -> None:
         self.path = str(path)
@@ -142,10 +144,13 @@ class ZImage:
         )
 
     def load_transformer(self) -> ZImageTransformer2DModel:
-        return load_frozen(ZImageTransformer2DModel, self.path, self.dtype, self.device)
+        stock = ZImageTransformer2DModel
+        transformer: ZImageTransformer2DModel = load_frozen(stock, self.path, self.dtype, self.device)
+        return transformer
 
     def empty_transformer(self) -> ZImageTransformer2DModel:
-        return without_weights(ZImageTransformer2DModel, self.path, self.dtype)
+        transformer: ZImageTransformer2DModel = without_weights(ZImageTransformer2DModel, self.path, self.dtype)
+        return transformer
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """Qwen3's last hidden states but one of the chat, through the stock pipeline's `encode_prompt`."""
@@ -182,11 +187,13 @@ class ZImage:
     ) -> torch.Tensor:
         frames = list(latents.to(self.dtype).unsqueeze(2))  # of [C, 1, h, w]
         captions = [row[:length] for row, length in zip(prompt.embeds, _lengths(prompt), strict=True)]
-        return -torch.stack(transformer(frames, _time(sigma), captions, return_dict=False)[0]).squeeze(2).float()
+        towards_image: list[torch.Tensor] = transformer(frames, _time(sigma), captions, return_dict=False)[0]
+        return -torch.stack(towards_image).squeeze(2).float()
 
     def truncated(self, transformer: nn.Module, num_blocks: int) -> TruncatedZImage:
         if not 1 <= num_blocks <= self.last_tap:
             raise ValueError(f"a reward on {self.path} can use blocks 1 to {self.last_tap}, not {num_blocks}")
+        assert isinstance(transformer, ZImageTransformer2DModel)
         return TruncatedZImage(transformer, num_blocks)
 
     def features(
@@ -197,7 +204,8 @@ class ZImage:
         prompt: PromptEmbeds,
         taps: Sequence[int],
     ) -> Features:
-        return truncated(latents.to(self.dtype), _time(sigma), prompt, taps)
+        features: Features = truncated(latents.to(self.dtype), _time(sigma), prompt, taps)
+        return features
 
     def save_adapter(
         self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]
@@ -223,7 +231,7 @@ def _in_multiples(count: int) -> int:
 
 def _patches(latents: torch.Tensor) -> torch.Tensor:
     """Latents [B, C, h, w] -> [B, (h / 2) (w / 2), 4 C], row by row; inside a patch the channel runs fastest."""
-    cells = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h / 2, 2, w / 2, 2]
+    cells: torch.Tensor = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h / 2, 2, w / 2, 2]
     return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 

@@ -13,7 +13,7 @@ from dina_rl.config.alignment import (
     WorkersConfig,
 )
 from dina_rl.config.base import LoRAConfig, PipelineConfig, PolicyLoRAConfig
-from dina_rl.config.evaluation import EvaluateRun, ScoringWorkersConfig, SetConfig
+from dina_rl.config.evaluation import EvaluateRun, EvaluationWorkersConfig, SetConfig
 from dina_rl.config.fitting import (
     DatasetConfig,
     FilterConfig,
@@ -62,7 +62,7 @@ __all__ = [
     "RolloutConfig",
     "ScoreRun",
     "ScorerConfig",
-    "ScoringWorkersConfig",
+    "EvaluationWorkersConfig",
     "SetConfig",
     "ThurstoneConfig",
     "TimestepConfig",

@@ -51,7 +51,7 @@ class BootstrapConfig(Section):
     """probability that the interval should cover"""
 
 
-class ScoringWorkersConfig(Section):
+class EvaluationWorkersConfig(Section):
     """Processes that score, and how long to wait for them."""
 
     num_workers: Positive = 2
@@ -117,7 +117,7 @@ class EvaluateRun(Section):
     """images per forward of a scorer"""
     records_per_part: Positive = 256
     """records that one call scores, and that an interruption loses"""
-    workers: Annotated[ScoringWorkersConfig, Mark.PROCESS] = ScoringWorkersConfig()
+    workers: Annotated[EvaluationWorkersConfig, Mark.PROCESS] = EvaluationWorkersConfig()
 
     @field_validator("runs", mode="before")
     @classmethod

@@ -22,6 +22,9 @@ from dina_rl.config.keys import Mark
 OWN_TEST = "test"
 """Among a fit's held-out sets, the test pairs of the store that it trains on."""
 
+Split = Literal["train", "test"]
+"""The parts of a latent store."""
+
 SetKind = Literal["hpdv3", "hpdv2", "imagereward", "genai_bench", "pickapic", "prompts", "preprocessed"]
 
 
@@ -133,9 +136,10 @@ class DatasetConfig(Section):
         return Path(self.path).expanduser()
 
     @property
-    def splits(self) -> dict[Literal["train", "test"], str]:
+    def splits(self) -> dict[Split, str]:
         """Split of the latent store -> split of the set, those there are."""
-        return {ours: theirs for ours, theirs in (("train", self.train), ("test", self.test)) if theirs is not None}
+        named: dict[Split, str | None] = {"train": self.train, "test": self.test}
+        return {ours: theirs for ours, theirs in named.items() if theirs is not None}
 
     @model_validator(mode="after")
     def _there_is_something_to_encode(self) -> Self:

@@ -54,11 +54,16 @@ class PictureScorerConfig(Section):
         return self
 
     @property
-    def reward(self) -> DiNaScorerConfig | PickScoreConfig | CLIPScoreConfig:
-        """The registry's section for this scorer."""
-        if self.kind == "dina":
-            given = {"path": self.path, "levels": self.levels, "draws": self.draws, "noise": self.noise}
-            return DiNaScorerConfig(**{name: value for name, value in given.items() if value is not None})
+    def dina(self) -> DiNaScorerConfig:
+        """The registry's section for a dina scorer."""
+        assert self.kind == "dina"
+        given = {"path": self.path, "levels": self.levels, "draws": self.draws, "noise": self.noise}
+        return DiNaScorerConfig(**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def clip(self) -> PickScoreConfig | CLIPScoreConfig:
+        """The registry's section for a CLIP model."""
+        assert self.kind != "dina"
         section = PickScoreConfig if self.kind == "pickscore" else CLIPScoreConfig
         given = {"path": self.path, "processor": self.processor}
         return section(**{name: value for name, value in given.items() if value is not None})

@@ -39,7 +39,7 @@ def copy_latents(source: PreprocessedSet, store: LatentStore, shards: Sequence[i
             store.write_shard(shard, torch.stack(latents.pop(shard)), unreadable.pop(shard, {}))
 
 
-def _rows_of(store: LatentStore, shards: Sequence[int]) -> Iterator[tuple[tuple, int, int, str]]:
+def _rows_of(store: LatentStore, shards: Sequence[int]) -> Iterator[tuple[tuple[str, int, int], int, int, str]]:
     """(place in the files, shard, row, key) of the rows of shards of one bucket."""
     for shard in shards:
         _, rows = store.info.shard(shard)

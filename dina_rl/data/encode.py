@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dina_rl.backbones.base import Backbone, LatentCodec
 from dina_rl.checkpoint import write_json
 from dina_rl.config import DatasetConfig, FitRun
+from dina_rl.config.fitting import Split
 from dina_rl.config.keys import Mark, dump_without
 from dina_rl.data.buckets import Bucketing
 from dina_rl.data.copy import copy_latents
@@ -31,7 +32,7 @@ from dina_rl.data.sets.preprocessed import PreprocessedSet
 from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
 from dina_rl.data.sets.registry import open_set
 from dina_rl.data.stores.files import write_lines
-from dina_rl.data.stores.latents import SPLITS, LatentStore, Split, StoreInfo
+from dina_rl.data.stores.latents import SPLITS, LatentStore, StoreInfo
 from dina_rl.data.stores.prompts import PromptsInfo, PromptStore
 
 LATENTS = "latents"
@@ -164,9 +165,10 @@ def encode_shard(
     bucket, rows = store.info.shard(shard)
     height, width = store.buckets[bucket]
     keys = store.images_of(rows)
-    latents, problems = [], []
+    latents: list[torch.Tensor] = []
+    problems: list[str | None] = []
     with ThreadPoolExecutor(threads) as pool:
-        upcoming: list[Future] = []
+        upcoming: list[Future[tuple[numpy.ndarray, str | None]]] = []
         for start in range(0, len(keys) + batch_size, batch_size):
             batch, upcoming = upcoming, []
             for key in keys[start : start + batch_size]:

@@ -56,8 +56,9 @@ def file_size(path: Path) -> Size:
 def _opened(source: Path | io.BytesIO) -> Iterator[Image.Image]:
     try:
         with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.height}x{image.width} is beyond {Image.MAX_IMAGE_PIXELS} pixels")
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.width * image.height > most:
+                raise ValueError(f"{image.height}x{image.width} is beyond {most} pixels")
             yield image
     except Image.UnidentifiedImageError:
         raise ValueError("unreadable image: not of a known format") from None

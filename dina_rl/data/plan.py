@@ -19,10 +19,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from dina_rl.config import FilterConfig
+from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.filters import preference_filter
 from dina_rl.data.sets.records import PreferencePair, PreferenceRecord, SkippedRecord, pairs_of
-from dina_rl.data.stores.latents import Split, StoredPair
+from dina_rl.data.stores.latents import StoredPair
 from dina_rl.seeding import derive_seed
 
 CHUNK = 512
@@ -30,6 +31,9 @@ CHUNK = 512
 
 Measured = list[tuple[int, int] | str]
 """Of every image of a chunk (height, width), or why it has none."""
+
+_Sized = tuple[str, int, int, str | None]
+"""(key, height, width, problem) of an image; one with a problem has no sizes."""
 
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -131,7 +135,8 @@ class EncodePlan:
         """
         with self._transaction():
             for split, records in splits.items():
-                counts, dropped = Counter(records=0, malformed=0, pairs=0), Counter()
+                counts = Counter(records=0, malformed=0, pairs=0)
+                dropped: Counter[str] = Counter()
                 for record in records:
                     counts["records"] += 1
                     if isinstance(record, SkippedRecord):
@@ -178,10 +183,12 @@ class EncodePlan:
         return None
 
     def _id(self, table: str, column: str, value: str) -> int:
-        found = self._db.execute(f"SELECT id FROM {table} WHERE {column} = ?", (value,)).fetchone()
+        found: tuple[int] | None = self._db.execute(f"SELECT id FROM {table} WHERE {column} = ?", (value,)).fetchone()
         if found is not None:
             return found[0]
-        return self._db.execute(f"INSERT INTO {table} ({column}) VALUES (?)", (value,)).lastrowid
+        row = self._db.execute(f"INSERT INTO {table} ({column}) VALUES (?)", (value,)).lastrowid
+        assert row is not None
+        return row
 
     # sizes
 
@@ -214,7 +221,7 @@ class EncodePlan:
     def place(self, bucketing: Bucketing, *, max_per_prompt: int | None) -> None:
         """Give every pair whose images have sizes its bucket, cap the training prompts, and number the rows."""
         with self._transaction():
-            dropped: dict[str, Counter] = {}
+            dropped: dict[Split, Counter[str]] = {}
             of_pair = lru_cache(maxsize=2**16)(bucketing.of_pair)  # the same sizes recur
             for position, split, file, record, first, second in self._sized_pairs():
                 broken = [side for side in (first, second) if side[3] is not None]
@@ -239,8 +246,8 @@ class EncodePlan:
             )
             self._db.execute("INSERT INTO facts VALUES ('placed', 'yes')")
 
-    def _sized_pairs(self) -> Iterator[tuple]:
-        """(position, split, file, record, (key, height, width, problem) of either image); may be updated meanwhile."""
+    def _sized_pairs(self) -> Iterator[tuple[int, Split, str, int, _Sized, _Sized]]:
+        """(position, split, file, record, either image); may be updated meanwhile."""
         query = (
             "SELECT position, split, file, record, a.key, a.height, a.width, a.problem, b.key, b.height, b.width, "
             "b.problem FROM pairs JOIN images a ON a.id = chosen JOIN images b ON b.id = rejected "
@@ -249,7 +256,8 @@ class EncodePlan:
         last = 0
         while page := self._db.execute(query, (last,)).fetchall():
             for values in page:
-                yield *values[:4], values[4:8], values[8:]
+                position, split, file, record = values[:4]
+                yield position, split, file, record, values[4:8], values[8:]
             last = page[-1][0]
 
     def _cap(self, most: int) -> None:

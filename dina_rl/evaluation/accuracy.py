@@ -104,7 +104,7 @@ def compare(records: Sequence[PreferenceRecord], scores: Mapping[int, torch.Tens
             tied.append(record.ranks[a] == record.ranks[b])
             prompts.append(number)
             indices.append(record.index)
-            models.append(None if record.models is None else tuple(sorted((record.models[a], record.models[b]))))
+            models.append(_model_pair(record, a, b))
             categories.append(record.category)
     return Comparisons(
         margins=torch.tensor(margins, dtype=torch.float64),
@@ -114,6 +114,14 @@ def compare(records: Sequence[PreferenceRecord], scores: Mapping[int, torch.Tens
         models=tuple(pair or (UNNAMED, UNNAMED) for pair in models) if any(models) else None,
         categories=tuple(category or UNNAMED for category in categories) if any(categories) else None,
     )
+
+
+def _model_pair(record: PreferenceRecord, a: int, b: int) -> tuple[str, str] | None:
+    """The generators of two of a record's images, in the order of their names."""
+    if record.models is None:
+        return None
+    first, second = sorted((record.models[a], record.models[b]))
+    return first, second
 
 
 def measure(comparisons: Comparisons) -> Accuracy:

@@ -23,7 +23,7 @@ from dina_rl.evaluation.figures import plot_lines, plot_reliability, plot_table
 from dina_rl.evaluation.leak import Leak, find_leak, fingerprints
 from dina_rl.evaluation.named_scorers import NamedScorer
 from dina_rl.evaluation.requests import View
-from dina_rl.evaluation.results import Measured, comparisons_of, measured, uncertainty_of, write_accuracies
+from dina_rl.evaluation.results import SetAccuracy, comparisons_of, measured, uncertainty_of, write_accuracies
 from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, open_source
 from dina_rl.evaluation.tables import Cell, Row, Table, grid, markdown, shown, write_rows
@@ -55,7 +55,7 @@ class Part:
 class Report:
     """What an audit found. Keys of the mappings are (scorer, set, view's label) unless they say otherwise."""
 
-    accuracies: tuple[Measured, ...]
+    accuracies: tuple[SetAccuracy, ...]
     calibrations: Mapping[tuple[str, str, str], Calibration]
     uncertainties: Mapping[tuple[str, str, str], Uncertainty]
     breakdown: tuple[Part, ...]
@@ -71,7 +71,8 @@ def audit_jobs(
     for scorer in scorers:
         for data in sets:
             jobs.append((scorer, scorer.job(data, _views(run, scorer))))
-            if repeated := _repeated(run, scorer):
+            repeated = _repeated(run, scorer)
+            if run.uncertainty is not None and repeated:
                 sample = data.sample(run.uncertainty.pairs, run.seed)
                 jobs.append((scorer, scorer.job(sample, repeated)))
     return jobs
@@ -216,7 +217,7 @@ def _sweep(report: Report) -> dict[str, dict[str, list[tuple[float, Cell]]]]:
 
 
 def _as_json(report: Report) -> dict[str, object]:
-    def listed(values: Mapping[tuple[str, str, str], object]) -> list[dict[str, object]]:
+    def listed(values: Mapping[tuple[str, str, str], Calibration | Uncertainty]) -> list[dict[str, object]]:
         names = ("scorer", "set", "view")
         return [{**dict(zip(names, key, strict=True)), **asdict(value)} for key, value in values.items()]
 

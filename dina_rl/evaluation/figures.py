@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,7 +28,8 @@ def plot_table(table: Table, path: Path) -> None:
     scale = 100 if table.percent else 1
     for number, column in enumerate(table.columns):
         shift = 0.5 * ((number + 0.5) / len(table.columns) - 0.5)
-        points = [(place, row.cells[column]) for place, row in enumerate(table.rows) if row.cells[column] is not None]
+        cells = enumerate(row.cells[column] for row in table.rows)
+        points = [(place, cell) for place, cell in cells if cell is not None]
         if not points:
             continue
         below, above = zip(*(_error(cell) for _, cell in points), strict=True)
@@ -111,7 +113,7 @@ def _error(cell: Cell) -> tuple[float, float]:
     return 0.0, 0.0
 
 
-def _plain(axes: Axes, grid: str) -> None:
+def _plain(axes: Axes, grid: Literal["x", "y", "both"]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#e5e5e5")
 

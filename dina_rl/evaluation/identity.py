@@ -37,7 +37,7 @@ class Identities:
             ValueError: the reward model cannot be read, or nobody says at which size it scores.
         """
         if scorer not in self._pipelines:
-            self._pipelines[scorer] = dina_pipeline(scorer, read_card(scorer.reward.location))
+            self._pipelines[scorer] = dina_pipeline(scorer, read_card(scorer.dina.location))
         return self._pipelines[scorer]
 
     def of_pipeline(self, scorer: PictureScorerConfig) -> dict[str, object]:
@@ -48,11 +48,11 @@ class Identities:
 
     def of_scorer(self, scorer: PictureScorerConfig) -> dict[str, object]:
         """Which weights score, and on what; raises like `pipeline`."""
-        reward = scorer.reward
-        weights = self._content(reward.path, "config.json")
         if scorer.kind == "dina":
+            weights = self._content(scorer.dina.path, "config.json")
             return {"kind": scorer.kind, "weights": weights, **self.of_pipeline(scorer)}
-        processor = self._content(reward.processor, "preprocessor_config.json")
+        weights = self._content(scorer.clip.path, "config.json")
+        processor = self._content(scorer.clip.processor, "preprocessor_config.json")
         return {"kind": scorer.kind, "weights": weights, "processor": processor}
 
     def _content(self, path: str, known_file: str, *, whole: int | None = None) -> str:

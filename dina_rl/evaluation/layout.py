@@ -61,8 +61,10 @@ def _buckets(
     if not needs_sizes(bucketing):
         return [0] * len(record.images)
     sizes = [size_of(image) for image in record.images]
-    if len(sizes) == 2 and not any(isinstance(size, str) for size in sizes):
-        return [_shared(bucketing, *sizes)] * 2
+    if len(sizes) == 2:
+        first, second = sizes
+        if not isinstance(first, str) and not isinstance(second, str):
+            return [_shared(bucketing, first, second)] * 2
     # Beside an unreadable image the other one of a pair has nothing wrong with it.
     return [
         Problem(reason=size, broken=True) if isinstance(size, str) else _shared(bucketing, size, size) for size in sizes

@@ -52,11 +52,11 @@ def named_scorer(
     if config.kind != "dina":
         from dina_rl.scorers.clip import check_clip
 
-        check_clip(config.reward)
+        check_clip(config.clip)
         return NamedScorer(
             name=name, config=config, backbone="CLIP", main=PLAIN, ensemble=None, thurstone=None, bucketing=None
         )
-    card = read_card(config.reward.location)
+    card = read_card(config.dina.location)
     pipeline = dina_pipeline(config, card)
     fitted = "pipeline" if dataset is None and config.height is not None else _of_card(card)
     sizes = _bucketing(dataset or DatasetConfig(), buckets or fitted, pipeline)

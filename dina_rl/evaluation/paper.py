@@ -18,7 +18,7 @@ from dina_rl.evaluation.runs import FittedRun, essence
 SINGLE, ENSEMBLE = "single", "ensemble"
 DIFFERENCES = "Differs in"
 Label = Callable[[FittedRun], tuple[str, ...]]
-Order = Callable[[FittedRun], tuple]
+Order = Callable[[FittedRun], tuple[str | int | float, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ UNCERTAINTY_COLUMNS = {"VR": "variation_ratio", "mean margin": "mean_margin", "V
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class SetAccuracy:
     """A scorer's accuracy on a set in a view."""
 
     scorer: str
@@ -68,7 +68,7 @@ def comparisons_of(scores: SetScores) -> Comparisons:
     return compare(scores.records, scores.draw(0))
 
 
-def measured(run: EvaluateRun, store: ScoreStore, scorer: str, job: ScoringJob, view: View) -> Measured:
+def measured(run: EvaluateRun, store: ScoreStore, scorer: str, job: ScoringJob, view: View) -> SetAccuracy:
     """Accuracy of the kept scores of a job.
 
     Raises:
@@ -87,7 +87,7 @@ def measured(run: EvaluateRun, store: ScoreStore, scorer: str, job: ScoringJob, 
             f"max_broken = {run.max_broken:g} allows; one of them: {first}"
         )
     comparisons = comparisons_of(scores)
-    return Measured(
+    return SetAccuracy(
         scorer=scorer,
         data=data.name,
         view=view,
@@ -112,14 +112,18 @@ def uncertainty_of(store: ScoreStore, scorer: str, job: ScoringJob, view: View) 
         raise ValueError(f"uncertainty of {scorer} on {job.data.name} at {view.label}: {error}") from error
 
 
-def write_accuracies(results: Sequence[Measured], path: Path) -> None:
+def write_accuracies(results: Sequence[SetAccuracy], path: Path) -> None:
     """All conventions side by side, one line per scorer, set and view."""
     lines = [result.line() for result in results]
     write_rows(path, list(lines[0]), [list(line.values()) for line in lines])
 
 
 def accuracy_table(
-    plan: Plan, results: Sequence[Measured], sets: Sequence[EvaluationSet], convention: Convention, notes: Sequence[str]
+    plan: Plan,
+    results: Sequence[SetAccuracy],
+    sets: Sequence[EvaluationSet],
+    convention: Convention,
+    notes: Sequence[str],
 ) -> Table:
     """Rows of a plan with one column per set and their average, which is taken per seed."""
     found = {(result.scorer, result.data, result.view): result for result in results}
@@ -180,7 +184,7 @@ def rows_of(plan: Plan) -> dict[tuple[str, ...], list[Entry]]:
     return rows
 
 
-def write_table(table: Table, directory: Path, name: str) -> str:
+def export_table(table: Table, directory: Path, name: str) -> str:
     """CSV, Markdown and PNG of a table; returns the Markdown."""
     text = markdown(table)
     write_csv(table, directory / f"{name}.csv")

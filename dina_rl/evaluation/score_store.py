@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -31,6 +32,7 @@ from dina_rl.evaluation.requests import EncodeRequest, Problem, ScoreRequest, Vi
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.runtime import open_pipeline
 
+Value = TypeVar("Value")
 PROBLEMS = "problems"
 
 
@@ -160,7 +162,9 @@ class ScoreStore:
 
     def _request(self, part: MissingPart) -> ScoreRequest:
         job, records = part.job, part.records
-        store, rows, problems = None, (), {}
+        store: Path | None = None
+        rows: tuple[int | None, ...] = ()
+        problems: dict[int, Problem] = {}
         if job.bucketing is not None:
             store = self._store_directory(job)
             rows, problems = self._rows(job, records)
@@ -189,7 +193,9 @@ class ScoreStore:
         for record in records:
             for position, row in enumerate(layout.rows[record.index]):
                 if row is None:
-                    problems[len(rows)] = layout.problems[record.index][position]
+                    problem = layout.problems[record.index][position]
+                    assert problem is not None, "an image without a row has a reason"
+                    problems[len(rows)] = problem
                 elif row in unreadable:
                     problems[len(rows)] = Problem(reason=unreadable[row], broken=True)
                 rows.append(None if len(rows) in problems else row)
@@ -270,6 +276,7 @@ class ScoreStore:
             ValueError: image sizes that the pipeline does not fit.
         """
         layout, bucketing = self._layout(job), job.bucketing
+        assert bucketing is not None
         pipeline = self._identities.pipeline(job.scorer)
         backbone = open_pipeline(pipeline)
         info = StoreInfo(
@@ -289,7 +296,7 @@ def _restricted(record: PreferenceRecord, positions: Sequence[int]) -> Preferenc
     if len(positions) == len(record.images):
         return record
 
-    def pick(values: Sequence) -> tuple:
+    def pick(values: Sequence[Value]) -> tuple[Value, ...]:
         return tuple(values[position] for position in positions)
 
     return replace(

@@ -77,7 +77,10 @@ def read_set(name: str, config: SetConfig, *, seed: int) -> EvaluationSet:
     records: list[PreferenceRecord] = []
     skipped: list[SkippedRecord] = []
     for record in open_source(config).records(config.split):
-        (records if isinstance(record, PreferenceRecord) else skipped).append(record)
+        if isinstance(record, PreferenceRecord):
+            records.append(record)
+        else:
+            skipped.append(record)
     if not any(record.ordered_pairs() for record in records):
         raise ValueError(
             f"set {name}: {config.path} has no comparison in split {config.split} ({len(records)} records, "

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dina_rl.backbones.lora import load_lora_state, lora_state
+from dina_rl.backbones.lora import load_lora_state, lora_state, peft_config
 from dina_rl.config import PipelineConfig, RewardModelConfig
 from dina_rl.data.buckets import Size
 from dina_rl.reward.model import LatentRewardModel
@@ -86,13 +85,9 @@ def save_adapter(model: LatentRewardModel, directory: Path, *, targets: Sequence
         targets: suffixes of the names of the adapted modules.
     """
     lora = model.config.lora
-    LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        init_lora_weights="gaussian",
-        target_modules=list(targets),
-        inference_mode=True,
-    ).save_pretrained(str(directory))
+    assert lora is not None
+    config = peft_config(rank=lora.rank, alpha=lora.alpha, targets=targets, inference_mode=True)
+    config.save_pretrained(str(directory))
     state = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in lora_state(model.truncated).items()}
     save_file(state, directory / LORA_FILE, metadata={"format": "pt"})
 

@@ -147,8 +147,8 @@ def fit(
     *,
     seed: int,
     forward: nn.Module | None = None,
-    no_sync: Callable[[], AbstractContextManager] = nullcontext,
-    ranks: int = 1,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+    world_size: int = 1,
 ) -> Iterator[StepReport]:
     """One optimizer step per batch (Algorithm 1); yields after each, when `progress` may be saved.
 
@@ -158,7 +158,7 @@ def fit(
         batches: this rank's share of each step's batch, from step `progress.step` on.
         forward: `progress.model` in a wrapper that averages gradients over ranks; the model itself on one rank.
         no_sync: inside, `forward` only accumulates this rank's gradients.
-        ranks: how many share a step.
+        world_size: how many ranks share a step.
 
     Raises:
         RunStopped: a step's gradient is not finite. Ranks share gradients, so all of them stop, before the step.
@@ -170,8 +170,9 @@ def fit(
         for group in progress.optimizer.param_groups:
             group["lr"] = rate
         progress.optimizer.zero_grad()
-        parts = micro_batches(batch, config, ranks=ranks)
-        losses, margins = [], []
+        parts = micro_batches(batch, config, world_size=world_size)
+        losses: list[torch.Tensor] = []
+        margins: list[torch.Tensor] = []
         for part in parts:
             with nullcontext() if part is parts[-1] else no_sync():
                 margin, loss = _forward(forward, part, encoder, progress, seed=seed)
@@ -179,10 +180,11 @@ def fit(
                 loss.backward()
             losses.append(loss.detach())
             margins.append(margin.detach())
+        loss_of_step = sum(losses, torch.zeros(())).item()
         grad_norm = nn.utils.clip_grad_norm_(progress.parameters.values(), config.max_grad_norm).item()
         if not math.isfinite(grad_norm):
             raise RunStopped(
-                f"the gradient norm of step {progress.step + 1} is {grad_norm}, this rank's loss {sum(losses).item()}: "
+                f"the gradient norm of step {progress.step + 1} is {grad_norm}, this rank's loss {loss_of_step}: "
                 "a latent or a weight is not finite, or the learning rate is too high; the step is not taken"
             )
         progress.optimizer.step()
@@ -190,7 +192,7 @@ def fit(
         progress.step += 1
         yield StepReport(
             step=progress.step,
-            loss=sum(losses).item(),
+            loss=loss_of_step,
             pairs=len(batch),
             accuracy=(torch.cat(margins) > 0).float().mean().item(),
             grad_norm=grad_norm,
@@ -214,14 +216,14 @@ def _forward(
     return margin, fidelity_loss(margin, variance, torch.ones_like(margin)).mean()  # y = 1: chosen is preferred
 
 
-def micro_batches(batch: PairBatch, config: FitConfig, *, ranks: int) -> list[PairBatch]:
+def micro_batches(batch: PairBatch, config: FitConfig, *, world_size: int) -> list[PairBatch]:
     """A rank's share of a step in parts of `micro_batch_size` pairs, in order.
 
     Where a bucket's steps hold k times `batch_size` pairs, so do its parts: all parts cost about the same memory.
     """
     if config.micro_batch_size is None:
         return [batch]
-    size = config.micro_batch_size * max(1, len(batch) * ranks // config.batch_size)
+    size = config.micro_batch_size * max(1, len(batch) * world_size // config.batch_size)
     return [
         PairBatch(
             pair_ids=batch.pair_ids[start : start + size],

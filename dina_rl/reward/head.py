@@ -31,7 +31,8 @@ class FiLMAdapter(nn.Module):
         if self.proj_in is not None:
             tokens = self.proj_in(tokens)
         gamma, beta = self.cond_mlp(time_embedding)[:, None].chunk(2, dim=-1)
-        return self.proj(tokens * (1 + gamma) + beta + self.layer_embed)
+        projected: torch.Tensor = self.proj(tokens * (1 + gamma) + beta + self.layer_embed)
+        return projected
 
 
 class CrossAttention(nn.Module):
@@ -67,17 +68,21 @@ class CrossAttention(nn.Module):
         visual = self.norm_v(visual)
         attended = self._attend(query, self.to_k_vis(visual), _gated(self.to_v_vis(visual), visual, self.gate_vis))
         if text is not None:
+            assert self.norm_t is not None
+            assert self.to_k_text is not None
+            assert self.to_v_text is not None
             text = self.norm_t(text)
             value = _gated(self.to_v_text(text), text, self.gate_text)
             attended = attended + self._attend(query, self.to_k_text(text), value, text_mask)
-        return queries + self.to_out(attended)
+        residual: torch.Tensor = self.to_out(attended)
+        return queries + residual
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
         mask = None if mask is None else mask[:, None, None]
-        return functional.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class RewardHead(nn.Module):
@@ -134,7 +139,8 @@ class RewardHead(nn.Module):
         queries = self.attn1(queries, visual, text, mask)
         queries = self.attn2(queries, visual)
         queries = queries + self.ff(self.norm_ff(queries))
-        return self.head(queries).mean(dim=1).squeeze(-1)
+        scores: torch.Tensor = self.head(queries)
+        return scores.mean(dim=1).squeeze(-1)
 
 
 def _fuse(
@@ -143,7 +149,8 @@ def _fuse(
     """Tokens of M blocks [B, N, D] each -> one sequence [B, N, W]; fp32 whatever the backbone's dtype."""
     time_embedding = time_embedding.float()
     adapted = [adapter(tap.float(), time_embedding) for adapter, tap in zip(adapters, taps, strict=True)]
-    return aggregate(torch.cat(adapted, dim=-1))
+    fused: torch.Tensor = aggregate(torch.cat(adapted, dim=-1))
+    return fused
 
 
 def _gate(width: int) -> nn.Sequential:
@@ -156,6 +163,7 @@ def _gated(value: torch.Tensor, tokens: torch.Tensor, gate: nn.Sequential | None
     return value if gate is None else value * torch.sigmoid(gate(tokens))
 
 
-def _zero(linear: nn.Linear) -> None:
+def _zero(linear: nn.Module) -> None:
+    assert isinstance(linear, nn.Linear)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

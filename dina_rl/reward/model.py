@@ -102,4 +102,5 @@ class LatentRewardModel(nn.Module):
         self, noisy_latents: torch.Tensor, t: torch.Tensor, prompt: PromptEmbeds, *, num_levels: int
     ) -> torch.Tensor:
         features = self.backbone.features(self.truncated, noisy_latents, t, prompt, self.config.taps)
-        return self.head(features, num_levels=num_levels)
+        scores: torch.Tensor = self.head(features, num_levels=num_levels)
+        return scores

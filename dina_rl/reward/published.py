@@ -305,7 +305,8 @@ def _width(directory: Path, *, frozen: bool) -> int:
         with safe_open(file, "pt") as adapter:
             if name not in adapter.keys():  # noqa: SIM118 - not a mapping
                 raise ValueError(f"{file} has no {name}")
-            return adapter.get_slice(name).get_shape()[-1]
+            width: int = adapter.get_slice(name).get_shape()[-1]
+            return width
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 

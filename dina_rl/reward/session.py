@@ -87,7 +87,7 @@ def run_fit(
     *,
     ranks: Ranks | None = None,
     forward: nn.Module | None = None,
-    no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     save_checkpoint: Callable[[RewardFit], None] = lambda progress: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> Outcome:
@@ -124,7 +124,9 @@ def run_fit(
         return held_out
 
     begin, evaluating, pairs = perf_counter(), 0.0, 0
-    for report in fit(progress, batches, encoder, seed=run.seed, forward=forward, no_sync=no_sync, ranks=ranks.count):
+    for report in fit(
+        progress, batches, encoder, seed=run.seed, forward=forward, no_sync=no_sync, world_size=ranks.count
+    ):
         pairs += report.pairs * ranks.count
         log.add(report)
         on_step(report)
@@ -197,7 +199,7 @@ class HeldOutSets:
         for name, store in self.stores.items():
             table = store.pairs("test")
             shares = evaluation_batches(
-                table.bucket, batch_size=run.fit.evaluation_batch_size, rank=ranks.rank, ranks=ranks.count
+                table.bucket, batch_size=run.fit.evaluation_batch_size, rank=ranks.rank, world_size=ranks.count
             )
             accuracies[name] = {}
             for kind, noise_levels in levels.items():
@@ -248,7 +250,7 @@ class FitLog:
         if self._writer is not None:
             self._writer.close()
 
-    def _write(self, step: int, scalars: dict[str, float], line: dict) -> None:
+    def _write(self, step: int, scalars: dict[str, float], line: Mapping[str, object]) -> None:
         if self._writer is None:
             return
         for name, value in scalars.items():

@@ -45,4 +45,5 @@ def fidelity_loss(margin: torch.Tensor, variance: torch.Tensor, label: torch.Ten
 
 def _normal_cdf(z: torch.Tensor) -> torch.Tensor:
     # erfc keeps its relative accuracy in the lower tail, where (1 + erf) / 2 cancels to 0.
-    return torch.special.erfc(-z / math.sqrt(2)) / 2
+    tail: torch.Tensor = torch.special.erfc(-z / math.sqrt(2))
+    return tail / 2

@@ -36,10 +36,13 @@ class Conditions:
         )
 
 
+Space = Literal["latents", "images"]
+
+
 class Scorer(Protocol):
     """A reward, frozen, on this process's device."""
 
-    space: Literal["latents", "images"]
+    space: Space  # of the samples that it reads
 
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Scores [B], fp32, differentiable in `samples`: latents [B, C, H, W] or images [B, 3, h, w] in [0, 1]."""

@@ -1,11 +1,12 @@
 """Rewards on CLIP's two towers: PickScore (Kirstain et al., 2023) and CLIPScore (Hessel et al., 2021)."""
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dina_rl.config import CLIPModelConfig
-from dina_rl.scorers.base import Conditions
+from dina_rl.scorers.base import Conditions, Space
 
 
 def check_clip(config: CLIPModelConfig) -> None:
@@ -35,7 +36,7 @@ class CLIPScorer:
         ValueError: the model cannot be read from its directory or hub id.
     """
 
-    space = "images"
+    space: Space = "images"
 
     def __init__(self, config: CLIPModelConfig, *, learned_scale: bool, device: str) -> None:
         self._device = device
@@ -44,7 +45,8 @@ class CLIPScorer:
         model = CLIPModel.from_pretrained(config.path)
         self._tokenizer = AutoTokenizer.from_pretrained(config.processor)
         processor = CLIPImageProcessorPil.from_pretrained(config.processor)
-        self._model = model.to(device).requires_grad_(False).eval()
+        nn.Module.to(model, device)  # in place; transformers' wrapper around it says nothing of its arguments
+        self._model = model.requires_grad_(False).eval()
         self._edge = processor.size["shortest_edge"]
         self._crop = processor.crop_size["height"], processor.crop_size["width"]
         self._mean = torch.tensor(processor.image_mean, device=device).view(3, 1, 1)
@@ -69,7 +71,7 @@ class CLIPScorer:
             max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self._device)
-        encoded = self._model.get_text_features(**tokens).pooler_output
+        encoded: torch.Tensor = self._model.get_text_features(**tokens).pooler_output
         return encoded[[distinct.index(prompt) for prompt in prompts]]
 
     def _preprocess(self, images: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,13 @@ from dina_rl.backbones.base import Backbone
 from dina_rl.config import DiNaScorerConfig
 from dina_rl.reward.checkpoint import load_reward
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.scorers.base import Conditions
+from dina_rl.scorers.base import Conditions, Space
 
 
 class DiNaScorer:
     """`Scorer` in latent space: nothing is decoded. The model's weights may be shared with other scorers."""
 
-    space = "latents"
+    space: Space = "latents"
 
     def __init__(self, config: DiNaScorerConfig, model: LatentRewardModel) -> None:
         self.config = config

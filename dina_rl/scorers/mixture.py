@@ -19,13 +19,15 @@ def weighted_sum(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> 
         ValueError: anything but a tensor per configured scorer; held-out metrics have a type of their own.
     """
     _check(rewards, scores)
-    return sum(each.weight * (scores[name] - each.mean) / each.std for name, each in rewards.scorers.items())
+    terms = (each.weight * (scores[name] - each.mean) / each.std for name, each in rewards.scorers.items())
+    return sum(terms, torch.zeros(()))
 
 
 def group_weighted_sum(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The same for scores [P, G], each centred and divided by its standard deviation within the group beforehand."""
     _check(rewards, scores)
-    return sum(each.weight * standardised(scores[name], "group") for name, each in rewards.scorers.items())
+    terms = (each.weight * standardised(scores[name], "group") for name, each in rewards.scorers.items())
+    return sum(terms, torch.zeros(()))
 
 
 def standardised(scores: torch.Tensor, over: Literal["group", "global"]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Split = Literal["train", "dev", "test"]
+PromptSplit = Literal["train", "dev", "test"]
 
 COLOURS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     {
@@ -39,7 +39,7 @@ WORDS = ("a", "on", *SIZES, *COLOUR_NAMES, *SHAPES)
 COLOUR, GROUND, SHAPE, SIZE = range(4)
 ATTRIBUTE_COUNTS = (len(COLOUR_NAMES), len(COLOUR_NAMES), len(SHAPES), len(SIZES))
 
-SPLIT_SIZES: Mapping[Split, int] = MappingProxyType({"test": 64, "dev": 48, "train": 464})
+SPLIT_SIZES: Mapping[PromptSplit, int] = MappingProxyType({"test": 64, "dev": 48, "train": 464})
 SPLIT_SEED = "dina_rl shapes split 0"
 
 
@@ -102,7 +102,7 @@ def all_prompts() -> tuple[str, ...]:
 
 
 @functools.cache
-def prompts(split: Split) -> tuple[str, ...]:
+def prompts(split: PromptSplit) -> tuple[str, ...]:
     """The prompts of a split: 464 for training, 48 for development, 64 for testing, disjoint.
 
     The shuffle sorts by a hash of the caption, so that it does not depend on any library's random numbers.

@@ -10,12 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers.models import AutoencoderKL, SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -71,7 +68,7 @@ def build_pipeline(seed: int) -> StableDiffusion3Pipeline:
 
 
 def _transformer() -> SD3Transformer2DModel:
-    return SD3Transformer2DModel(
+    transformer: SD3Transformer2DModel = SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=2,
         in_channels=16,
@@ -86,10 +83,11 @@ def _transformer() -> SD3Transformer2DModel:
         dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
+    return transformer
 
 
 def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
+    vae: AutoencoderKL = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -105,6 +103,7 @@ def _vae() -> AutoencoderKL:
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
+    return vae
 
 
 def _clip(vocabulary: dict[str, int], *, activation: str) -> CLIPTextModelWithProjection:
@@ -145,7 +144,11 @@ def _freeze_rounded(encoder: nn.Module) -> None:
 
 
 def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> CLIPTokenizer:
-    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=MAX_SEQUENCE_LENGTH)
+    return CLIPTokenizer(
+        vocab=dict(vocabulary),
+        merges=list(merges),  # type: ignore[arg-type]  # declared strings, but the tokenizer takes pairs
+        model_max_length=MAX_SEQUENCE_LENGTH,
+    )
 
 
 def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:

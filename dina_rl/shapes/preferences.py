@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from PIL import Image
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from dina_rl.seeding import generator
 from dina_rl.shapes.foreign import foreign_crawl
 from dina_rl.shapes.golden import golden_score
-from dina_rl.shapes.grammar import Split, prompts, spec_tensor
+from dina_rl.shapes.grammar import PromptSplit, prompts, spec_tensor
 from dina_rl.shapes.pipeline import SHIPPED_PIPELINE
 from dina_rl.shapes.render import crawl
 from dina_rl.shapes.sampling import Studio, draw, open_studio
@@ -116,11 +116,12 @@ def write_preferences(
     studio = open_studio(pipeline_dir)
     unfinished = out_dir.with_name(f".{out_dir.name}.writing")
     shutil.rmtree(unfinished, ignore_errors=True)
-    plan: tuple[tuple[Split, int, tuple[tuple[int, int], ...]], ...] = (
+    plan: tuple[tuple[PromptSplit, int, tuple[tuple[int, int], ...]], ...] = (
         ("train", train_groups, TRAIN_PAIRS),
         ("test", test_groups, TEST_PAIRS),
     )
-    stats, golden = {}, {}
+    stats: dict[str, SplitStats] = {}
+    golden: dict[str, float] = {}
     with tqdm(total=GROUP * (train_groups + test_groups), desc="preferences", disable=not progress) as bar:
         for split, groups, pairs in plan:
             pictures = _picture_groups(studio, split, groups, seed, generator_fraction, domain, bar)
@@ -147,7 +148,13 @@ class _Pictures:
 
 
 def _picture_groups(
-    studio: Studio, split: Split, groups: int, seed: int, generator_fraction: float, domain: Domain, bar: tqdm
+    studio: Studio,
+    split: PromptSplit,
+    groups: int,
+    seed: int,
+    generator_fraction: float,
+    domain: Domain,
+    bar: "tqdm[NoReturn]",
 ) -> _Pictures:
     key = (seed, "shapes preferences", split) if domain == "in" else (seed, "shapes preferences", domain, split)
     draws = generator(*key)
@@ -183,7 +190,7 @@ def _label(
     pairs: Sequence[tuple[int, int]],
     tau: float,
     seed: int,
-    split: Split,
+    split: PromptSplit,
 ) -> tuple[list[dict[str, str | float | list[int]]], SplitStats]:
     """Records in HPDv3's form, and their statistics. Each pair and side has its own noise."""
     draws = generator(seed, "shapes preference labels", split)
@@ -221,7 +228,7 @@ def _label(
     return records, stats
 
 
-def _write_images(directory: Path, split: Split, pixels: Tensor) -> list[str]:
+def _write_images(directory: Path, split: PromptSplit, pixels: Tensor) -> list[str]:
     """Store images as PNG; returns their paths relative to the directory."""
     folder = directory / "images" / split
     folder.mkdir(parents=True)

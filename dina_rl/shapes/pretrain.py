@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers.models import AutoencoderKL
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -80,14 +81,14 @@ def pretrain(recipe: Recipe, out: Path, work: Path) -> None:
     torch.set_num_threads(recipe.threads)
     torch.set_flush_denormal(True)  # late in training denormal gradients slow a CPU down several times
     pipeline = build_pipeline(recipe.seed)
-    seconds = {"vae": train_vae(pipeline.vae, recipe, work / "vae.pt")}
+    seconds = {"vae": train_vae(pipeline.components["vae"], recipe, work / "vae.pt")}
 
     started = time.monotonic()
     studio = _studio_of(pipeline, work / "untrained")
     rows, latents = encode_crawl(studio.codec, recipe.seed)
     seconds["latents"] = time.monotonic() - started
     seconds["transformer"] = train_transformer(studio, rows, latents, recipe, work / "transformer.pt")
-    pipeline.transformer.load_state_dict(studio.transformer.state_dict())
+    pipeline.components["transformer"].load_state_dict(studio.transformer.state_dict())
 
     unfinished = work / "pipeline"
     stored = _studio_of(pipeline.to(torch.float16), unfinished)
@@ -119,7 +120,7 @@ def recipe_of(recipe: Recipe) -> dict[str, int | float | str]:
 
 def train_vae(vae: AutoencoderKL, recipe: Recipe, checkpoint: Path) -> float:
     """Fit the VAE to crawl images (L1 + MSE + KL) and set its latent shift and scale; returns seconds."""
-    vae.to(memory_format=torch.channels_last).train()
+    vae.to(memory_format=torch.channels_last).train()  # type: ignore[call-arg]  # diffusers' types of it lack `self`
     specs = spec_tensor(prompts("train"))
     draws = generator(recipe.seed, "shapes vae")
 
@@ -130,7 +131,8 @@ def train_vae(vae: AutoencoderKL, recipe: Recipe, checkpoint: Path) -> float:
         latents = posterior.sample(generator=draws)
         difference = vae.decode(latents).sample - images
         kl = posterior.kl().mean() / latents[0].numel()
-        return difference.abs().mean() + difference.square().mean() + KL_WEIGHT * kl
+        total: Tensor = difference.abs().mean() + difference.square().mean() + KL_WEIGHT * kl
+        return total
 
     stage = Stage(
         name="vae",
@@ -213,7 +215,8 @@ def _standardise_latents(vae: AutoencoderKL, seed: int) -> None:
 
 def _optimizers(transformer: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices of the blocks (half the steps of AdamW here), AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in transformer.named_parameters():
         is_block_matrix = parameter.ndim == 2 and name.startswith("transformer_blocks.")
         (matrices if is_block_matrix else others).append(parameter)

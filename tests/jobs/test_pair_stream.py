@@ -37,7 +37,7 @@ def test_ranks_together_see_every_steps_batch(
     monkeypatch.setattr(pair_stream, "BLOCK_PAIRS", block_pairs)
     config = FitConfig(steps=20, batch_size=4, num_workers=ranks, bucket_batch="tokens")
     order, pairs = fit_order(store, config, seed=SEED), store.pairs("train")
-    tables = list(pair_stream.blocks(order, pairs, store.latent_shapes, ranks=ranks, first_step=first_step))
+    tables = list(pair_stream.blocks(order, pairs, store.latent_shapes, world_size=ranks, first_step=first_step))
     assert all(len(table) <= block_pairs for table in tables)
     loaded = [
         [block | {side: store.latents(block[side]) for side in ("chosen", "rejected")} for block in shard]
@@ -59,6 +59,6 @@ def test_ranks_together_see_every_steps_batch(
 def test_rows_of_another_step_are_noticed(store: LatentStore) -> None:
     config = FitConfig(steps=4, batch_size=4, num_workers=1)
     order, pairs = fit_order(store, config, seed=SEED), store.pairs("train")
-    tables = list(pair_stream.blocks(order, pairs, store.latent_shapes, ranks=1, first_step=1))
+    tables = list(pair_stream.blocks(order, pairs, store.latent_shapes, world_size=1, first_step=1))
     with pytest.raises(AssertionError, match="step 0 got rows of"):
         list(pair_stream.steps_of(split(tables, 1)[0], pairs.prompts, first_step=0))

@@ -1,6 +1,7 @@
 """The in-process run: what it records, and that a resumed run is the uninterrupted one, bit for bit."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import ScoredGroup, align, plan
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
-from dina_rl.checkpoint import load_tensors
+from dina_rl.checkpoint import load_tensors, open_run_dir
 from jobs.align import exporter
 from tests.tensors import assert_same_tensors
 from tests.tiny_run import tiny_run
@@ -70,11 +71,28 @@ class DiesAt:
         return self._inner.collect(items)
 
 
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_reward, finished):
+def as_version_01_left_it(run_dir):
+    """Rename in a run directory what was called a step before version 0.2."""
+    for directory in (run_dir / "checkpoints").iterdir():
+        file = directory / "state.json"
+        file.write_text(file.read_text().replace('"iteration": ', '"step": '))
+        directory.rename(directory.with_name(directory.name.replace("iteration", "step")))
+    config = run_dir / "config.yaml"
+    saved = re.sub(r"^iterations:", "steps:", config.read_text(), flags=re.MULTILINE)
+    saved = saved.replace("per_iteration:", "per_step:")
+    config.write_text(re.sub(r"^nft:\n( .*\n)+", "", saved, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("version", ["today's", "0.1's"])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_reward, finished, version):
     whole, recorder = finished
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward)
+    open_run_dir(run, run.run_dir, resume=False)
     with pytest.raises(Killed):
         perform(run, DiesAt(run, iteration=2))
+    if version == "0.1's":
+        as_version_01_left_it(tmp_path)
+    open_run_dir(run, run.run_dir, resume=True)
     resumed = perform(run)
     assert_same_tensors(adapter_of(run), adapter_of(whole))
     assert resumed.history.entries == recorder.history.entries

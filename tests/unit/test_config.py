@@ -111,6 +111,15 @@ def test_unknown_keys_in_a_file_are_all_reported(tmp_path, capsys):
     assert capsys.readouterr().err == "error: learner.lr: unknown key\nerror: stepz: unknown key\n"
 
 
+def test_an_override_inside_what_the_file_gives_no_section_is_one_line(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("learner: 1\n")
+    with pytest.raises(SystemExit):
+        load(AlignRun, ["--config", str(file), "--learner.learning-rate", "1e-4"], program="test")
+    expected = "error: --learner.learning_rate: learner is no section in the config file, but 1\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_help_lists_every_key_with_its_default(capsys):
     with pytest.raises(SystemExit) as stopped:
         load(LocalRun, ["--help"], program="python -m dina_rl.local")

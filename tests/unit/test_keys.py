@@ -9,13 +9,13 @@ from dina_rl.config import (
     AlignRun,
     DatasetConfig,
     EvaluateRun,
+    EvaluationWorkersConfig,
     FitConfig,
     FitRun,
     LearnerConfig,
     LocalRun,
     RolloutConfig,
     ScoreRun,
-    ScoringWorkersConfig,
     WorkersConfig,
 )
 from dina_rl.config.base import Section
@@ -63,7 +63,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         Mark.REPORT: "pool_data_sets convention bootstrap bins",
         DECIDES: "seed paper runs noise levels buckets encode_batch_size batch_size records_per_part",
     },
-    ScoringWorkersConfig: {
+    EvaluationWorkersConfig: {
         Mark.PROCESS: "num_workers cpus_per_actor gpus_per_actor threads_per_actor start_timeout_s call_timeout_s "
         "max_restarts"
     },

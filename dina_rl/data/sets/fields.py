@@ -1,13 +1,16 @@
 """What readers of published files share: records as a stream, and fields checked one by one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 from dina_rl.errors import shown
 
-Parse = Callable[[int, dict], PreferenceRecord]
+Raw = Mapping[str, object]
+"""A record as its file has it: nothing of it is trusted."""
+
+Parse = Callable[[int, Raw], PreferenceRecord]
 """(index, raw record) to a record. Raises ValueError if it is malformed."""
 
 
@@ -48,7 +51,7 @@ def json_array(file: Path) -> Iterator[object]:
             raise ValueError(f"{file} is not valid JSON: {message.splitlines()[0]}") from error
 
 
-def text(raw: dict, key: str) -> str:
+def text(raw: Raw, key: str) -> str:
     """A string that is not blank, as it is."""
     value = raw.get(key)
     if not isinstance(value, str) or not value.strip():
@@ -58,7 +61,7 @@ def text(raw: dict, key: str) -> str:
     return value
 
 
-def texts(raw: dict, key: str) -> tuple[str, ...]:
+def texts(raw: Raw, key: str) -> tuple[str, ...]:
     """A list of strings that are not blank."""
     value = raw.get(key)
     if not isinstance(value, list):
@@ -66,7 +69,7 @@ def texts(raw: dict, key: str) -> tuple[str, ...]:
     return tuple(text({key: each}, key) for each in value)
 
 
-def integers(raw: dict, key: str, count: int) -> tuple[int, ...]:
+def integers(raw: Raw, key: str, count: int) -> tuple[int, ...]:
     """A list of `count` whole numbers."""
     value = raw.get(key)
     if not isinstance(value, list) or len(value) != count or any(type(each) is not int for each in value):
@@ -74,18 +77,20 @@ def integers(raw: dict, key: str, count: int) -> tuple[int, ...]:
     return tuple(value)
 
 
-def share(raw: dict, key: str) -> float | None:
+def share(raw: Raw, key: str) -> float | None:
     """A number in [0, 1], or none."""
     value = raw.get(key)
-    if value is None or (type(value) in (int, float) and 0 <= value <= 1):
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
         return value
     raise ValueError(f"{key} must be a number in [0, 1] or null, got {shown(value)}")
 
 
-def pair_of_names(raw: dict, first: str, second: str) -> tuple[str, str] | None:
+def pair_of_names(raw: Raw, first: str, second: str) -> tuple[str, str] | None:
     """Two optional names, both or none."""
-    names = raw.get(first), raw.get(second)
-    return names if all(isinstance(name, str) for name in names) else None
+    one, other = raw.get(first), raw.get(second)
+    return (one, other) if isinstance(one, str) and isinstance(other, str) else None
 
 
 def _encodes(value: str) -> bool:

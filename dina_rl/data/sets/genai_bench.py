@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.sets.fields import pair_of_names, text
+from dina_rl.data.sets.fields import Raw, pair_of_names, text
 from dina_rl.data.sets.parquet_set import KEY, ParquetSet
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 from dina_rl.errors import shown
@@ -38,9 +38,9 @@ class GenAIBench:
         return self._files.size(key)
 
 
-def _record(index: int, raw: dict) -> PreferenceRecord:
+def _record(index: int, raw: Raw) -> PreferenceRecord:
     vote = raw["vote_type"]
-    if vote not in RANKS:
+    if not isinstance(vote, str) or vote not in RANKS:
         raise ValueError(f"vote_type must be one of {', '.join(RANKS)}, got {shown(vote)}")
     return PreferenceRecord(
         index=index,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.sets.fields import integers, json_array, parsed, text, texts
+from dina_rl.data.sets.fields import Raw, integers, json_array, parsed, text, texts
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 from dina_rl.data.sets.root import DataRoot
 from dina_rl.errors import shown
@@ -28,7 +28,7 @@ class HPDv2:
         file = self._root.directory / f"{split}.json"
         folder = f"{split}/" if (self._root.directory / split).is_dir() else ""
 
-        def record(index: int, raw: dict) -> PreferenceRecord:
+        def record(index: int, raw: Raw) -> PreferenceRecord:
             pair = "human_preference" in raw
             names = texts(raw, "file_path" if pair else "image_path")
             if len(names) < 2:
@@ -49,7 +49,7 @@ class HPDv2:
         return self._root.size(key)
 
 
-def _preference(raw: dict, count: int) -> tuple[int, ...]:
+def _preference(raw: Raw, count: int) -> tuple[int, ...]:
     marks = integers(raw, "human_preference", count)
     if sorted(marks) != [0] * (count - 1) + [1]:
         raise ValueError(f"human_preference must mark one image with 1, got {shown(list(marks))}")

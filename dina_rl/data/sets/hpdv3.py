@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.sets.fields import json_array, pair_of_names, parsed, share, text
+from dina_rl.data.sets.fields import Raw, json_array, pair_of_names, parsed, share, text
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 from dina_rl.data.sets.root import DataRoot
 from dina_rl.errors import shown
@@ -35,7 +35,7 @@ class HPDv3:
         return self._root.size(key)
 
 
-def _record(index: int, raw: dict) -> PreferenceRecord:
+def _record(index: int, raw: Raw) -> PreferenceRecord:
     return PreferenceRecord(
         index=index,
         prompt=text(raw, "prompt"),

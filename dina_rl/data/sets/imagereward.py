@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.sets.fields import integers, json_array, parsed, text, texts
+from dina_rl.data.sets.fields import Raw, integers, json_array, parsed, text, texts
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 from dina_rl.data.sets.root import DataRoot
 
@@ -27,7 +27,7 @@ class ImageReward:
         file = self._root.directory / f"{split}.json"
         folder = f"{split}_images/" if (self._root.directory / f"{split}_images").is_dir() else ""
 
-        def record(index: int, raw: dict) -> PreferenceRecord:
+        def record(index: int, raw: Raw) -> PreferenceRecord:
             names = texts(raw, "generations")
             if len(names) < 2:
                 raise ValueError(f"a comparison needs two or more images, got {len(names)}")

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from dina_rl.data.buckets import Size
 from dina_rl.data.images import image_size
-from dina_rl.data.sets.fields import Parse, parsed
+from dina_rl.data.sets.fields import Parse, Raw, parsed
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 from dina_rl.errors import shown
 
@@ -62,7 +62,8 @@ class ParquetSet:
 
     def columns(self, split: str) -> list[str]:
         """Columns of the split's first file. Raises ValueError if it is not parquet."""
-        return _schema(self.files(split)[0]).names
+        names: list[str] = _schema(self.files(split)[0]).names
+        return names
 
     def records(
         self, split: str, columns: Sequence[str], parse: Parse, *, images: Sequence[str] = ()
@@ -123,7 +124,7 @@ class ParquetSet:
             raise ValueError(f"unreadable image: {' '.join(str(error).split())}") from error
 
 
-def _rows(file: Path, name: str, columns: list[str]) -> Iterator[dict]:
+def _rows(file: Path, name: str, columns: list[str]) -> Iterator[Raw]:
     try:
         with parquet.ParquetFile(file) as opened:
             for group in range(opened.num_row_groups):

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.sets.fields import pair_of_names, text
+from dina_rl.data.sets.fields import Raw, pair_of_names, text
 from dina_rl.data.sets.parquet_set import KEY, ParquetSet
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 from dina_rl.errors import shown
 
-RANKS = {(1.0, 0.0): (0, 1), (0.0, 1.0): (1, 0), (0.5, 0.5): (0, 0)}
+RANKS: dict[tuple[object, object], tuple[int, int]] = {(1.0, 0.0): (0, 1), (0.0, 1.0): (1, 0), (0.5, 0.5): (0, 0)}
 IMAGES = ("jpg_0", "jpg_1")
 OPTIONAL = ("has_label", "model_0", "model_1")
 
@@ -43,7 +43,7 @@ class PickAPic:
         return self._files.size(key)
 
 
-def _compared(index: int, raw: dict) -> PreferenceRecord:
+def _compared(index: int, raw: Raw) -> PreferenceRecord:
     if not raw.get("has_label", True):
         raise ValueError("has_label is false: no comparison")
     labels = raw["label_0"], raw["label_1"]
@@ -58,5 +58,5 @@ def _compared(index: int, raw: dict) -> PreferenceRecord:
     )
 
 
-def _prompt(index: int, raw: dict) -> PreferenceRecord:
+def _prompt(index: int, raw: Raw) -> PreferenceRecord:
     return PreferenceRecord(index=index, prompt=text(raw, "caption"), images=(), ranks=())

@@ -6,9 +6,10 @@ one pass over the files, and then a row costs little to read.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.sets.fields import pair_of_names, share, text
+from dina_rl.data.sets.fields import Raw, pair_of_names, share, text
 from dina_rl.data.sets.parquet_set import KEY, ParquetSet
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 from dina_rl.data.stores.preprocessed import NAME, PIXELS_PER_LATENT, SIDES, latent_shape, read_details, shape_column
@@ -43,17 +44,24 @@ class PreprocessedSet:
         return self._folders if "/" in key.partition("#")[0] else self._plain
 
 
-def _record(index: int, raw: dict) -> PreferenceRecord:
+def _record(index: int, raw: Raw) -> PreferenceRecord:
     details = read_details(raw["detailed_results"])
-    votes = details.get("votes_chosen"), details.get("votes_rejected")
-    if not all(type(count) is int and count >= 0 for count in votes):
-        raise ValueError(f"votes_chosen and votes_rejected must be vote counts, got {votes}")
     return PreferenceRecord(
         index=index,
         prompt=text(raw, "prompt"),
         images=tuple(f"{raw[KEY]}/{side}" for side in SIDES),
         ranks=(0, 1),
-        votes=votes if any(votes) else None,  # nulls were stored as zeros
+        votes=_votes(details.get("votes_chosen"), details.get("votes_rejected")),
         confidence=share(details, "confidence") or None,
         models=pair_of_names(raw, "model1", "model2"),
     )
+
+
+def _votes(chosen: object, rejected: object) -> tuple[int, int] | None:
+    if not _is_count(chosen) or not _is_count(rejected):
+        raise ValueError(f"votes_chosen and votes_rejected must be vote counts, got {(chosen, rejected)}")
+    return (chosen, rejected) if chosen or rejected else None  # nulls were stored as zeros
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0

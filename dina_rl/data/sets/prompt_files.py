@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dina_rl.data.buckets import Size
-from dina_rl.data.sets.fields import parsed, text
+from dina_rl.data.sets.fields import Raw, parsed, text
 from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
 
 
@@ -35,7 +35,7 @@ class PromptFiles:
         raise ValueError(f"{self._path} holds prompts without images")
 
 
-def _lines(file: Path) -> Iterator[dict]:
+def _lines(file: Path) -> Iterator[Raw]:
     with file.open(encoding="utf-8") as stream:
         try:
             yield from ({"line": line.strip()} for line in stream if line.strip())
@@ -43,5 +43,5 @@ def _lines(file: Path) -> Iterator[dict]:
             raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
-def _record(index: int, raw: dict) -> PreferenceRecord:
+def _record(index: int, raw: Raw) -> PreferenceRecord:
     return PreferenceRecord(index=index, prompt=text(raw, "line"), images=(), ranks=())

@@ -1,5 +1,6 @@
 """Preference sets by name, and stores of encoded pairs by what lies in a directory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +15,7 @@ from dina_rl.data.sets.prompt_files import PromptFiles
 from dina_rl.data.sets.records import PreferenceSet, SkippedRecord
 
 KINDS: tuple[SetKind, ...] = get_args(SetKind)
-_SETS = {
+_SETS: dict[SetKind, Callable[[Path], PreferenceSet]] = {
     "hpdv3": HPDv3,
     "hpdv2": HPDv2,
     "imagereward": ImageReward,
@@ -42,7 +43,8 @@ def prompts_of(source: PreferenceSet, split: str) -> tuple[list[str], list[Skipp
     Raises:
         ValueError: no such split, or a file that is not what it should be.
     """
-    prompts, skipped = [], []
+    prompts: list[str] = []
+    skipped: list[SkippedRecord] = []
     for record in source.records(split):
         if isinstance(record, SkippedRecord):
             skipped.append(record)

@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow
 from pyarrow import parquet
 
 from dina_rl.checkpoint import replaced_file
+
+Item = TypeVar("Item")
 
 
 def write_table(path: Path, batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema, **options: object) -> None:
@@ -30,7 +33,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         file.writelines(f"{line}\n" for line in lines)
 
 
-def chunked(items: Iterable, size: int) -> Iterator[list]:
+def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Lists of up to `size` consecutive items."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):

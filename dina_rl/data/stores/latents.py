@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy
 import pyarrow
@@ -24,11 +24,11 @@ import torch
 from pyarrow import parquet
 
 from dina_rl.checkpoint import write_json
+from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Size
 from dina_rl.data.stores.files import chunked, write_table
 
-Split = Literal["train", "test"]
-SPLITS: tuple[Split, ...] = ("train", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
 LatentDtype = Literal["float32", "bfloat16"]
 
 STORE_FILE = "store.json"
@@ -193,7 +193,7 @@ class LatentStore:
         largest = max(min(self.info.rows_per_shard * self._width(b), ROW_GROUP_BYTES) for b in range(len(self.buckets)))
         self._group = lru_cache(maxsize=max(1, CACHE_BYTES // largest))(self._read_group)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["LatentStore"], tuple[Path]]:
         return LatentStore, (self.directory,)  # another process opens it anew: what was read here does not travel
 
     @staticmethod
@@ -248,7 +248,8 @@ class LatentStore:
         groups = range(rows.start // INDEX_GROUP, (rows.stop - 1) // INDEX_GROUP + 1)
         with parquet.ParquetFile(self.directory / ROWS_FILE) as file:
             column = file.read_row_groups(list(groups), columns=["image"]).column(0)
-        return column.slice(rows.start - groups.start * INDEX_GROUP, len(rows)).to_pylist()
+        images: list[str] = column.slice(rows.start - groups.start * INDEX_GROUP, len(rows)).to_pylist()
+        return images
 
     def missing_shards(self) -> list[int]:
         """Shards that are not encoded yet."""
@@ -282,7 +283,7 @@ class LatentStore:
 
     def unreadable(self) -> dict[int, str]:
         """Row -> reason of every image that could not be read; needs all shards."""
-        reasons = {}
+        reasons: dict[int, str] = {}
         for number in range(self.info.num_shards):
             with parquet.ParquetFile(self._shard(number)) as file:
                 problems = file.read(columns=["problem"]).column(0).to_pylist()

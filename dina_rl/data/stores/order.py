@@ -70,8 +70,8 @@ def training_order(
     for bucket, pairs, size in zip(present, needed, sizes, strict=True):
         epochs_of_bucket = torch.cat([order[buckets[order] == bucket] for order in shuffled])
         queues[bucket] = iter(epochs_of_bucket[:pairs].split(size))
-    schedule = torch.tensor(present).repeat_interleave(torch.tensor(allotted))
-    schedule = schedule[torch.randperm(steps, generator=generator(seed, "bucket-of-step"))].tolist()
+    in_order = torch.tensor(present).repeat_interleave(torch.tensor(allotted))
+    schedule = in_order[torch.randperm(steps, generator=generator(seed, "bucket-of-step"))].tolist()
     return TrainingOrder(bucket=tuple(schedule), batches=tuple(next(queues[bucket]) for bucket in schedule))
 
 
@@ -85,15 +85,17 @@ def token_multiples(areas: Mapping[int, int]) -> dict[int, int]:
     return {bucket: largest // area for bucket, area in areas.items()}
 
 
-def evaluation_batches(buckets: torch.Tensor, *, batch_size: int, rank: int = 0, ranks: int = 1) -> list[torch.Tensor]:
+def evaluation_batches(
+    buckets: torch.Tensor, *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[torch.Tensor]:
     """One rank's share of a table's positions, each once, in batches of at most `batch_size` of one bucket each.
 
     Args:
         buckets: the bucket of every pair [N] int64.
     """
-    batches = []
+    batches: list[torch.Tensor] = []
     for bucket in buckets.unique().tolist():
-        positions = (buckets == bucket).nonzero().flatten()[rank::ranks]
+        positions = (buckets == bucket).nonzero().flatten()[rank::world_size]
         batches.extend(positions.split(batch_size) if len(positions) else ())
     return batches
 

@@ -9,7 +9,7 @@ import ast
 import io
 import math
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -18,8 +18,9 @@ import pyarrow
 import torch
 from pyarrow import parquet
 
+from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Size
-from dina_rl.data.stores.latents import PairBatch, PairTable, Split, read_batch
+from dina_rl.data.stores.latents import PairBatch, PairTable, read_batch
 from dina_rl.errors import shown
 
 NAME = "part_rank[0-9]*.parquet"
@@ -51,7 +52,7 @@ class PreprocessedStore:
             raise ValueError(f"{directory} holds no part_rankNN.parquet, nor do its folders train and test")
         self._column = lru_cache(maxsize=CACHED_GROUPS)(self._read_column)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["PreprocessedStore"], tuple[Path]]:
         return PreprocessedStore, (self.directory,)
 
     @property
@@ -153,7 +154,8 @@ def _parts(directory: Path) -> list[Path]:
 
 def _rows(file: Path) -> int:
     with parquet.ParquetFile(file) as opened:
-        return opened.metadata.num_rows
+        rows: int = opened.metadata.num_rows
+    return rows
 
 
 def _read(file: Path, columns: list[str], *, needed: Sequence[str] = ()) -> pyarrow.Table:
@@ -217,7 +219,7 @@ def _npy_header(stream: io.BytesIO) -> tuple[tuple[int, ...], numpy.dtype]:
     return shape, dtype
 
 
-def read_details(text: object) -> dict:
+def read_details(text: object) -> Mapping[str, object]:
     """What the authors recorded of a pair. Raises ValueError if it is not the repr of a dict; nothing is executed."""
     try:
         details = ast.literal_eval(text) if isinstance(text, str) else None

@@ -11,7 +11,7 @@ groups are small (one prompt of a large text encoder), both for reading and for 
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -82,12 +82,14 @@ class PromptStore:
         raw = json.loads(file.read_text())
         self.info = PromptsInfo(**raw | {"shape": tuple(raw["shape"])})
         self.num_prompts = parquet.read_metadata(self.directory / INDEX_FILE).num_rows
-        self._width = self.info.values * getattr(torch, self.info.dtype).itemsize  # bytes of a row
+        self._width: int = self.info.values * getattr(torch, self.info.dtype).itemsize  # bytes of a row
         self._per_group = max(1, ROW_GROUP_BYTES // self._width)
         largest = self._width * min(self._per_group, self.info.prompts_per_shard)
-        self._group = lru_cache(maxsize=max(1, CACHE_BYTES // largest))(self._read_group)
+        self._group: Callable[[int, int], PromptEmbeds] = lru_cache(maxsize=max(1, CACHE_BYTES // largest))(
+            self._read_group
+        )
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["PromptStore"], tuple[Path]]:
         return PromptStore, (self.directory.parent,)  # another process opens it anew
 
     @staticmethod
@@ -174,7 +176,8 @@ class PromptStore:
         groups = range(rows.start // INDEX_GROUP, (rows.stop - 1) // INDEX_GROUP + 1)
         with parquet.ParquetFile(self.directory / INDEX_FILE) as file:
             column = file.read_row_groups(list(groups)).column(0)
-        return column.slice(rows.start - groups.start * INDEX_GROUP, len(rows)).to_pylist()
+        prompts: list[str] = column.slice(rows.start - groups.start * INDEX_GROUP, len(rows)).to_pylist()
+        return prompts
 
     def _shard(self, number: int) -> Path:
         return self.directory / f"shard-{number:05d}.parquet"

@@ -137,14 +137,14 @@ def test_gradients_travel_between_ranks_once_per_step(backbone, encoder) -> None
 
 def test_micro_batches_grow_with_the_bucket_and_keep_the_order() -> None:
     config = FitConfig(steps=4, batch_size=4, num_workers=2, micro_batch_size=1)
-    largest = micro_batches(pair_batch(2, 0), config, ranks=2)  # a rank's share of a step of the largest images
+    largest = micro_batches(pair_batch(2, 0), config, world_size=2)  # a rank's share of a step of the largest images
     assert [len(part) for part in largest] == [1, 1]
-    smaller = micro_batches(pair_batch(6, 0), config, ranks=2)  # three times as many of a third of the area
+    smaller = micro_batches(pair_batch(6, 0), config, world_size=2)  # three times as many of a third of the area
     assert [len(part) for part in smaller] == [3, 3]
     assert torch.equal(torch.cat([part.pair_ids for part in smaller]), pair_batch(6, 0).pair_ids)
     assert sum((part.prompts for part in smaller), ()) == pair_batch(6, 0).prompts
     whole = pair_batch(6, 0)
-    assert micro_batches(whole, config.model_copy(update={"micro_batch_size": None}), ranks=2) == [whole]
+    assert micro_batches(whole, config.model_copy(update={"micro_batch_size": None}), world_size=2) == [whole]
 
 
 def test_checkpointed_blocks_give_the_same_gradients(backbone, encoder) -> None:

@@ -94,11 +94,13 @@ def test_a_bucket_smaller_than_a_batch_repeats_its_pairs() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_evaluation_visits_every_pair_once_over_all_ranks(ranks: int) -> None:
     batches = [
-        batch for rank in range(ranks) for batch in evaluation_batches(BUCKETS, batch_size=8, rank=rank, ranks=ranks)
+        batch
+        for rank in range(ranks)
+        for batch in evaluation_batches(BUCKETS, batch_size=8, rank=rank, world_size=ranks)
     ]
     assert sorted(torch.cat(batches).tolist()) == list(range(100))
     assert all(0 < len(batch) <= 8 and len(BUCKETS[batch].unique()) == 1 for batch in batches)
 
 
 def test_a_rank_without_a_share_evaluates_nothing() -> None:
-    assert evaluation_batches(torch.tensor([0, 1]), batch_size=4, rank=1, ranks=2) == []
+    assert evaluation_batches(torch.tensor([0, 1]), batch_size=4, rank=1, world_size=2) == []
