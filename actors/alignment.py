@@ -3,28 +3,29 @@
                      weights (object store)
            +------------------------------------------+
            v                                          |
-    rollout pool --trajectory refs--> scorer pool   learner gang
+    rollout pool ---rollout refs----> scorer pool   learner gang
            |                              |           ^
-           +------ trajectory refs -------|-----------+
+           +-------- rollout refs --------|-----------+
                                           +--> scores [G] to the driver, who makes advantages of them
 
-Trajectories, and ReFL's reward gradients, stay in the store of the node that made them; the driver passes references.
+Rollouts and the reward's gradients at them stay in the store of the node that made them; the driver passes references.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 import ray
 import torch
-from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from actors.gang import Gang, GangLost
+from actors.handles import Actor, AnyRef, Handle, both
 from actors.learner import LearnerActor
-from actors.placement import actor_options, place_gang, release_gang
+from actors.placement import ActorOptions, actor_options, place_gang, release_gang
 from actors.pool import Pool
 from actors.rollout import RolloutActor
 from actors.scorer import ScorerActor
@@ -34,20 +35,23 @@ from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
 from dina_rl.alignment.rollout import in_calls
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
-from dina_rl.types import PolicyWeights, WorkItem
+from dina_rl.types import PolicyWeights, Rollout, WorkItem
 
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+Scores = dict[str, torch.Tensor]  # by scorer
+State = dict[str, torch.Tensor]  # of the learner
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteRollout:
     """Rollout number `number` of the list that a call returned, and where the reward's gradients of that call are."""
 
-    call: ray.ObjectRef
-    gradients: ray.ObjectRef | None
+    call: ray.ObjectRef[list[Rollout]]
+    gradients: ray.ObjectRef[torch.Tensor] | None
     number: int
 
 
@@ -56,7 +60,7 @@ class RemoteWeights:
     """The policy's weights in the object store, where the learner's rank 0 left them."""
 
     version: int
-    parts: tuple[ray.ObjectRef, ...]  # of PolicyWeights
+    parts: tuple[ray.ObjectRef[PolicyWeights], ...]
     timeout_s: float  # longest wait for one part
 
     @property
@@ -76,8 +80,20 @@ class RayExperience:
         self._with_gradient = open_algorithm(run).wants_reward_gradients
         self._timeout_s = workers.call_timeout_s
         self._part_bytes = workers.weights_part_mib * 2**20
-        self.rollouts = _pool("rollout workers", RolloutActor, run, workers.rollout_workers, workers.gpus_per_rollout)
-        self.scorers = _pool("scorers", ScorerActor, run, workers.scorers, workers.gpus_per_scorer)
+        self.rollouts = _pool(
+            "rollout workers",
+            lambda options: ray.remote(**options)(RolloutActor).remote(run),
+            run,
+            workers.rollout_workers,
+            workers.gpus_per_rollout,
+        )
+        self.scorers = _pool(
+            "scorers",
+            lambda options: ray.remote(**options)(ScorerActor).remote(run),
+            run,
+            workers.scorers,
+            workers.gpus_per_scorer,
+        )
 
     def wait_until_ready(self) -> None:
         """Block until all actors have loaded their models."""
@@ -86,13 +102,12 @@ class RayExperience:
 
     def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[RemoteRollout]]:
         calls = in_calls(items, self._groups_per_call)
-        gradients: dict[ray.ObjectRef, ray.ObjectRef] = {}  # rollout -> the gradients of its rewards
+        gradients: dict[ray.ObjectRef[list[Rollout]], ray.ObjectRef[torch.Tensor]] = {}  # of a call's rewards
 
-        def score(actor: ActorHandle, sampled: ray.ObjectRef) -> ray.ObjectRef:
+        def score(actor: Handle[ScorerActor], sampled: ray.ObjectRef[list[Rollout]]) -> ray.ObjectRef[Scores]:
             if not self._with_gradient:
                 return actor.score.remote(sampled)
-            # Two results, so that the gradients can stay where they are while the driver looks at the scores.
-            scores, gradients[sampled] = actor.score_with_gradient.options(num_returns=2).remote(sampled)
+            scores, gradients[sampled] = both(actor.score_with_gradient.remote(sampled))
             return scores
 
         results = self._sample_and_score(calls, lambda actor, call: actor.rollout.remote(call), score)
@@ -111,7 +126,7 @@ class RayExperience:
         else:
             parts = tuple(ray.put(part) for part in weights.split(self._part_bytes))
 
-        def load(actor: ActorHandle) -> ray.ObjectRef:
+        def load(actor: Handle[RolloutActor]) -> AnyRef:
             # In order, one at a time; the actor refuses what follows a part that it did not get.
             return [actor.load_weights.remote(part) for part in parts][-1]
 
@@ -133,13 +148,13 @@ class RayExperience:
     def _sample_and_score(
         self,
         items: Sequence[Item],
-        sample: Callable[[ActorHandle, Item], ray.ObjectRef],
-        score: Callable[[ActorHandle, ray.ObjectRef], ray.ObjectRef],
-    ) -> list[tuple[ray.ObjectRef, dict[str, torch.Tensor]]]:
+        sample: Callable[[Handle[RolloutActor], Item], ray.ObjectRef[Result]],
+        score: Callable[[Handle[ScorerActor], ray.ObjectRef[Result]], ray.ObjectRef[Scores]],
+    ) -> list[tuple[ray.ObjectRef[Result], Scores]]:
         """(reference to the samples, their scores) per item, in order; scoring overlaps with sampling."""
-        sampled: list[tuple[int, ray.ObjectRef]] = []
+        sampled: list[tuple[int, ray.ObjectRef[Result]]] = []
 
-        def as_they_finish() -> Iterator[ray.ObjectRef]:
+        def as_they_finish() -> Iterator[ray.ObjectRef[Result]]:
             for index, ref in self.rollouts.stream(items, sample):
                 sampled.append((index, ref))
                 yield ref
@@ -162,14 +177,14 @@ class RayLearner:
         workers = run.workers
         self.restarts = 0
         self._run = run
-        self._state: ray.ObjectRef | None = None  # None: as built from the configuration's seed
+        self._state: ray.ObjectRef[State] | None = None  # None: as built from the configuration's seed
         self._place = place_gang(
             workers.learner_ranks,
             num_cpus=workers.cpus_per_actor,
             num_gpus=workers.gpus_per_rank,
             timeout_s=workers.start_timeout_s,
         )
-        self._gang: Gang | None = self._build()  # None between a loss and the next call
+        self._gang: Gang[LearnerActor] | None = self._build()  # None between a loss and the next call
 
     def update(
         self, iteration: int, handles: Sequence[RemoteRollout], advantages: torch.Tensor, kl_scale: float
@@ -179,7 +194,9 @@ class RayLearner:
         picks = [(position[handle.call], handle.number) for handle in handles]
         objects = [each for pair in calls.items() for each in pair]
 
-        def update_and_keep(gang: Gang) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+        def update_and_keep(
+            gang: Gang[LearnerActor],
+        ) -> tuple[ray.ObjectRef[dict[str, float]], ray.ObjectRef[State]]:
             metrics = gang.call(lambda rank: rank.update.remote(iteration, picks, advantages, kl_scale, *objects))
             return metrics, gang.call(lambda rank: rank.state.remote())
 
@@ -193,28 +210,29 @@ class RayLearner:
         return self._weights("average")
 
     def _weights(self, which: Literal["policy", "average"]) -> RemoteWeights:
-        def take_parts(gang: Gang) -> RemoteWeights:
+        def take_parts(gang: Gang[LearnerActor]) -> RemoteWeights:
             version, count = self._fetch(gang.call(lambda rank: rank.offer.remote(which)))
-            parts = tuple(gang.call(lambda rank, part=part: rank.take.remote(part)) for part in range(count))
+            parts = tuple(gang.call(partial(_take, part)) for part in range(count))
             return RemoteWeights(version=version, parts=parts, timeout_s=self._run.workers.call_timeout_s)
 
         return self._survive(take_parts)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> State:
         return self._fetch(self._survive(lambda gang: gang.call(lambda rank: rank.state.remote())))
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self._state = ray.put(state)
-        self._survive(lambda gang: gang.call(lambda rank: rank.load_state.remote(self._state)))
+    def load_state(self, state: State) -> None:
+        kept = self._state = ray.put(state)
+        self._survive(lambda gang: gang.call(lambda rank: rank.load_state.remote(kept)))
 
     def shutdown(self) -> None:
         if self._gang is not None:
             self._gang.shutdown()
         release_gang(self._place)
 
-    def _build(self) -> Gang:
+    def _build(self) -> Gang[LearnerActor]:
         workers = self._run.workers
-        options = {**actor_options(workers, num_gpus=workers.gpus_per_rank), "scheduling_strategy": self._place}
+        options = actor_options(workers, num_gpus=workers.gpus_per_rank)
+        options["scheduling_strategy"] = self._place
         gang = Gang(
             lambda rank: ray.remote(**options)(LearnerActor).remote(rank, self._run),
             workers.learner_ranks,
@@ -223,11 +241,12 @@ class RayLearner:
             call_timeout_s=workers.call_timeout_s,
         )
         gang.call(lambda rank: rank.build.remote())
-        if self._state is not None:
-            gang.call(lambda rank: rank.load_state.remote(self._state))
+        kept = self._state
+        if kept is not None:
+            gang.call(lambda rank: rank.load_state.remote(kept))
         return gang
 
-    def _survive(self, work: Callable[[Gang], Result]) -> Result:
+    def _survive(self, work: Callable[[Gang[LearnerActor]], Result]) -> Result:
         """`work` on the gang, or on its successors.
 
         Raises:
@@ -250,7 +269,7 @@ class RayLearner:
                     raise RunStopped(f"{lost}; replaced {self.restarts - 1} times (workers.max_restarts)") from lost
                 log.warning("%s; building the learner anew from its last state", lost)
 
-    def _fetch(self, ref: ray.ObjectRef) -> Result:
+    def _fetch(self, ref: ray.ObjectRef[Result]) -> Result:
         return ray.get(ref, timeout=self._run.workers.call_timeout_s)
 
 
@@ -270,11 +289,17 @@ def open_actors(run: AlignRun) -> Iterator[tuple[RayExperience, RayLearner]]:
         yield experience, learner
 
 
-def _pool(name: str, actor: type, run: AlignRun, size: int, num_gpus: float) -> Pool:
+def _take(part: int, rank: Handle[LearnerActor]) -> ray.ObjectRef[PolicyWeights]:
+    return rank.take.remote(part)
+
+
+def _pool(
+    name: str, spawn: Callable[[ActorOptions], Handle[Actor]], run: AlignRun, size: int, num_gpus: float
+) -> Pool[Actor]:
     workers = run.workers
     options = actor_options(workers, num_gpus=num_gpus)
     return Pool(
-        lambda number: ray.remote(**options)(actor).remote(run),
+        lambda number: spawn(options),
         size,
         name=name,
         start_timeout_s=workers.start_timeout_s,

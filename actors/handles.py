@@ -6,6 +6,8 @@ import ray
 from ray.actor import ActorHandle
 
 Actor = TypeVar("Actor")
+First = TypeVar("First")
+Second = TypeVar("Second")
 Handle = ActorHandle[Actor] | type[Actor]
 """What `ray.remote(Actor).remote()` returns, in Ray's own words: methods are found on the class."""
 
@@ -31,3 +33,9 @@ def kill(handle: Handle[Actor]) -> None:
     """End the actor's process; its calls fail."""
     assert isinstance(handle, ActorHandle)
     ray.kill(handle)
+
+
+def both(results: ray.ObjectRef[tuple[First, Second]]) -> tuple[ray.ObjectRef[First], ray.ObjectRef[Second]]:
+    """The results of a method with `num_returns=2`, which Ray returns apart although it types them as one."""
+    first, second = cast(list[AnyRef], results)
+    return first, second

@@ -1,8 +1,10 @@
 """The learner actor: one rank of `PolicyLearner`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
+import ray
 import torch
 
 from actors.gang import GangMember
@@ -21,8 +23,9 @@ class LearnerActor(GangMember):
         configure_process(run.workers.threads_per_actor)
         self._run = run
         self._learner: PolicyLearner
-        self._offered: list[PolicyWeights | None] = []
+        self._offered: dict[int, PolicyWeights] = {}
 
+    @ray.method
     def build(self) -> None:
         """Load the policy and start the engine; after `join`, because DeepSpeed splits the weights over the ranks."""
         if self._run.learner.engine == "torch":
@@ -33,6 +36,7 @@ class LearnerActor(GangMember):
 
         self._learner = PolicyLearner(self._run, lambda policy: DeepSpeedEngine(policy, self._run.learner))
 
+    @ray.method
     def update(
         self,
         iteration: int,
@@ -43,32 +47,37 @@ class LearnerActor(GangMember):
     ) -> dict[str, float]:
         """Train on rollouts `calls[2 i][j]` for (i, j) in `picks`, with `advantages` [picks, G].
 
-        `calls[2 i + 1]` holds the reward's gradients of call i [groups, G, C, H, W], or is None.
+        `calls[2 i + 1]` holds the reward's gradients of call i [groups, G, C, H, W], or is None. (Ray brings objects
+        only where they are arguments of their own.)
         """
-        groups = [
-            TrainingGroup(
-                rollout=calls[2 * call][number],
-                advantages=row,
-                reward_gradient=None if calls[2 * call + 1] is None else calls[2 * call + 1][number],
-            )
-            for (call, number), row in zip(picks, advantages, strict=True)
-        ]
+        groups = []
+        for (call, number), row in zip(picks, advantages, strict=True):
+            rollouts, gradients = calls[2 * call], calls[2 * call + 1]
+            assert isinstance(rollouts, list)
+            assert gradients is None or isinstance(gradients, torch.Tensor)
+            gradient = None if gradients is None else gradients[number]
+            groups.append(TrainingGroup(rollout=rollouts[number], advantages=row, reward_gradient=gradient))
         return self._learner.update(iteration, groups, kl_scale)
 
+    @ray.method
     def offer(self, which: Literal["policy", "average"]) -> tuple[int, int]:
         """Get the weights ready to be taken part by part; returns their version and the number of parts."""
         weights = self._learner.policy() if which == "policy" else self._learner.average()
-        self._offered = weights.split(self._run.workers.weights_part_mib * 2**20)
+        self._offered = dict(enumerate(weights.split(self._run.workers.weights_part_mib * 2**20)))
         return weights.version, len(self._offered)
 
-    def take(self, part: int) -> PolicyWeights | None:
-        """One of the parts offered last; it is not kept."""
-        taken, self._offered[part] = self._offered[part], None
-        return taken if self.rank == 0 else None
+    @ray.method
+    def take(self, part: int) -> PolicyWeights:
+        """One of the parts offered last; it is not kept. Only rank 0's holds tensors."""
+        taken = self._offered.pop(part)
+        return taken if self.rank == 0 else replace(taken, tensors={})
 
-    def state(self) -> dict[str, torch.Tensor] | None:
+    @ray.method
+    def state(self) -> dict[str, torch.Tensor]:
+        """The learner's state; empty but on rank 0."""
         state = self._learner.state()
-        return state if self.rank == 0 else None
+        return state if self.rank == 0 else {}
 
+    @ray.method
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         self._learner.load_state(state)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import ray
+
 from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.config import AlignRun
@@ -14,11 +16,14 @@ class RolloutActor:
         configure_process(run.workers.threads_per_actor)
         self._worker = RolloutWorker(run)
 
+    @ray.method
     def load_weights(self, weights: PolicyWeights) -> int:
         return self._worker.load_weights(weights)
 
+    @ray.method
     def rollout(self, items: Sequence[WorkItem]) -> list[Rollout]:
         return self._worker.rollout(items)
 
+    @ray.method
     def evaluate(self, item: EvaluationItem) -> EvaluationSamples:
         return self._worker.evaluate(item)

@@ -1,7 +1,6 @@
 """The scorer actor: `ScoringWorker` in a process of its own."""
 
-from collections.abc import Sequence
-
+import ray
 import torch
 
 from dina_rl.alignment.measurement import EvaluationSamples
@@ -16,11 +15,14 @@ class ScorerActor:
         configure_process(run.workers.threads_per_actor)
         self._worker = ScoringWorker(run)
 
-    def score(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+    @ray.method
+    def score(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
         return self._worker.score(rollouts)
 
-    def score_with_gradient(self, groups: Sequence[Rollout]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    @ray.method(num_returns=2)  # the gradients can stay where they are while the driver looks at the scores
+    def score_with_gradient(self, groups: list[Rollout]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         return self._worker.score_with_gradient(groups)
 
+    @ray.method
     def score_evaluation(self, samples: EvaluationSamples) -> dict[str, torch.Tensor]:
         return self._worker.score_evaluation(samples)

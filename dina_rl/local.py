@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
+from typing import TypedDict
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.planning import describe
@@ -55,6 +56,46 @@ def main(argv: Sequence[str]) -> None:
     summary = summarise(run, reward, recorder, stages.seconds, memory.peak_bytes, perf_counter() - begin)
     write_json(run_dir / SUMMARY, summary)
     print(table(summary, run_dir))
+
+
+class RewardSummary(TypedDict):
+    accuracy_single: float
+    accuracy_ensemble: float
+    label_ceiling: float
+
+
+class AlignSummary(TypedDict):
+    """Proxy, golden and shape accuracy are means on the test prompts."""
+
+    guidance_scale: float
+    proxy_before: float
+    proxy_after: float
+    golden_before: float
+    golden_after: float
+    golden_best: float  # over the guidance scales at which the aligned model was measured
+    golden_base_best_guidance: float
+    base_best_guidance: float
+    shape_accuracy_before: float
+    shape_accuracy_after: float
+    first_ratio_gap_max: float
+    diverged_at: int | None
+    groups_failed: float
+    groups_constant: float
+    base_over_guidance: dict[str, float]
+    aligned_over_guidance: dict[str, float]
+
+
+class Summary(TypedDict):
+    """`summary.json`: what was reached, in how long."""
+
+    seed: int
+    result: str  # what was exported: the adapter, or the transformer
+    reward: RewardSummary
+    align: AlignSummary
+    images_per_second: float
+    seconds: dict[str, float]
+    peak_rss_bytes: int
+    versions: dict[str, str | None]
 
 
 class Stages:
@@ -110,7 +151,8 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
             f"accuracy {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
             f"{result.accuracy_ensemble:.3f} ensemble, ceiling {result.label_ceiling:.3f}",
         )
-    return json.loads(metrics.read_text())
+    found: dict[str, float] = json.loads(metrics.read_text())
+    return found
 
 
 def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:
@@ -133,7 +175,7 @@ def summarise(
     stage_seconds: dict[str, float],
     peak_bytes: int,
     total_seconds: float,
-) -> dict:
+) -> Summary:
     """Everything a script would want to know of the run; before/after are on the test prompts."""
     scale = run.rollout.guidance_scale
     base, aligned = recorder.table("base"), recorder.table("aligned")
@@ -178,7 +220,7 @@ def summarise(
     }
 
 
-def table(summary: dict, run_dir: Path) -> str:
+def table(summary: Summary, run_dir: Path) -> str:
     """The closing lines: what was reached, how long it took, and where everything lies."""
     reward, align, seconds = summary["reward"], summary["align"], summary["seconds"]
     scale = align["guidance_scale"]

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dina_rl.checkpoint import write_bytes
+from dina_rl.types import Point
 
 GOLDEN, PROXY, FAINT = "#c9a227", "#2f6f9f", "#8a8a8a"
 
@@ -24,23 +25,24 @@ def image_grid(images: torch.Tensor, columns: int = 8, scale: int = 3) -> torch.
     return torch.cat([torch.cat(list(row), 2) for row in rows], 1)
 
 
-def plot_curves(points: Sequence[Mapping[str, float]], base: Mapping[float, float], path: Path) -> None:
+def plot_curves(points: Sequence[Point], base: Mapping[float, float], path: Path) -> None:
     """Golden (left) and proxy (right) over iterations, with standard errors.
 
     Args:
-        points: records with iteration, golden, golden_std, proxy, proxy_std, samples.
         base: guidance scale -> golden of the base; its best is drawn as a line, the honest bar to clear.
     """
-    steps = [point["iteration"] for point in points]
+    iterations = [point["iteration"] for point in points]
+    golden = [(point["golden"], point["golden_std"]) for point in points]
+    proxy = [(point["proxy"], point["proxy_std"]) for point in points]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, name, colour in ((left, "golden", GOLDEN), (right, "proxy", PROXY)):
-        mean = [point[name] for point in points]
-        error = [point[f"{name}_std"] / point["samples"] ** 0.5 for point in points]
-        axes.plot(steps, mean, color=colour, marker="o", markersize=4)
+    for axes, curve, colour in ((left, golden, GOLDEN), (right, proxy, PROXY)):
+        mean = [value for value, _ in curve]
+        error = [std / point["samples"] ** 0.5 for (_, std), point in zip(curve, points, strict=True)]
+        axes.plot(iterations, mean, color=colour, marker="o", markersize=4)
         low = [m - e for m, e in zip(mean, error, strict=True)]
         high = [m + e for m, e in zip(mean, error, strict=True)]
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(iterations, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)

@@ -5,7 +5,7 @@ Shape legend: P prompts, G samples of one prompt (the group), B samples, C H W l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypedDict, TypeVar
 
 import torch
 
@@ -86,7 +86,8 @@ class PolicyWeights:
 
     def split(self, part_bytes: int) -> "list[PolicyWeights]":
         """The same weights in parts of about `part_bytes`, at least one tensor each, in order."""
-        parts, size = [{}], 0
+        parts: list[dict[str, torch.Tensor]] = [{}]
+        size = 0
         for name, tensor in self.tensors.items():
             if parts[-1] and size + tensor.nbytes > part_bytes:
                 parts.append({})
@@ -147,3 +148,16 @@ class GoldenScores:
 
     values: tuple[float, ...]  # one per image
     parts: dict[str, tuple[float, ...]]  # named components, e.g. shape_right
+
+
+class Point(TypedDict):
+    """A measurement on the dev prompts: one point of the proxy and golden curves."""
+
+    iteration: int
+    golden: float
+    golden_std: float  # over samples
+    proxy: float
+    proxy_std: float
+    parts: dict[str, float]
+    proxy_parts: dict[str, float]
+    samples: int

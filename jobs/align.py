@@ -15,8 +15,8 @@ from dina_rl.alignment.record import Recorder
 from dina_rl.backbones.trained import check_targets, save_transformer
 from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import fail, interruptible, load
-from dina_rl.config import AlignRun
-from dina_rl.reward.checkpoint import RewardCard, read_card
+from dina_rl.config import AlignRun, DiNaScorerConfig, PipelineConfig
+from dina_rl.reward.checkpoint import read_card
 from dina_rl.runtime import configure_process, open_pipeline
 from dina_rl.scorers.clip import check_clip
 
@@ -56,7 +56,7 @@ def preflight(run: AlignRun) -> Prompts:
     latent_shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
     check_targets(backbone.empty_transformer(), run.learner.lora)
     if run.rewards.dina is not None:
-        _check_reward(run, read_card(run.rewards.dina.location), backbone.width)
+        _check_reward(run.rewards.dina, run.pipeline, backbone.width)
     check_clip_models(run)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
@@ -75,12 +75,12 @@ def check_clip_models(run: AlignRun) -> None:
             check_clip(model)
 
 
-def _check_reward(run: AlignRun, card: RewardCard, width: int) -> None:
-    if (card.width, card.max_sequence_length) != (width, run.pipeline.max_sequence_length):
+def _check_reward(dina: DiNaScorerConfig, pipeline: PipelineConfig, width: int) -> None:
+    card = read_card(dina.location)
+    if (card.width, card.max_sequence_length) != (width, pipeline.max_sequence_length):
         raise ValueError(
-            f"reward model {run.rewards.dina.path} was fitted on {card.pipeline} with width {card.width} and "
-            f"{card.max_sequence_length} text tokens; {run.pipeline.path} has {width} and "
-            f"{run.pipeline.max_sequence_length}"
+            f"reward model {dina.path} was fitted on {card.pipeline} with width {card.width} and "
+            f"{card.max_sequence_length} text tokens; {pipeline.path} has {width} and {pipeline.max_sequence_length}"
         )
 
 

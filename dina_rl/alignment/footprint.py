@@ -1,5 +1,6 @@
 """How much memory a learner rank needs, found by running its forward on tensors without data (torch's meta device)."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -87,9 +88,15 @@ def saved_bytes(module: nn.Module, backbone: Backbone, run: AlignRun) -> int:
 class _FlashAttention(TorchFunctionMode):
     """Attention as GPUs compute it, which keeps no attention matrix; on meta tensors torch would take the plain one."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if function is functional.scaled_dot_product_attention:
-            inputs = args[:3] or [kwargs[name] for name in ("query", "key", "value")]
+            inputs = args[:3] or [(kwargs or {})[name] for name in ("query", "key", "value")]
             return torch.ops.aten._scaled_dot_product_flash_attention(*inputs)[0]
         return function(*args, **(kwargs or {}))
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from dina_rl import runtime
-from dina_rl.config import GoldenConfig
+from dina_rl.config import CLIPModelConfig, GoldenConfig
 from dina_rl.types import GoldenScores
 
 
@@ -25,22 +25,20 @@ def open_metric(config: GoldenConfig) -> GoldenMetric:
     Raises:
         ValueError: the model cannot be read.
     """
-    if config.scorer == "shapes":
+    if config.clip_model is None:
         from dina_rl.shapes.metric import ShapesMetric
 
         return ShapesMetric()
-    return CLIPMetric(config)
+    return CLIPMetric(config.clip_model, learned_scale=config.scorer == "pickscore")
 
 
 class CLIPMetric:
     """`GoldenMetric` by PickScore or CLIPScore."""
 
-    def __init__(self, config: GoldenConfig) -> None:
+    def __init__(self, model: CLIPModelConfig, *, learned_scale: bool) -> None:
         from dina_rl.scorers.clip import CLIPScorer
 
-        self._scorer = CLIPScorer(
-            config.clip_model, learned_scale=config.scorer == "pickscore", device=runtime.device()
-        )
+        self._scorer = CLIPScorer(model, learned_scale=learned_scale, device=runtime.device())
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> GoldenScores:

@@ -3,27 +3,15 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
 from dina_rl.checkpoint import write_text
+from dina_rl.types import Point
 
 FILE = "history.jsonl"
 
 Entry = dict[str, object]
 """`kind` (iteration, measurement, diverged), `iteration` (how many are done), and what there is to say."""
-
-
-class Point(TypedDict):
-    """A measurement on the dev prompts: one point of the proxy and golden curves."""
-
-    iteration: int
-    golden: float
-    golden_std: float  # over samples
-    proxy: float
-    proxy_std: float
-    parts: dict[str, float]
-    proxy_parts: dict[str, float]
-    samples: int
 
 
 class History:

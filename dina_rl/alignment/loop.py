@@ -126,7 +126,7 @@ def align(
         if watch.stopped:
             break
 
-    final: Weights = recorder.checkpoints.best_weights() if watch.stopped else learner.average()
+    final: Published | PolicyWeights = recorder.checkpoints.best_weights() if watch.stopped else learner.average()
     experience.publish(final)
     with recorder.timed("measure"):
         recorder.aligned(measure_aligned(run, prompts.test, experience))

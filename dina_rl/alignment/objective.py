@@ -9,7 +9,7 @@ import torch
 from dina_rl.alignment.policy import Policy
 from dina_rl.types import Rollout, TrainingGroup
 
-Trained = TypeVar("Trained", bound=Rollout, contravariant=True)
+Trained = TypeVar("Trained", bound=Rollout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,10 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from dina_rl.config import PromptsConfig
+from dina_rl.config.fitting import SetKind
 from dina_rl.data.sets.registry import KINDS, open_set, prompts_of
 
 _SET = re.compile(rf"({'|'.join(KINDS)}):(.+):([^:/]+)")
@@ -48,7 +50,7 @@ def _read(split: str, source: str) -> tuple[str, ...]:
     if not of_a_set and not file.is_file():
         raise ValueError(f"prompts.{split}: file {file} does not exist")
     try:
-        prompts, skipped = prompts_of(open_set(kind, file), part)
+        prompts, skipped = prompts_of(open_set(cast(SetKind, kind), file), part)
     except ValueError as error:
         raise ValueError(f"prompts.{split}: {error}") from error
     if skipped:

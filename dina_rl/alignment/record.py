@@ -53,7 +53,7 @@ class Recorder:
         self.checkpoints = Checkpoints(run_dir)
         self.seconds: dict[str, float] = defaultdict(float)
         self._export = export
-        self._bar: tqdm | None = None
+        self._bar: tqdm[int] | None = None
         self._writer: SummaryWriter | None = None
         self._marks: dict[str, float] = {}
         self._warned = False
@@ -204,6 +204,7 @@ class Recorder:
         values = advantages.values[advantages.kept]
         if len(values.unique()) > 1:  # equal weights are no distribution
             self._tensorboard.add_histogram("train/advantages", values, done)
+        assert self._bar is not None, "progress() draws it"
         self._bar.set_postfix(reward=f"{train['reward_mean']:+.3f}", kl=f"{metrics.get('kl', 0):.1e}")
 
     def aligned(self, measurements: Sequence[Measurement]) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dina_rl.alignment.history import History, Point
+from dina_rl.alignment.history import History
 from dina_rl.config import WatchConfig
+from dina_rl.types import Point
 
 ACTS_AGAIN = ("raise_kl", "roll_back")
 """Actions after which the run goes on and may diverge once more."""

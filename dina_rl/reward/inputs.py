@@ -30,8 +30,9 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
             raise ValueError(f"dataset.{missing[0]} is None: a fit needs pairs to train on and pairs to hold out")
         run = check_inputs(run, backbone)
     else:
-        run = run.model_copy(update={"latents": Path(_absolute(run.latents)), "pipeline": run.pipeline.absolute()})
-        check_store(run.latents, needed, run, backbone)
+        latents = Path(_absolute(run.latents))
+        run = run.model_copy(update={"latents": latents, "pipeline": run.pipeline.absolute()})
+        check_store(latents, needed, run, backbone)
     for directory in held_out.values():
         check_store(Path(directory), ("test",), run, backbone)
     return run
@@ -111,10 +112,11 @@ def unseen_pairs(run: FitRun, store: PairStore) -> list[str]:
     """A line for every bucket of training pairs that is too small to get one of the run's steps, and for every split
     of preprocessed files, held-out ones too, of which pairs cannot be used.
     """
-    held_out = [(open_store(Path(directory)), ("test",)) for directory in run.fit.held_out.values()]
+    stores: list[tuple[PairStore, tuple[Split, ...]]] = [(store, SPLITS)]
+    stores += [(open_store(Path(directory)), ("test",)) for directory in run.fit.held_out.values()]
     unusable = [
         f"{each.left_out(split)} {split} pairs of {each.directory} are left out: their latents differ in shape"
-        for each, splits in [(store, SPLITS), *held_out]
+        for each, splits in stores
         if isinstance(each, PreprocessedStore)
         for split in splits
         if each.left_out(split)

@@ -98,7 +98,7 @@ class Sabotaged:
         self.killers: list[Killer] = []
 
     def collect(self, items):
-        if items[0].step == 1:
+        if items[0].iteration == 1:
             titles = ("RolloutActor.rollout", "ScorerActor.score", "LearnerActor.update")
             self.killers = [Killer(f"ray::{title}") for title in titles]
             for killer in self.killers:
