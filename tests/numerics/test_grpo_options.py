@@ -16,17 +16,31 @@ from tests.tiny_run import tiny_run
 ADVANTAGES = torch.tensor([1.0, 0.0, -1.0])
 
 
+@pytest.fixture(scope="module")
+def rollouts():
+    """Trajectories of the first policy, made once for all runs whose rollouts are alike."""
+    made = {}
+
+    def roll_out(run, policy, step):
+        key = run.rollout.model_dump_json(), run.learner.guidance_in_loss, step
+        if key not in made:
+            worker = RolloutWorker(run)
+            worker.load_weights(policy)
+            items = [WorkItem(step=step, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
+            made[key] = [trajectory for item in items for trajectory in worker.rollout([item])]
+        return made[key]
+
+    return roll_out
+
+
 @pytest.fixture
-def make(tmp_path, tiny_pipeline, tiny_reward):
+def make(tmp_path, tiny_pipeline, tiny_reward, rollouts):
     """(learner, its groups) of a run with some sections changed."""
 
     def build(step=0, disturb=0.0, **changes):
         run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
-        worker = RolloutWorker(run)
         learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
-        worker.load_weights(learner.policy())
-        items = [WorkItem(step=step, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
-        trajectories = [trajectory for item in items for trajectory in worker.rollout([item])]
+        trajectories = rollouts(run, learner.policy(), step)
         trajectories = [replace(each, log_probs=each.log_probs + disturb) for each in trajectories]
         return learner, [TrainingGroup(trajectory=each, advantages=ADVANTAGES) for each in trajectories]
 

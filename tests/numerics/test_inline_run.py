@@ -85,7 +85,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
 
 
 def test_another_seed_is_another_run(tmp_path, tiny_pipeline, tiny_reward, finished):
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, seed=1)
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, seed=1, steps=1)
     other = perform(run)
     assert other.points()[0]["golden"] == finished[1].points()[0]["golden"], "evaluation noise is fixed"
     assert other.iterations()[0]["reward_mean"] != finished[1].iterations()[0]["reward_mean"]
@@ -132,14 +132,28 @@ class FallsAfter(DiesAt):
         return replace(found, golden=(golden,) * size, proxy=(float(self._count),) * size)
 
 
+FALLING = {"steps": 5, "golden": {"every": 1}}
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory, tiny_pipeline, tiny_reward):
+    """A run that diverges and is only marked."""
+    changes = {**FALLING, "watch": {"action": "none"}}
+    run = tiny_run(tmp_path_factory.mktemp("left"), tiny_pipeline, tiny_reward, **changes)
+    return run, perform(run, FallsAfter(run))
+
+
 @pytest.mark.parametrize("action", ["none", "stop"])
-def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(tmp_path, tiny_pipeline, tiny_reward, action):
-    changes = {"steps": 5, "golden": {"every": 1}, "watch": {"action": action}}
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
-    recorder = perform(run, FallsAfter(run))
+def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(
+    tmp_path, tiny_pipeline, tiny_reward, left_alone, action
+):
+    run, recorder = left_alone
+    if action == "stop":
+        run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **FALLING, watch={"action": "stop"})
+        recorder = perform(run, FallsAfter(run))
     assert recorder.diverged_at == 3
     assert len(recorder.iterations()) == (3 if action == "stop" else 5)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("watch/diverged")][:4] == [0, 0, 0, 1]
     best = recorder.best()
     assert best.version == 2, "after the first iteration's two updates"
@@ -152,18 +166,30 @@ def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(tmp_path, tin
     assert again.diverged_at == 3
 
 
+class KeepsCheckpoint(FallsAfter):
+    """Also reads the checkpoint that iteration 3 starts from; the run itself keeps the last one alone."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self._checkpoint = run.run_dir / "checkpoints" / "step_000003" / "state.safetensors"
+
+    def collect(self, items):
+        if items[0].step == 3:
+            self.state = load_tensors(self._checkpoint)
+        return super().collect(items)
+
+
 def test_the_watch_rolls_back_to_the_best_state_and_goes_on(tmp_path, tiny_pipeline, tiny_reward):
     changes = {"golden": {"every": 1}, "watch": {"action": "roll_back"}}
-    run = tiny_run(tmp_path / "long", tiny_pipeline, tiny_reward, steps=4, **changes)
-    recorder = perform(run, FallsAfter(run))
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, steps=4, **changes)
+    experience = KeepsCheckpoint(run)
+    recorder = perform(run, experience)
     assert (recorder.best_at, recorder.alarms) == (1, [3])
+    assert len(recorder.iterations()) == 4
     best = recorder.kept_best()
     assert int(best["version"]) == 2
     # The learner that iteration 3 starts from is the one after iteration 0: the same rollouts' policy, once more.
-    stopped = tiny_run(tmp_path / "short", tiny_pipeline, tiny_reward, steps=3, **changes)
-    perform(stopped, FallsAfter(stopped))
-    state = load_tensors(stopped.run_dir / "checkpoints" / "step_000003" / "state.safetensors")
-    assert_same_tensors(state, best)
+    assert_same_tensors(experience.state, best)
 
 
 class OnlyFalls(FallsAfter):
@@ -190,16 +216,13 @@ def test_rolled_back_to_the_base_the_run_begins_anew(tmp_path, tiny_pipeline, ti
     assert_same_tensors(learner.state(), fresh.state())
 
 
-def test_the_watch_raises_the_kl_weight(tmp_path, tiny_pipeline, tiny_reward):
-    changes = {"steps": 5, "golden": {"every": 1}, "watch": {"action": "raise_kl", "kl_factor": 1e4}}
-    run = tiny_run(tmp_path / "raised", tiny_pipeline, tiny_reward, **changes)
+def test_the_watch_raises_the_kl_weight(tmp_path, tiny_pipeline, tiny_reward, left_alone):
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **FALLING, watch={"action": "raise_kl", "kl_factor": 1e4})
     raised = perform(run, FallsAfter(run))
     assert raised.alarms == [3, 5], "and again two measurements later"
     events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("watch/kl_scale")][:5] == [1, 1, 1, 1e4, 1e4]
-    run = tiny_run(tmp_path / "left", tiny_pipeline, tiny_reward, **{**changes, "watch": {"action": "none"}})
-    left = perform(run, FallsAfter(run))
-    ours, theirs = raised.iterations(), left.iterations()
+    ours, theirs = raised.iterations(), left_alone[1].iterations()
     assert ours[:3] == theirs[:3]
     assert ours[4]["kl"] < theirs[4]["kl"], "a KL that weighs ten thousand times more is smaller"
 
