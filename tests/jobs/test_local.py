@@ -15,6 +15,13 @@ from tests.tiny_run import tiny_run
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", str(ROOT / "configs" / "local_smoke.yaml")]
+# The smoke run's stages, each a third as long or less; a learner's forward is as large as a rollout's here too.
+SHORT = [
+    *("--world.train-groups", "60", "--world.test-groups", "20"),
+    *("--fit.steps", "12", "--fit.batch-size", "24", "--fit.warmup-steps", "4", "--fit.checkpoint-every", "6"),
+    *("--steps", "2", "--rollout.prompts-per-step", "4", "--rollout.groups-per-call", "1"),
+    *("--learner.micro-batch-size", "12", "--golden.dev-samples", "16", "--golden.test-samples", "32"),
+]
 SUMMARY = {
     "reward": {"accuracy_single", "accuracy_ensemble", "label_ceiling"},
     "align": {
@@ -34,7 +41,7 @@ SUMMARY = {
 
 def test_the_smoke_run_end_to_end_on_ray(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "dina_rl.local", *SMOKE, "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "dina_rl.local", *SMOKE, *SHORT, "--run-dir", str(run_dir)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("[preferences]", "[reward]", "[align]", "tensorboard --logdir"):
@@ -51,11 +58,11 @@ def test_the_smoke_run_end_to_end_on_ray(tmp_path, capsys):
     assert "gain/golden" in EventAccumulator(str(run_dir / "align" / "tensorboard")).Reload().Tags()["scalars"]
 
     with pytest.raises(SystemExit) as again:
-        local.main([*SMOKE, "--run-dir", str(run_dir)])
+        local.main([*SMOKE, *SHORT, "--run-dir", str(run_dir)])
     assert again.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: run directory")
-    local.main([*SMOKE, "--run-dir", str(run_dir), "--resume"])
+    local.main([*SMOKE, *SHORT, "--run-dir", str(run_dir), "--resume"])
     assert capsys.readouterr().out.strip() == done.stdout[done.stdout.index("reward accuracy") :].strip()
 
 
