@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file, save_file
 
+from dina_rl import __version__
 from dina_rl.config.keys import Mark, covers, explain, marked, with_todays_names
 
 CONFIG_FILE = "config.yaml"
@@ -63,7 +64,7 @@ def open_run_dir(
 def versions() -> dict[str, str | None]:
     """Versions of this package, of Python and of the packages that decide numbers; None: it is not installed."""
     return {
-        "dina_rl": _version("dina_rl"),
+        "dina_rl": __version__,
         "commit": commit_of(CHECKOUT),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},

@@ -137,11 +137,6 @@ def test_refl_on_deepspeed_ranks_with_gradients_of_the_scorers_equals_the_in_pro
     assert_close(finish(run), inline)
 
 
-def test_ray_equals_the_in_process_run(make_run, inline, tmp_path):
-    run = make_run(tmp_path, learner={"engine": "torch"})
-    assert_same(finish(run), inline)
-
-
 def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path):
     workers = {"rollout_workers": 2, "scorers": 2, "max_restarts": 1}
     run = make_run(tmp_path, learner={"engine": "torch"}, workers=workers)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dina_rl.config import FitRun
-from dina_rl.data.encode import LATENTS, SKIPPED_FILE, encode_dataset
+from dina_rl.data.encode import LATENTS, SKIPPED_FILE
 from dina_rl.data.images import load_image
 from dina_rl.data.stores.latents import LatentStore
 from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult, RewardFit, fit
@@ -21,7 +21,6 @@ from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD
 from dina_rl.runtime import open_pipeline
 from jobs import encode, fit_reward, training
-from jobs.encoding import RayEncoding
 from tests.tensors import assert_same_tensors
 from tests.tiny_reward import TINY_REWARD, write_preferences, write_store
 
@@ -305,17 +304,3 @@ def test_too_many_unreadable_images(ray_local, small_config, tmp_path, tiny_pipe
     assert "3 of 12 records" in refused(encode.main, argv, capsys)
     listed = (tmp_path / "run" / SKIPPED_FILE).read_text().splitlines()
     assert [json.loads(line)["index"] for line in listed] == [0, 1, 2]
-
-
-def test_an_interrupted_encode_continues(ray_local, dataset, tiny_pipeline, tmp_path) -> None:
-    run = tiny_fit(tmp_path / "run", dataset, tiny_pipeline)
-    backbone = open_pipeline(run.pipeline)
-    store = encode_dataset(run, run.run_dir, backbone, RayEncoding())
-    shards = sorted(store.directory.glob("shard-*"))
-    contents = {shard.name: shard.read_bytes() for shard in shards}
-    before = shards[0].stat().st_mtime_ns
-    shards[-1].unlink()
-    again = encode_dataset(run, run.run_dir, backbone, RayEncoding())
-    assert again.missing_shards() == []
-    assert shards[0].stat().st_mtime_ns == before
-    assert {shard.name: shard.read_bytes() for shard in shards} == contents

@@ -1,4 +1,7 @@
-"""The README's four commands (encode, fit, evaluate, score) one after another on the miniature world, on real Ray."""
+"""The README's four commands (encode, fit, evaluate, score) one after another on the miniature world.
+
+What each hands to the next. Encoding is on Ray; that fit and evaluation give the same there is their own tests' matter.
+"""
 
 import csv
 import json
@@ -21,12 +24,12 @@ def test_encode_fit_evaluate_and_score(ray_local, tmp_path, capsys):
 
     latents = ["--latents", str(tmp_path / "encoded" / "latents")]
     small = ["--fit.steps", "3", "--fit.batch_size", "4"]
-    fit_reward.main([*CONFIG, *latents, *small, "--run-dir", str(tmp_path / "fit")])
+    fit_reward.main([*CONFIG, *latents, *small, "--inline", "--run-dir", str(tmp_path / "fit")])
     assert "label-noise ceiling of test" in capsys.readouterr().out
     assert json.loads((tmp_path / "fit" / "metrics.json").read_text())["test_pairs"] == 12
 
     sets = ["--sets.world.path", str(tmp_path / "set"), "--levels", "0.4", "--uncertainty", "None"]
-    evaluate.main(["--runs", str(tmp_path / "fit"), *sets, "--run-dir", str(tmp_path / "audit")])
+    evaluate.main(["--runs", str(tmp_path / "fit"), *sets, "--inline", "--run-dir", str(tmp_path / "audit")])
     (found,) = [
         line
         for line in json.loads((tmp_path / "audit" / "report.json").read_text())["accuracy"]

@@ -9,10 +9,19 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dina_rl import local
+from dina_rl.shapes.grammar import prompts
 from tests.tiny_run import tiny_run
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", str(ROOT / "configs" / "local_smoke.yaml")]
+# The smoke run's stages, each a third as long or less; a learner's forward is as large as a rollout's here too.
+SHORT = [
+    *("--world.train-groups", "60", "--world.test-groups", "20"),
+    *("--fit.steps", "12", "--fit.batch-size", "24", "--fit.warmup-steps", "4", "--fit.checkpoint-every", "6"),
+    *("--steps", "2", "--rollout.prompts-per-step", "4", "--rollout.groups-per-call", "1"),
+    *("--learner.micro-batch-size", "12", "--golden.dev-samples", "16", "--golden.test-samples", "32"),
+]
 SUMMARY = {
     "reward": {"accuracy_single", "accuracy_ensemble", "label_ceiling"},
     "align": {
@@ -30,14 +39,10 @@ SUMMARY = {
 }
 
 
-def local(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dina_rl.local", *SMOKE, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-
-
-def test_the_smoke_run_end_to_end_on_ray(tmp_path):
+def test_the_smoke_run_end_to_end_on_ray(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    done = local("--run-dir", str(run_dir))
+    command = [sys.executable, "-m", "dina_rl.local", *SMOKE, *SHORT, "--run-dir", str(run_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("[preferences]", "[reward]", "[align]", "tensorboard --logdir"):
         assert stage in done.stdout
@@ -52,13 +57,13 @@ def test_the_smoke_run_end_to_end_on_ray(tmp_path):
     assert "reward/loss" in EventAccumulator(str(run_dir / "fit" / "tensorboard")).Reload().Tags()["scalars"]
     assert "gain/golden" in EventAccumulator(str(run_dir / "align" / "tensorboard")).Reload().Tags()["scalars"]
 
-    again = local("--run-dir", str(run_dir))
-    assert again.returncode == 2
-    assert again.stderr.strip().splitlines()[-1].startswith("error: run directory")
-    assert "Traceback" not in again.stderr
-    resumed = local("--run-dir", str(run_dir), "--resume")
-    assert resumed.returncode == 0
-    assert resumed.stdout.strip() == done.stdout[done.stdout.index("reward accuracy") :].strip()
+    with pytest.raises(SystemExit) as again:
+        local.main([*SMOKE, *SHORT, "--run-dir", str(run_dir)])
+    assert again.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: run directory")
+    local.main([*SMOKE, *SHORT, "--run-dir", str(run_dir), "--resume"])
+    assert capsys.readouterr().out.strip() == done.stdout[done.stdout.index("reward accuracy") :].strip()
 
 
 @pytest.mark.parametrize(
@@ -73,14 +78,11 @@ def test_the_smoke_run_end_to_end_on_ray(tmp_path):
     ],
 )
 def test_mistakes_end_before_anything_starts(tmp_path, capsys, arguments, message):
-    from dina_rl.local import main
-    from dina_rl.shapes.grammar import prompts
-
     leak = tmp_path / "leak.txt"
     leak.write_text(prompts("train")[0])
     arguments = [str(leak) if word == "LEAK" else word for word in arguments]
     with pytest.raises(SystemExit) as stopped:
-        main([*SMOKE, "--run-dir", str(tmp_path / "run"), *arguments])
+        local.main([*SMOKE, "--run-dir", str(tmp_path / "run"), *arguments])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -17,19 +17,34 @@ from tests.tiny_run import tiny_run
 ADVANTAGES = torch.tensor([1.0, 0.0, -1.0])
 
 
+@pytest.fixture(scope="module")
+def rollouts():
+    """Trajectories of the first policy, made once for all runs whose rollouts are alike."""
+    made = {}
+
+    def roll_out(run, policy, iteration):
+        key = run.rollout.model_dump_json(), run.learner.guidance_in_loss, iteration
+        if key not in made:
+            worker = RolloutWorker(run)
+            worker.load_weights(policy)
+            items = [
+                WorkItem(iteration=iteration, prompt_id=i, prompt=f"a small red circle {i}", group_size=3)
+                for i in range(4)
+            ]
+            made[key] = [trajectory for item in items for trajectory in worker.rollout([item])]
+        return made[key]
+
+    return roll_out
+
+
 @pytest.fixture
-def make(tmp_path, tiny_pipeline, tiny_reward):
+def make(tmp_path, tiny_pipeline, tiny_reward, rollouts):
     """(learner, its groups) of a run with some sections changed."""
 
-    def build(step=0, disturb=0.0, **changes):
+    def build(iteration=0, disturb=0.0, **changes):
         run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
-        worker = RolloutWorker(run)
         learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
-        worker.load_weights(learner.policy())
-        items = [
-            WorkItem(iteration=step, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)
-        ]
-        trajectories = [trajectory for item in items for trajectory in worker.rollout([item])]
+        trajectories = rollouts(run, learner.policy(), iteration)
         trajectories = [replace(each, log_probs=each.log_probs + disturb) for each in trajectories]
         return learner, [TrainingGroup(rollout=each, advantages=ADVANTAGES) for each in trajectories]
 
@@ -117,7 +132,7 @@ def test_statistics_of_each_step_average_to_those_of_the_window(make):
 
 def test_a_drawn_window_is_one_for_all_groups_of_an_iteration_and_stays_in_its_range(make, tmp_path):
     changes = {"rollout": {"num_steps": 8, "window_steps": 2, "window_range": [1, 6]}}
-    learner, groups = make(step=5, **changes)
+    learner, groups = make(iteration=5, **changes)
     assert {group.rollout.window_start for group in groups} == {window_start(learner.run, 5)}
     assert learner.update(5, groups)["first_ratio_gap"] == 0
-    assert {window_start(learner.run, step) for step in range(50)} == {1, 2, 3, 4}
+    assert {window_start(learner.run, i) for i in range(50)} == {1, 2, 3, 4}

@@ -103,7 +103,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
 
 
 def test_another_seed_is_another_run(tmp_path, tiny_pipeline, tiny_reward, finished):
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, seed=1)
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, seed=1, iterations=1)
     other = perform(run)
     assert other.history.points()[0]["golden"] == finished[1].history.points()[0]["golden"], "evaluation noise is fixed"
     assert other.history.iterations()[0]["reward_mean"] != finished[1].history.iterations()[0]["reward_mean"]
@@ -150,14 +150,28 @@ class FallsAfter(DiesAt):
         return replace(found, golden=(golden,) * size, proxy=(float(self._count),) * size)
 
 
+FALLING = {"iterations": 5, "golden": {"every": 1}}
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory, tiny_pipeline, tiny_reward):
+    """A run that diverges and is only marked."""
+    changes = {**FALLING, "watch": {"action": "none"}}
+    run = tiny_run(tmp_path_factory.mktemp("left"), tiny_pipeline, tiny_reward, **changes)
+    return run, perform(run, FallsAfter(run))
+
+
 @pytest.mark.parametrize("action", ["none", "stop"])
-def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(tmp_path, tiny_pipeline, tiny_reward, action):
-    changes = {"iterations": 5, "golden": {"every": 1}, "watch": {"action": action}}
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **changes)
-    recorder = perform(run, FallsAfter(run))
+def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(
+    tmp_path, tiny_pipeline, tiny_reward, left_alone, action
+):
+    run, recorder = left_alone
+    if action == "stop":
+        run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **FALLING, watch={"action": "stop"})
+        recorder = perform(run, FallsAfter(run))
     assert recorder.watch.diverged_at == 3
     assert len(recorder.history.iterations()) == (3 if action == "stop" else 5)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("watch/diverged")][:4] == [0, 0, 0, 1]
     best = recorder.checkpoints.best_weights()
     assert best.version == 2, "after the first iteration's two updates"
@@ -170,18 +184,30 @@ def test_a_diverged_run_is_marked_and_may_stop_at_its_best_adapter(tmp_path, tin
     assert again.watch.diverged_at == 3
 
 
+class KeepsCheckpoint(FallsAfter):
+    """Also reads the checkpoint that iteration 3 starts from; the run itself keeps the last one alone."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self._checkpoint = run.run_dir / "checkpoints" / "iteration_000003" / "state.safetensors"
+
+    def collect(self, items):
+        if items[0].iteration == 3:
+            self.state = load_tensors(self._checkpoint)
+        return super().collect(items)
+
+
 def test_the_watch_rolls_back_to_the_best_state_and_goes_on(tmp_path, tiny_pipeline, tiny_reward):
     changes = {"golden": {"every": 1}, "watch": {"action": "roll_back"}}
-    run = tiny_run(tmp_path / "long", tiny_pipeline, tiny_reward, iterations=4, **changes)
-    recorder = perform(run, FallsAfter(run))
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, iterations=4, **changes)
+    experience = KeepsCheckpoint(run)
+    recorder = perform(run, experience)
     assert (recorder.watch.best["iteration"], recorder.history.alarms()) == (1, [3])
+    assert len(recorder.history.iterations()) == 4
     best = recorder.checkpoints.best_state()
     assert int(best["version"]) == 2
     # The learner that iteration 3 starts from is the one after iteration 0: the same rollouts' policy, once more.
-    stopped = tiny_run(tmp_path / "short", tiny_pipeline, tiny_reward, iterations=3, **changes)
-    perform(stopped, FallsAfter(stopped))
-    state = load_tensors(stopped.run_dir / "checkpoints" / "iteration_000003" / "state.safetensors")
-    assert_same_tensors(state, best)
+    assert_same_tensors(experience.state, best)
 
 
 class OnlyFalls(FallsAfter):
@@ -208,16 +234,13 @@ def test_rolled_back_to_the_base_the_run_begins_anew(tmp_path, tiny_pipeline, ti
     assert_same_tensors(learner.state(), fresh.state())
 
 
-def test_the_watch_raises_the_kl_weight(tmp_path, tiny_pipeline, tiny_reward):
-    changes = {"iterations": 5, "golden": {"every": 1}, "watch": {"action": "raise_kl", "kl_factor": 1e4}}
-    run = tiny_run(tmp_path / "raised", tiny_pipeline, tiny_reward, **changes)
+def test_the_watch_raises_the_kl_weight(tmp_path, tiny_pipeline, tiny_reward, left_alone):
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, **FALLING, watch={"action": "raise_kl", "kl_factor": 1e4})
     raised = perform(run, FallsAfter(run))
     assert raised.history.alarms() == [3, 5], "and again two measurements later"
     events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("watch/kl_scale")][:5] == [1, 1, 1, 1e4, 1e4]
-    run = tiny_run(tmp_path / "left", tiny_pipeline, tiny_reward, **{**changes, "watch": {"action": "none"}})
-    left = perform(run, FallsAfter(run))
-    ours, theirs = raised.history.iterations(), left.history.iterations()
+    ours, theirs = raised.history.iterations(), left_alone[1].history.iterations()
     assert ours[:3] == theirs[:3]
     assert ours[4]["kl"] < theirs[4]["kl"], "a KL that weighs ten thousand times more is smaller"
 

@@ -86,15 +86,12 @@ def mixtures(tmp_path_factory, tiny_reward):
 
 @pytest.mark.parametrize(("guided", "rewards"), [(False, "latent"), (True, "latent"), (False, "mixed")])
 def test_scorers_and_learner_give_the_same_gradient(make, mixtures, guided, rewards):
-    outcomes = []
-    for source in ("service", "learner"):
-        run = make(
-            refl={"reward_gradient": source},
-            learner={"guidance_in_loss": guided},
-            rewards=mixtures[rewards],
-        )
-        outcomes.append(gradients(run, stopped_groups(run)))
-    (service, metrics), (own, _) = outcomes
+    runs = [
+        make(refl={"reward_gradient": source}, learner={"guidance_in_loss": guided}, rewards=mixtures[rewards])
+        for source in ("service", "learner")
+    ]
+    groups = stopped_groups(runs[0])
+    (service, metrics), (own, _) = (gradients(run, groups) for run in runs)
     largest = max(tensor.abs().max().item() for tensor in own.values())
     assert largest > 0
     for name in own:

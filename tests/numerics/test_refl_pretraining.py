@@ -93,7 +93,7 @@ def test_the_learner_reports_the_base_models_loss_before_its_first_update(make):
 
 def test_under_a_large_weight_the_loss_falls(make):
     """On the same few images over and over, with the reward's gradient drowned."""
-    run = make(1e4, iterations=8)
+    run = make(1e4, iterations=8, golden={"every": 8}, checkpoint_every=8)
     recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
     losses = [entry["pretraining_loss"] for entry in recorder.history.iterations()]
