@@ -29,15 +29,15 @@ class TrainRanks:
     def __init__(self) -> None:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
-        self.count: int = context.get_world_size()
+        self.world_size: int = context.get_world_size()
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         total: torch.Tensor = values.to(get_device())  # NCCL reduces what lies on the GPU
         distributed.all_reduce(total)
-        return (total / self.count).cpu()
+        return (total / self.world_size).cpu()
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
-        gathered = [torch.empty(0)] * self.count
+        gathered = [torch.empty(0)] * self.world_size
         distributed.all_gather_object(gathered, values)
         return gathered
 

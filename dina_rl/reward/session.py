@@ -42,7 +42,7 @@ class Ranks(Protocol):
     """The ranks that share a fit. `mean` and `gather` are collectives: every rank calls them."""
 
     rank: int
-    count: int
+    world_size: int
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks of a tensor of equal shape."""
@@ -57,7 +57,7 @@ class OneRank:
     """A fit in one process."""
 
     rank = 0
-    count = 1
+    world_size = 1
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -125,9 +125,9 @@ def run_fit(
 
     begin, evaluating, pairs = perf_counter(), 0.0, 0
     for report in fit(
-        progress, batches, encoder, seed=run.seed, forward=forward, no_sync=no_sync, world_size=ranks.count
+        progress, batches, encoder, seed=run.seed, forward=forward, no_sync=no_sync, world_size=ranks.world_size
     ):
-        pairs += report.pairs * ranks.count
+        pairs += report.pairs * ranks.world_size
         log.add(report)
         on_step(report)
         if progress.step == config.steps:
@@ -199,7 +199,7 @@ class HeldOutSets:
         for name, store in self.stores.items():
             table = store.pairs("test")
             shares = evaluation_batches(
-                table.bucket, batch_size=run.fit.evaluation_batch_size, rank=ranks.rank, world_size=ranks.count
+                table.bucket, batch_size=run.fit.evaluation_batch_size, rank=ranks.rank, world_size=ranks.world_size
             )
             accuracies[name] = {}
             for kind, noise_levels in levels.items():
@@ -236,7 +236,7 @@ class FitLog:
             "accuracy": accuracy,
             "grad_norm": sum(r.grad_norm for r in self._reports) / len(self._reports),
             "learning_rate": report.learning_rate,
-            "pairs_per_second": self._ranks.count * sum(r.pairs for r in self._reports) / (now - self._since),
+            "pairs_per_second": self._ranks.world_size * sum(r.pairs for r in self._reports) / (now - self._since),
         }
         self._reports, self._since = [], now
         self._write(report.step, scalars, scalars)
