@@ -1,11 +1,13 @@
 """Group-relative advantages (GRPO)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from dina_rl.scorers.mixture import standardised
+from dina_rl.config import RewardsConfig
+from dina_rl.scorers.mixture import group_weighted_sum, standardised, weighted_sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,41 @@ def equal_weights(rewards: torch.Tensor) -> Advantages:
     """Weight 1 for every sample [P, G] of the groups whose rewards are finite: ReFL's, which compares nothing."""
     kept = rewards.isfinite().all(1)
     return Advantages(values=torch.ones_like(rewards), kept=kept, failed=int((~kept).sum()), constant=0)
+
+
+def relative_advantages(
+    rewards: RewardsConfig,
+    scores: Mapping[str, torch.Tensor],
+    *,
+    std: Literal["group", "global"],
+    clip: float,
+) -> Advantages:
+    """Group-relative advantages of the mixture of scores [P, G], by `rewards.normalise`."""
+    if rewards.normalise == "advantage":
+        return mixed_advantages(rewards, scores, std=std, clip=clip)
+    combine = group_weighted_sum if rewards.normalise == "group" else weighted_sum
+    return group_advantages(combine(rewards, scores), std=std, clip=clip)
+
+
+def mixed_advantages(
+    rewards: RewardsConfig,
+    scores: Mapping[str, torch.Tensor],
+    *,
+    std: Literal["group", "global"],
+    clip: float,
+) -> Advantages:
+    """sum_i weight_i A_i with each scorer's own advantage A_i [P, G], clipped, as the paper's released code mixes two.
+
+    A group with a score that is not finite is dropped whole; one that no scorer tells apart is constant.
+    """
+    finite = weighted_sum(rewards, scores).isfinite().all(1)
+    varied = torch.zeros_like(finite)
+    parts = {}
+    for name, score in scores.items():
+        parts[name] = group_advantages(torch.where(finite[:, None], score, torch.nan), std=std, clip=clip)
+        varied |= parts[name].kept
+    values = torch.stack([rewards.scorers[name].weight * part.values for name, part in parts.items()]).sum(0)
+    return Advantages(values=values, kept=varied, failed=int((~finite).sum()), constant=int((finite & ~varied).sum()))
 
 
 def group_advantages(

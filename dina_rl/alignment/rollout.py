@@ -38,7 +38,7 @@ class RolloutWorker:
         """ODE samples of the current policy at fixed noise, decoded and measured by the golden metric."""
         sampler = self._sampler
         prompt = sampler.text(item.prompts)
-        noise, sigmas = sampler.evaluation_noise(item).to(sampler.device), sampler.sigmas.to(sampler.device)
+        noise, sigmas = sampler.evaluation_noise(item).to(sampler.device), sampler.evaluation_sigmas.to(sampler.device)
         latents = denoise(noise, sigmas, sampler.velocity(prompt, item.guidance_scale)).latents
         with torch.no_grad():
             images = self._codec.decode(latents).cpu()

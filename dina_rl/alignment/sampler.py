@@ -23,13 +23,18 @@ class PolicySampler:
         self.device = self.backbone.device
         self.text = self.backbone.load_text_encoder()
         self.latent_shape = self.backbone.latent_shape(run.pipeline.height, run.pipeline.width)
-        self.sigmas = self.backbone.sigmas(run.rollout.num_steps, run.pipeline.height, run.pipeline.width)
+        self.sigmas = self._table(run.rollout.num_steps)
+        self.evaluation_sigmas = self._table(run.golden.num_steps or run.rollout.num_steps)
         self.version = 0
         self.transformer = self.backbone.load_transformer()
         make_trainable(self.transformer, run.learner.lora, targets=self.backbone.lora_targets, seed=run.seed)
         self.transformer.requires_grad_(False)
         self._next_part = 0
         self._loaded: set[str] = set()  # names of the weights that came in parts
+
+    def _table(self, num_steps: int) -> torch.Tensor:
+        """Sigmas [N + 1] of the scheduler."""
+        return self.backbone.sigmas(num_steps, self.run.pipeline.height, self.run.pipeline.width)
 
     def load_weights(self, weights: PolicyWeights) -> int:
         """Sample with `weights` from now on; they may come in parts, in order. Returns their version.

@@ -37,6 +37,10 @@ class GRPOConfig(AlgorithmConfig):
     """bound on |ratio - 1| of the mean log-probability per latent dimension"""
     kl_weight: Annotated[float, Field(ge=0)] = 0.01
     """weight of the KL to the base: the adapter switched off, or a second transformer when all weights are trained"""
+    kl: Literal["exact", "released"] = "exact"
+    """unit of kl_weight: exact, a step's KL; released, flow_grpo's, which leaves out the length of a step: for flow_sde
+    and dance exact times -dt (at SD3's shift of 3 and 10 steps 1 / 25.1, 21.4, 18.0, 14.9, 12.0, 9.5, 7.3, 5.4, 3.7 of
+    it at steps 0 to 8), for cps the same number"""
     guard: bool = False
     """GRPO-Guard's regulated clipping: ratios normalised per step and freed of their bias (flow_sde and dance)"""
     old_log_probs: Literal["auto", "rollout", "recompute"] = "auto"
@@ -111,5 +115,7 @@ class ReFLConfig(AlgorithmConfig):
                 "refl.reward_gradient service gives the gradient at the rollout's predictions, which hold for one "
                 f"update: learner.updates_per_iteration x learner.epochs is {updates}"
             )
-        if rewards.normalise == "group":
-            yield "rewards.normalise group compares samples of a prompt, which refl does not; use constant"
+        if rewards.normalise != "constant":
+            yield (
+                f"rewards.normalise {rewards.normalise} compares samples of a prompt, which refl does not; use constant"
+            )

@@ -81,9 +81,10 @@ class RewardsConfig(Section):
     dina: DiNaScorerConfig | None = DiNaScorerConfig()
     pickscore: PickScoreConfig | None = None
     clip_score: CLIPScoreConfig | None = None
-    normalise: Literal["constant", "group"] = "constant"
-    """constant: by each scorer's mean and std; group: by its own mean and standard deviation inside each group
-    (Flow-GRPO only)"""
+    normalise: Literal["constant", "group", "advantage"] = "constant"
+    """constant: scores by each scorer's mean and std; group: by its own mean and standard deviation inside each group;
+    advantage: each scorer has a clipped advantage of its own, and their weighted sum is not standardised again (the
+    last two not for refl, which compares nothing)"""
 
     @model_validator(mode="after")
     def _something_is_rewarded(self) -> Self:
@@ -127,6 +128,8 @@ class GoldenConfig(Section):
     """guidance scales at which the base is measured, so that alignment is compared with the base at its best"""
     aligned_guidances: Guidances = (2.0, 3.0)
     """guidance scales at which the aligned model is measured, beside the rollout's own"""
+    num_steps: Annotated[int, Field(ge=2)] | None = None
+    """denoising steps when measuring; None: rollout.num_steps"""
     batch_size: Positive = 32
     """samples per forward when measuring"""
 

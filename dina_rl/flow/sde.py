@@ -100,7 +100,14 @@ def log_prob(next_latents: torch.Tensor, mean: torch.Tensor, std: float) -> torc
 def gaussian_kl(mean: torch.Tensor, reference_mean: torch.Tensor, std: float) -> torch.Tensor:
     """KL of two Gaussians of equal std, averaged over latent dimensions: [B].
 
-    This is the exact KL of the step's two laws. Flow-GRPO's released code divides by s^2 instead of s^2 (-dt), which is
-    smaller by the factor -dt: its weights must be multiplied by -dt (about 1 / num_steps) to be used here.
+    This is the exact KL of the step's two laws; `released_kl_factor` makes Flow-GRPO's of it.
     """
     return ((mean - reference_mean) ** 2).flatten(1).mean(1) / (2 * std**2)
+
+
+def released_kl_factor(dynamics: Dynamics, minus_dt: float) -> float:
+    """What Flow-GRPO's released KL of a step is of the exact one: it divides by s^2 where the law has s^2 (-dt).
+
+    A step of CPS has no such factor in its law, and the two are one number.
+    """
+    return 1.0 if dynamics == "cps" else minus_dt

@@ -98,6 +98,22 @@ def test_the_kl_is_zero_at_the_start_and_not_later(make):
     assert learner.update(0, groups)["kl"] > 0
 
 
+@pytest.mark.parametrize("dynamics", ["flow_sde", "cps"])
+def test_a_released_kl_leaves_out_the_length_of_a_step_where_its_law_has_one(make, dynamics):
+    found = {}
+    for unit in ("exact", "released"):
+        learner, groups = make(
+            rollout={"window_start": 1, "window_steps": 1, "dynamics": dynamics},
+            grpo={"kl": unit, "clip_range": 1.0},
+            learner={"updates_per_iteration": 1, "epochs": 2, "max_grad_norm": 1e-6},
+        )
+        found[unit] = learner.update(0, groups)["kl"]
+    sigmas = groups[0].rollout.sigmas
+    factor = float(sigmas[1] - sigmas[2]) if dynamics == "flow_sde" else 1.0
+    assert found["exact"] > 0
+    assert found["released"] / found["exact"] == pytest.approx(factor, rel=1e-3)
+
+
 def test_each_epoch_updates_on_every_minibatch(make):
     learner, groups = make(learner={"updates_per_iteration": 2, "epochs": 3}, grpo={"old_log_probs": "recompute"})
     metrics = learner.update(0, groups)

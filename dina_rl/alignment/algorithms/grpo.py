@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from dina_rl.alignment.advantage import Advantages, group_advantages
+from dina_rl.alignment.advantage import Advantages, relative_advantages
 from dina_rl.alignment.algorithms.base import Sampling, Work
 from dina_rl.alignment.algorithms.clipping import clipped_policy_loss, ratio_gate, regulated_log_ratio
 from dina_rl.alignment.objective import Minibatch, PassLoss, PreparedUpdates, SamplesItself, deal
@@ -18,8 +18,7 @@ from dina_rl.alignment.sampler import PolicySampler
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.flow.sampler import denoise, replay_step
-from dina_rl.flow.sde import Dynamics, GaussianStep, gaussian_kl, step_law
-from dina_rl.scorers.mixture import group_weighted_sum, weighted_sum
+from dina_rl.flow.sde import Dynamics, GaussianStep, gaussian_kl, released_kl_factor, step_law
 from dina_rl.seeding import generator
 from dina_rl.types import PromptEmbeds, TrainingGroup, WorkItem
 
@@ -61,8 +60,7 @@ class FlowGRPO:
 
     def weigh(self, scores: Mapping[str, torch.Tensor]) -> Advantages:
         grpo, rewards = self._run.grpo, self._run.rewards
-        combine = group_weighted_sum if rewards.normalise == "group" else weighted_sum
-        return group_advantages(combine(rewards, scores), std=grpo.advantage_std, clip=grpo.advantage_clip)
+        return relative_advantages(rewards, scores, std=grpo.advantage_std, clip=grpo.advantage_clip)
 
     def objective(self, policy: Policy) -> "GRPOObjective":
         return GRPOObjective(self._run, policy)
@@ -247,6 +245,8 @@ class GRPOObjective(SamplesItself):
         if grpo.kl_weight:
             reference = law.mean(batch.states[each.k].to(device), self._policy.reference_velocity(self._inputs(each)))
             divergence = (gaussian_kl(mean, reference, law.std) * weights).sum()
+            if grpo.kl == "released":
+                divergence = divergence * released_kl_factor(each.schedule.dynamics, minus_dt)
             loss = loss + kl_scale * grpo.kl_weight * divergence
             sums["kl"] = divergence.item()
         gap = ((policy.ratio - 1).abs() * weights).max().item()

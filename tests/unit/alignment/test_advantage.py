@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dina_rl.alignment.advantage import group_advantages
+from dina_rl.alignment.advantage import group_advantages, relative_advantages
+from dina_rl.config import RewardsConfig
 from dina_rl.types import GoldenScores
 
 REWARDS = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
@@ -50,3 +51,29 @@ def test_the_golden_metric_is_refused():
     golden = GoldenScores(values=(0.1, 0.9), parts={})
     with pytest.raises(ValueError, match="rewards must be"):
         group_advantages(golden)
+
+
+MIXED = RewardsConfig.model_validate({"dina": {}, "pickscore": {"weight": 0.2}, "normalise": "advantage"})
+
+
+def test_scorers_with_advantages_of_their_own_add_up_and_are_not_standardised_again():
+    scores = {"dina": REWARDS, "pickscore": 30 * REWARDS.flip(1) ** 2}
+    expected = 0.0
+    for weight, score in zip((1.0, 0.2), scores.values(), strict=True):
+        values = score.double().numpy()
+        expected += weight * np.clip((values - values.mean(1, keepdims=True)) / (values.std() + 1e-4), -1.2, 1.2)
+    found = relative_advantages(MIXED, scores, std="global", clip=1.2)
+    assert np.allclose(found.values.numpy(), expected, atol=1e-5)
+    assert found.kept.all()
+
+
+def test_a_mixed_group_fails_with_any_scorer_and_is_constant_with_all():
+    scores = {"dina": REWARDS.clone(), "pickscore": REWARDS.clone()}
+    scores["dina"][0, 1] = float("nan")  # failed, though PickScore has an opinion
+    scores["dina"][1] = 0.5  # PickScore still tells its samples apart
+    scores["dina"][2] = scores["pickscore"][2] = 0.5
+    found = relative_advantages(MIXED, scores, std="group", clip=5.0)
+    assert found.kept.tolist() == [False, True, False, True, True]
+    assert (found.failed, found.constant) == (1, 1)
+    assert found.values[0].eq(0).all()
+    assert torch.allclose(found.values[1], 0.2 * group_advantages(REWARDS[1:2]).values[0])
