@@ -41,7 +41,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     AlignRun: {
         Mark.PROCESS: "inline checkpoint_every workers",
         Mark.PLACE: "run_dir resume",
-        DECIDES: "seed algorithm plan steps",
+        DECIDES: "seed algorithm plan iterations",
     },
     RolloutConfig: {
         Mark.PROCESS: "max_failed",
