@@ -7,17 +7,21 @@ t eps, with v = eps - x0 the velocity that leads back to it. It is worth r = 1/2
     loss = (C / beta) [ r l(v+, v) + (1 - r) l(v-, v) ]                                                  (their Eq. 5)
 
 with v_old the policy that samples, a copy that follows the trained one. Here Z = C std, so that A = C (2 r - 1) is the
-clipped group-relative advantage, C its bound. C and 1 / beta are the released code's: with l = |v+- - v|^2,
-d = v_theta - v_old and e = v - v_old the loss is C beta |d|^2 - 2 A d.e + const, whose slope at d = 0 depends on neither.
-The released l divides each sample's squared error in x0 by its own mean absolute error, which is t |v+- - v|^2 /
-E|v+- - v| (an approximation of the equation: its weight differs between v+ and v- as soon as d is not 0).
+clipped group-relative advantage, C its bound. C and 1 / beta are the released code's. With d = v_theta - v_old,
+e = v - v_old and l the squared distance, the loss is
+
+    C beta |d|^2 - 2 A d.e + const,   least at d = A e / (C beta)
+
+so its slope at d = 0 knows neither C nor beta: they only say how strongly the policy is pulled back to v_old. The
+released l divides each sample's squared error in x0 by its own mean absolute error, which is t mean|v+- - v|^2 /
+mean|v+- - v| (an approximation of the equation: its weight differs between v+ and v- as soon as d is not 0).
 
 Shapes: G samples of one prompt, N denoising steps, M samples of one forward, K noise levels a sample, C H W latent.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -67,12 +71,7 @@ class DiffusionNFT:
         nft, rewards = self._run.nft, self._run.rewards
         combine = group_weighted_sum if rewards.normalise == "group" else weighted_sum
         relative = group_advantages(combine(rewards, scores), std=nft.advantage_std, clip=nft.advantage_clip)
-        return Advantages(
-            values=0.5 + relative.values / (2 * nft.advantage_clip),
-            kept=relative.kept,
-            failed=relative.failed,
-            constant=relative.constant,
-        )
+        return replace(relative, values=0.5 + relative.values / (2 * nft.advantage_clip))
 
     def objective(self, policy: Policy) -> "NFTObjective":
         return NFTObjective(self._run, policy)
@@ -116,10 +115,9 @@ def training_levels(run: AlignRun, item: WorkItem, sigmas: torch.Tensor) -> torc
     return sigmas[torch.stack(order, 1)]
 
 
-def training_noise(run: AlignRun, item: WorkItem, shape: Sequence[int]) -> torch.Tensor:
-    """Fresh noise [K, G, C, H, W] for latents of `shape` (C, H, W)."""
-    size = run.nft.levels, item.group_size, *shape
-    return normal(size, run.seed, "nft-noise", item.iteration, item.prompt_id)
+def training_noise(run: AlignRun, item: WorkItem, sample: int, shape: Sequence[int]) -> torch.Tensor:
+    """Fresh noise [K, C, H, W] for one sample of a group; `shape` is C, H, W."""
+    return normal((run.nft.levels, *shape), run.seed, "nft-noise", item.iteration, item.prompt_id, sample)
 
 
 def contrastive_loss(
@@ -167,23 +165,21 @@ def following_share(updates: int, *, delay: int, rate: float, most: float) -> fl
     return min(max(updates - delay, 0) * rate, most)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NoisedBatch:
     """The samples of one forward. Padding has weight 0."""
 
-    noisy: torch.Tensor  # [M, C, H, W]
+    clean: torch.Tensor  # [M, C, H, W]
+    noise: torch.Tensor  # [M, C, H, W]
     sigma: torch.Tensor  # [M]
-    target: torch.Tensor  # [M, C, H, W] eps - x0
     worth: torch.Tensor  # [M]
     weights: torch.Tensor  # [M] in {0, 1}
     prompt: PromptEmbeds  # M rows
-    old: torch.Tensor | None = None  # [M, C, H, W] v_old, once it is known
 
     @property
     def inputs(self) -> VelocityInputs:
-        return VelocityInputs(
-            latents=self.noisy, sigma=self.sigma, prompt=self.prompt, negative=None, guidance_scale=1.0
-        )
+        noisy = add_noise(self.clean, self.noise, self.sigma)
+        return VelocityInputs(latents=noisy, sigma=self.sigma, prompt=self.prompt, negative=None, guidance_scale=1.0)
 
 
 class NFTObjective:
@@ -201,15 +197,14 @@ class NFTObjective:
         """
         batches = [self._batches(groups) for groups in minibatches]
         with torch.no_grad(), self._old_weights():
-            for each in (each for own in batches for each in own):
-                each.old = self._policy.velocity(each.inputs).cpu()
+            old = [[self._policy.velocity(each.inputs).cpu() for each in own] for own in batches]
         return PreparedUpdates(
             minibatches=[
                 Minibatch(
-                    passes=[partial(self._loss, each) for each in own],
+                    passes=[partial(self._loss, *each) for each in zip(own, known, strict=True)],
                     terms=self._run.nft.levels * sum(len(group.advantages) for group in groups),
                 )
-                for own, groups in zip(batches, minibatches, strict=True)
+                for own, known, groups in zip(batches, old, minibatches, strict=True)
             ]
         )
 
@@ -243,15 +238,15 @@ class NFTObjective:
         engine = self._policy.engine
         return noised_batches(self._run, groups, self._run.learner.micro_batch_size, engine.rank, engine.world_size)
 
-    def _loss(self, each: NoisedBatch, kl_scale: float) -> PassLoss:
+    def _loss(self, each: NoisedBatch, old: torch.Tensor, kl_scale: float) -> PassLoss:
         nft, device = self._run.nft, self._policy.device
-        assert each.old is not None
-        weights, old = each.weights.to(device), each.old.to(device)
-        velocity = self._policy.velocity(each.inputs)
+        weights, old = each.weights.to(device), old.to(device)
+        inputs = each.inputs
+        velocity = self._policy.velocity(inputs)
         losses = contrastive_loss(
             velocity,
             old,
-            each.target.to(device),
+            (each.noise - each.clean).to(device),
             each.worth.to(device),
             each.sigma.to(device),
             beta=nft.beta,
@@ -266,7 +261,7 @@ class NFTObjective:
             "distance_from_old": (distance * weights).sum().item(),
         }
         if nft.kl_weight:
-            divergence = (velocity_kl(velocity, self._policy.reference_velocity(each.inputs)) * weights).sum()
+            divergence = (velocity_kl(velocity, self._policy.reference_velocity(inputs)) * weights).sum()
             loss = loss + kl_scale * nft.kl_weight * divergence
             sums["kl"] = divergence.item()
         farthest = (distance * weights).max().item()
@@ -276,22 +271,25 @@ class NFTObjective:
 def noised_batches(
     run: AlignRun, groups: Sequence[TrainingGroup[FinishedGroup]], size: int, rank: int, world_size: int
 ) -> list[NoisedBatch]:
-    """This rank's share of the samples, noised to each of their levels, in forwards of exactly `size` samples."""
+    """This rank's share of the samples at each of their levels, in forwards of exactly `size` samples."""
     rollouts = [group.rollout for group in groups]
     clean = torch.cat([each.latents for each in rollouts])
     sigma = torch.cat([training_levels(run, each.item, each.sigmas) for each in rollouts], 1)
-    noise = torch.cat([training_noise(run, each.item, each.latents.shape[1:]) for each in rollouts], 1)
     worth = torch.cat([group.advantages for group in groups])
-    prompt = PromptEmbeds.cat([group.rollout.prompt.repeat(len(group.advantages)) for group in groups])
-    return [
-        NoisedBatch(
-            noisy=add_noise(clean[rows], noise[k, rows], sigma[k, rows]),
-            sigma=sigma[k, rows],
-            target=noise[k, rows] - clean[rows],
-            worth=worth[rows],
-            weights=weights,
-            prompt=prompt.select(rows),
-        )
-        for rows, weights in deal(len(clean), size, rank, world_size)
-        for k in range(run.nft.levels)
-    ]
+    prompt = PromptEmbeds.cat([each.prompt.repeat(each.item.group_size) for each in rollouts])
+    samples = [(each.item, sample) for each in rollouts for sample in range(each.item.group_size)]
+    batches = []
+    for rows, weights in deal(len(clean), size, rank, world_size):
+        noise = torch.stack([training_noise(run, *samples[row], clean.shape[1:]) for row in rows.tolist()], 1)
+        batches += [
+            NoisedBatch(
+                clean=clean[rows],
+                noise=noise[k],
+                sigma=sigma[k, rows],
+                worth=worth[rows],
+                weights=weights,
+                prompt=prompt.select(rows),
+            )
+            for k in range(run.nft.levels)
+        ]
+    return batches
