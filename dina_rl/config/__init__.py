@@ -4,7 +4,7 @@ Defaults are the paper's values where the paper gives one (Tables 7 and 8, secti
 values live in `configs/`. Each rule that spans several fields has its own message.
 """
 
-from dina_rl.config.algorithms import AlgorithmConfig, AlgorithmName, GRPOConfig, ReFLConfig
+from dina_rl.config.algorithms import AlgorithmConfig, AlgorithmName, GRPOConfig, NFTConfig, ReFLConfig
 from dina_rl.config.alignment import (
     LearnerConfig,
     PromptsConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "GRPOConfig",
     "GoldenConfig",
     "LearnerConfig",
+    "NFTConfig",
     "LoRAConfig",
     "LocalRun",
     "PickScoreConfig",

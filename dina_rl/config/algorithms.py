@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dina_rl.config.alignment import LearnerConfig, RolloutConfig
-from dina_rl.config.base import NonNegative, Rate, Section
+from dina_rl.config.base import NonNegative, Positive, Rate, Section
 from dina_rl.config.rewards import RewardsConfig
 
-AlgorithmName = Literal["grpo", "refl"]
+AlgorithmName = Literal["grpo", "refl", "nft"]
 
 
 class AlgorithmConfig(Section):
@@ -119,3 +119,39 @@ class ReFLConfig(AlgorithmConfig):
             yield (
                 f"rewards.normalise {rewards.normalise} compares samples of a prompt, which refl does not; use constant"
             )
+
+
+class NFTConfig(AlgorithmConfig):
+    """DiffusionNFT: better and worse samples contrasted on the forward process (arXiv 2509.16117)."""
+
+    beta: Rate = 1.0
+    """how far v+ and v- lie from the sampling copy's velocity, in steps from it to the policy's; the smaller, the less
+    the policy is pulled back to that copy (released: 1, or 0.1)"""
+    advantage_std: Literal["group", "global"] = "global"
+    """standard deviation that divides the centred rewards: of the group, or of the whole batch"""
+    advantage_clip: Rate = 5.0
+    """C: (reward - mean) / std is clipped to [-C, C] and mapped to [0, 1]"""
+    levels: Positive = 9
+    """noise levels at which each sample is trained, drawn from the sampler's own without repeats"""
+    weighting: Literal["adaptive", "velocity"] = "adaptive"
+    """adaptive: each sample's error in x0 over its own mean absolute error, as the released code has it; velocity: the
+    paper's plain squared error"""
+    old_rate: Annotated[float, Field(ge=0)] = 0.001
+    """the sampling copy keeps min(old_rate x (updates - old_delay), old_most) of itself after an iteration"""
+    old_most: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """most that the sampling copy keeps of itself"""
+    old_delay: NonNegative = 0
+    """updates before the sampling copy begins to lag behind the policy"""
+    kl_weight: Annotated[float, Field(ge=0)] = 2e-4
+    """weight of the KL to the base, of unit-variance Gaussians around the two velocities: half of their mean squared
+    distance, which the released code weighs by 1e-4"""
+
+    def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
+        if rollout.group_size < 2:
+            yield "rollout.group_size 1 leaves nothing to compare: DiffusionNFT needs 2 or more"
+        if rollout.dynamics not in ("auto", "ode"):
+            yield f"nft samples along the ODE; rollout.dynamics {rollout.dynamics} is for grpo"
+        if self.levels > rollout.num_steps:
+            yield f"nft.levels {self.levels} exceeds the {rollout.num_steps} noise levels of rollout.num_steps"
+        if learner.guidance_in_loss:
+            yield "learner.guidance_in_loss: nft trains the conditional velocity alone"

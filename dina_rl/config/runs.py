@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import model_validator
 
-from dina_rl.config.algorithms import AlgorithmConfig, AlgorithmName, GRPOConfig, ReFLConfig
+from dina_rl.config.algorithms import AlgorithmConfig, AlgorithmName, GRPOConfig, NFTConfig, ReFLConfig
 from dina_rl.config.alignment import (
     LearnerConfig,
     PromptsConfig,
@@ -46,7 +46,7 @@ class AlignRun(_Run):
     """Align the generator against a fitted DiNa-LRM."""
 
     algorithm: AlgorithmName = "grpo"
-    """grpo: Flow-GRPO(-Fast); refl: ReFL. Each has a section of its own; the others' are not read"""
+    """grpo: Flow-GRPO(-Fast); refl: ReFL; nft: DiffusionNFT. Each has a section of its own; the others' are not read"""
     plan: bool = False
     """print batch arithmetic, actors, memory and steps, and start nothing"""
     inline: Annotated[bool, Mark.PROCESS] = False
@@ -60,6 +60,7 @@ class AlignRun(_Run):
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOConfig = GRPOConfig()
     refl: ReFLConfig = ReFLConfig()
+    nft: NFTConfig = NFTConfig()
     learner: LearnerConfig = LearnerConfig()
     golden: GoldenConfig = GoldenConfig()
     watch: WatchConfig = WatchConfig()

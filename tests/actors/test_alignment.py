@@ -137,6 +137,17 @@ def test_refl_on_deepspeed_ranks_with_gradients_of_the_scorers_equals_the_in_pro
     assert_close(finish(run), inline)
 
 
+def test_nft_on_ray_equals_the_in_process_run(make_run, tmp_path):
+    nft = {
+        "algorithm": "nft",
+        "nft": {"levels": 2, "old_rate": 0.1},
+        "iterations": 2,
+        "rollout": {"groups_per_call": 2},
+    }
+    inline = finish(make_run(tmp_path / "inline", inline=True, **nft))
+    assert_same(finish(make_run(tmp_path / "ray", learner={"engine": "torch"}, **nft)), inline)
+
+
 def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path):
     workers = {"rollout_workers": 2, "scorers": 2, "max_restarts": 1}
     run = make_run(tmp_path, learner={"engine": "torch"}, workers=workers)

@@ -1,8 +1,9 @@
 """DeepSpeed in real Ray actors against plain torch AdamW, on a tiny SD3 transformer with LoRA."""
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import ray
@@ -13,10 +14,14 @@ from torch import nn
 from actors.gang import Gang, GangMember
 from actors.placement import actor_options
 from dina_rl.alignment.engine import Engine, TorchEngine
+from dina_rl.alignment.learner import PolicyLearner
+from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.backbones.lora import adapter_disabled, add_lora
 from dina_rl.backbones.sd3 import SD3
-from dina_rl.config import LearnerConfig, WorkersConfig
+from dina_rl.config import AlignRun, LearnerConfig, WorkersConfig
+from dina_rl.types import TrainingGroup, WorkItem
 from tests.tensors import assert_same_tensors
+from tests.tiny_run import tiny_run
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 # Workers cannot import test modules by name.
@@ -85,6 +90,14 @@ def train(engine: Engine, module: nn.Module, steps: range) -> list[float]:
     return norms
 
 
+def train_nft(learner: PolicyLearner, groups: Sequence[TrainingGroup]) -> State:
+    """The learner's whole state after two iterations on the same groups; from the first update on, v_old is not v."""
+    for iteration in range(2):
+        mine = [replace(each, rollout=replace(each.rollout, policy_version=learner.version)) for each in groups]
+        learner.update(iteration, mine)
+    return learner.state()
+
+
 def reference_output(engine: Engine, module: nn.Module) -> torch.Tensor:
     with torch.no_grad(), adapter_disabled(module):
         return engine.module(**micro_batch(99, 0), return_dict=False)[0]
@@ -101,6 +114,12 @@ class Rank(GangMember):
 
     def train(self, steps: range) -> list[float]:
         return train(self.engine, self.policy, steps)
+
+    def train_nft(self, run: AlignRun, groups: Sequence[TrainingGroup]) -> State:
+        from actors.engine import DeepSpeedEngine
+
+        learner = PolicyLearner(run, lambda module: DeepSpeedEngine(module, run.learner, persistence_threshold=0))
+        return train_nft(learner, groups)
 
     def state(self) -> tuple[State, State]:
         return self.engine.weights(), self.engine.optimizer_state()
@@ -239,6 +258,24 @@ def test_training_all_weights_equals_plain_torch(stage, plain_whole, ranks):
     assert_close(ours, weights)
     assert_close(optimizer, moments)
     assert len(ours) == sum(1 for _ in policy(whole=True).parameters())
+
+
+@pytest.fixture(scope="module")
+def nft(tiny_pipeline) -> tuple[AlignRun, list[TrainingGroup]]:
+    settings = {"algorithm": "nft", "nft": {"levels": 3, "old_rate": 0.1}}
+    run = tiny_run(Path("unused"), tiny_pipeline, tiny_pipeline, learner={"learning_rate": 1e-4}, **settings)
+    items = [WorkItem(iteration=0, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
+    worth = torch.tensor([0.9, 0.2, 0.4])
+    return run, [TrainingGroup(rollout=each, advantages=worth) for each in RolloutWorker(run).rollout(items)]
+
+
+@pytest.mark.parametrize(("stage", "whole"), [(0, False), (3, True)])
+def test_nft_and_its_sampling_copy_equal_plain_torch(stage, whole, nft, ranks):
+    run, groups = nft
+    lora = None if whole else run.learner.lora
+    run = run.model_copy(update={"learner": run.learner.model_copy(update={"zero_stage": stage, "lora": lora})})
+    expected = train_nft(PolicyLearner(run, lambda module: TorchEngine(module, run.learner)), groups)
+    assert_close(ranks("train_nft", run, groups), expected)
 
 
 def test_metrics_are_reduced_over_ranks(ranks, request):

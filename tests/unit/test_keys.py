@@ -46,11 +46,11 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     RolloutConfig: {
         Mark.PROCESS: "max_failed",
         DECIDES: "num_steps guidance_scale dynamics noise_level window_start window_range window_steps "
-        "prompts_per_step group_size groups_per_call",
+        "prompts_per_iteration group_size groups_per_call",
     },
     LearnerConfig: {
         Mark.PROCESS: "gradient_checkpointing engine zero_stage",
-        DECIDES: "learning_rate weight_decay max_grad_norm updates_per_step epochs micro_batch_size ema_decay "
+        DECIDES: "learning_rate weight_decay max_grad_norm updates_per_iteration epochs micro_batch_size ema_decay "
         "guidance_in_loss",
     },
     WorkersConfig: {

@@ -5,6 +5,7 @@ from typing import cast
 
 from dina_rl.alignment.algorithms.base import Algorithm
 from dina_rl.alignment.algorithms.grpo import FlowGRPO
+from dina_rl.alignment.algorithms.nft import DiffusionNFT
 from dina_rl.alignment.algorithms.refl import ReFL
 from dina_rl.config import AlgorithmName, AlignRun
 from dina_rl.types import Rollout
@@ -12,6 +13,7 @@ from dina_rl.types import Rollout
 ALGORITHMS: dict[AlgorithmName, Callable[[AlignRun], object]] = {
     "grpo": FlowGRPO,
     "refl": ReFL,
+    "nft": DiffusionNFT,
 }
 
 

@@ -9,7 +9,8 @@ from dina_rl.config import AlignRun
 from jobs.align import main
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-PRESETS = [file for file in sorted(CONFIGS.glob("*.yaml")) if "grpo" in file.stem or "refl" in file.stem]
+ALGORITHMS = ("grpo", "refl", "nft")
+PRESETS = [file for file in sorted(CONFIGS.glob("*.yaml")) if any(name in file.stem for name in ALGORITHMS)]
 # The mixed recipe has none: the miniature world's golden rules are no scorer that could be mixed in.
 WITH_MINIATURE = [file for file in PRESETS if file.stem.startswith("sd35m") and "mixed" not in file.stem]
 SMALL = ["--pipeline.path", "shapes", "--pipeline.height", "32", "--pipeline.width", "32"]  # nothing is downloaded
