@@ -280,7 +280,8 @@ def noised_batches(
     samples = [(each.item, sample) for each in rollouts for sample in range(each.item.group_size)]
     batches = []
     for rows, weights in deal(len(clean), size, rank, world_size):
-        noise = torch.stack([training_noise(run, *samples[row], clean.shape[1:]) for row in rows.tolist()], 1)
+        own = [samples[int(row)] for row in rows]
+        noise = torch.stack([training_noise(run, item, sample, clean.shape[1:]) for item, sample in own], 1)
         batches += [
             NoisedBatch(
                 clean=clean[rows],
