@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import secrets
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -119,27 +120,36 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` when the block ends, and vanishes if it fails."""
+    """A temporary file that becomes `path` when the block ends, and vanishes if it fails.
+
+    Its mode is what the umask leaves of a new file's, whoever fills it: safetensors' writer makes its files private.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
+    temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}{path.suffix}"
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
-        yield Path(name)
-        os.chmod(name, 0o644)  # mkstemp's are private; a run directory is there to be shared
-        os.replace(name, path)
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(name)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def replaced_directory(directory: Path) -> Iterator[Path]:
-    """An empty directory to fill, which then takes the place of `directory`: it appears whole or not at all."""
+    """An empty directory to fill, which then takes the place of `directory`: it appears whole or not at all.
+
+    The modes of the files in it are what the umask leaves of new files', as in `replaced_file`.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as writing:
         fresh = Path(writing) / "fresh"
         fresh.mkdir()
         yield fresh
+        for file in (each for each in fresh.rglob("*") if each.is_file()):
+            file.chmod(fresh.stat().st_mode & 0o666)
         if directory.exists():
             os.replace(directory, Path(writing) / "replaced")
         os.replace(fresh, directory)

@@ -3,8 +3,6 @@
 The base model doubles as the reference policy by switching the adapter off, so no second copy is ever held.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from dina_rl.checkpoint import replaced_file
 from dina_rl.seeding import derive_seed
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -81,21 +80,22 @@ def export_adapter(
 ) -> Path:
     """Write a transformer's `lora_state` as the file that stock `load_lora_weights` reads; whole or not at all.
 
+    The scale alpha / rank is multiplied into B, for many readers ignore the header and take it to be 1.
+
     Args:
         save_lora_weights: of the stock pipeline's class.
 
     Returns:
         The file in `directory`, which is made if need be.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as writing:
+    folded = {name: tensor * (alpha / rank) if ".lora_B." in name else tensor for name, tensor in state.items()}
+    with replaced_file(directory / LORA_FILE) as temporary:
         save_lora_weights(
-            writing,
-            transformer_lora_layers=state,
-            weight_name=LORA_FILE,
-            transformer_lora_adapter_metadata={"r": rank, "lora_alpha": alpha, "target_modules": list(targets)},
+            temporary.parent,
+            transformer_lora_layers=folded,
+            weight_name=temporary.name,
+            transformer_lora_adapter_metadata={"r": rank, "lora_alpha": rank, "target_modules": list(targets)},
         )
-        os.replace(Path(writing) / LORA_FILE, directory / LORA_FILE)
     return directory / LORA_FILE
 
 

@@ -3,8 +3,6 @@
 Both kinds travel, average and resume alike: as tensors by name, fp32, on the CPU.
 """
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from dina_rl.backbones.lora import add_lora
+from dina_rl.checkpoint import replaced_directory
 from dina_rl.config import PolicyLoRAConfig
 
 ADAPTER = "default"  # peft's name of the only adapter, left out of saved names
@@ -98,9 +97,6 @@ def save_transformer(transformer: ModelMixin, directory: Path, state: dict[str, 
     The directory appears whole or not at all.
     """
     load_trained_state(transformer, state)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as writing:
-        fresh = Path(writing) / "fresh"
+    with replaced_directory(directory) as fresh:
         transformer.save_pretrained(fresh)
-        os.replace(fresh, directory)
     return directory

@@ -85,6 +85,7 @@ class EncodePlan:
 
     def __init__(self, file: Path, made_of: Mapping[str, object]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()  # with the mode that the umask leaves; SQLite's own leaves the group out
         # One process has the run directory, and file locks do not work on many shared file systems.
         self._db = sqlite3.connect(f"{file.absolute().as_uri()}?nolock=1", uri=True, isolation_level=None)
         wanted = json.dumps(made_of, sort_keys=True)

@@ -8,7 +8,6 @@ flow matching with 10 % empty captions. Half an hour on two idle cores. A killed
 import argparse
 import copy
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from dina_rl.backbones.base import LatentCodec
 from dina_rl.backbones.codec import KLCodec
+from dina_rl.checkpoint import replaced_directory
 from dina_rl.seeding import generator
 from dina_rl.shapes.card import measure, score_samples, write_card
 from dina_rl.shapes.grammar import prompts, spec_tensor
@@ -236,8 +236,8 @@ def _print_dev(studio: Studio, seed: int, done: int) -> None:
 
 def _studio_of(pipeline: StableDiffusion3Pipeline, directory: Path) -> Studio:
     """Save a pipeline and open it as everything else opens one."""
-    shutil.rmtree(directory, ignore_errors=True)
-    pipeline.save_pretrained(directory)
+    with replaced_directory(directory) as fresh:
+        pipeline.save_pretrained(fresh)
     return open_studio(directory)
 
 
