@@ -6,7 +6,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import pytest
 import yaml
 
 from tests.tiny_reward import write_preferences
@@ -16,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 SHORT = {"every": 1, "dev_samples": 2, "test_samples": 2, "guidances": [2.0]}
 
 
-@pytest.mark.slow
 def test_all_jobs_run_where_ray_and_deepspeed_are_not_installed(tmp_path: Path, tiny_pipeline: Path) -> None:
     """Encode, fit, evaluate, score and align, each on what the one before it made."""
     data, encoded, fitted, audit, aligned = (tmp_path / name for name in ("data", "encoded", "fit", "audit", "align"))
