@@ -59,8 +59,10 @@ def list_pictures(names: Sequence[str], *, prompt: str | None, root: Path | None
         if prompt is None:
             raise ValueError(f"{name} has no prompt; give --prompt, or a manifest (.jsonl or .csv) with prompts")
         for file in files:
-            left_out = isinstance(file, Skipped)
-            pictures.append(file if left_out else Picture(image=str(file), path=file, prompt=prompt))
+            if isinstance(file, Path):
+                pictures.append(Picture(image=str(file), path=file, prompt=prompt))
+            else:
+                pictures.append(file)
     return pictures
 
 
