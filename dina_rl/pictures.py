@@ -1,4 +1,7 @@
-"""Lists of pictures to score: files, directories, and manifests that give every picture its prompt.
+"""Lists of pictures to score: files, directories with all below them, and manifests that give every picture its prompt.
+
+In a directory a picture is known by the ending of its name, without one by its content; whatever else lies there is
+listed as left out.
 
 A manifest is a `.jsonl` file of {"image": ..., "prompt": ...} or a `.csv` file with these columns; others are ignored.
 """
@@ -10,7 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".safetensors")
+from dina_rl.data.images import file_size, suffixes
+from dina_rl.data.sets.root import lies_inside
+
+LATENTS_SUFFIX = ".safetensors"
 MANIFESTS = (".csv", ".jsonl")
 
 
@@ -49,18 +55,46 @@ def list_pictures(names: Sequence[str], *, prompt: str | None, root: Path | None
         if path.suffix in MANIFESTS:
             pictures += _manifest(path, prompt, root)
             continue
-        files = _pictures_in(path) if path.is_dir() else [path]
+        files: list[Path | Skipped] = _files_in(path) if path.is_dir() else [path]
         if prompt is None:
             raise ValueError(f"{name} has no prompt; give --prompt, or a manifest (.jsonl or .csv) with prompts")
-        pictures += [Picture(image=str(file), path=file, prompt=prompt) for file in files]
+        for file in files:
+            if isinstance(file, Path):
+                pictures.append(Picture(image=str(file), path=file, prompt=prompt))
+            else:
+                pictures.append(file)
     return pictures
 
 
-def _pictures_in(directory: Path) -> list[Path]:
-    found = sorted(file for file in directory.iterdir() if file.suffix.lower() in PICTURES)
-    if not found:
-        raise ValueError(f"directory {directory} holds no pictures")
+def _files_in(directory: Path) -> list[Path | Skipped]:
+    """All that lies in a directory and those below it, by path; links to directories are not followed."""
+    found: list[Path | Skipped] = []
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        reason = _no_picture(path)
+        found.append(path if reason is None else Skipped(image=str(path), reason=reason))
+    if not any(isinstance(each, Path) for each in found):
+        others = f", but {len(found)} other files" if found else ""
+        raise ValueError(f"directory {directory} holds no pictures{others}")
     return found
+
+
+def _no_picture(path: Path) -> str | None:
+    """Why a path in a directory is not taken for a picture; None: it is."""
+    if path.is_dir():
+        return "a link to a directory, which is not followed"
+    if path.suffix.lower() in suffixes() or path.suffix.lower() == LATENTS_SUFFIX:
+        return None
+    if path.suffix:
+        return f"{path.suffix} is no ending of a picture; name the file itself if it is one"
+    if not path.is_file():
+        return "not a file"
+    try:
+        file_size(path)
+    except ValueError:
+        return "no ending, and not a picture by its content"
+    return None
 
 
 def _manifest(file: Path, prompt: str | None, root: Path | None) -> list[Picture | Skipped]:
@@ -108,6 +142,6 @@ def _entry(place: str, row: object, directory: Path, prompt: str | None, root: P
         path = (directory / row["image"]).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of symlinks, a name no file can have
         return Skipped(image=row["image"], reason=str(error))
-    if not path.is_relative_to(root):
+    if not lies_inside(path, root):
         return Skipped(image=row["image"], reason=f"lies outside {root}")
     return Picture(image=row["image"], path=path, prompt=own)

@@ -8,7 +8,7 @@ Shapes: B pictures, C h w latent.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,8 @@ from dina_rl import runtime
 from dina_rl.backbones.base import Backbone, LatentCodec, TextEncoder
 from dina_rl.config import PictureScorerConfig, PipelineConfig
 from dina_rl.data.buckets import Size, assign
-from dina_rl.data.images import image_size, load_image
+from dina_rl.data.images import MAX_PIXELS, image_size, load_image
+from dina_rl.pictures import LATENTS_SUFFIX
 from dina_rl.reward.checkpoint import RewardCard, read_card
 from dina_rl.reward.revision import pipeline_revision
 from dina_rl.scorers.base import Conditions, Scorer, Space
@@ -35,7 +36,6 @@ NORMALISATIONS = {"raw": (0.0, 1.0), "readme": (10.0, 10.0), "grpo_reward": (12.
 """name -> (offset, scale) of (score + offset) / scale. The published model scores around -10: its README shows
 them by `readme`, and the reward function of its released alignment code optimises `grpo_reward`."""
 
-LATENTS_SUFFIX = ".safetensors"
 PROBE = 64  # pixels; every backbone has images of that edge
 
 
@@ -58,7 +58,8 @@ class Sample:
 class PictureScorer:
     """A scorer and what it takes to feed it: codec, text encoder, noise. Parts load when first needed.
 
-    Scores are fp32 on the CPU. One that is not finite stays so. Make it by `open_scorer`.
+    Scores are fp32 on the CPU. One that is not finite stays so. Make it by `open_scorer`. Pictures are read upright and
+    on white, as `dina_rl.data.images` says.
 
     Attributes:
         config: what it was opened with; for a DiNa-LRM with what the card decided filled in.
@@ -75,6 +76,7 @@ class PictureScorer:
         card: RewardCard | None,
         sizes: tuple[Size, ...],
         seed: int,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.config = config
         self.card = card
@@ -83,6 +85,7 @@ class PictureScorer:
         self._parts = parts
         self._sizes = sizes
         self._seed = seed
+        self._reduce = reduce
 
     def at(self, levels: Sequence[float], *, draws: int = 1) -> "PictureScorer":
         """The same DiNa-LRM, weights and all, asked at other noise levels or with other draws.
@@ -114,11 +117,11 @@ class PictureScorer:
             scores.append(self.score_samples([self.read(path) for path in files], texts, keys))
         return torch.cat(scores)
 
-    def read(self, path: str | Path) -> Sample:
+    def read(self, path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Sample:
         """The picture or latent in a file.
 
         Raises:
-            ValueError: it cannot be read, or its size does not fit the backbone.
+            ValueError: it cannot be read, has more pixels than that, or its size does not fit the backbone.
         """
         file = Path(path).expanduser()
         try:
@@ -126,12 +129,20 @@ class PictureScorer:
                 raise ValueError("does not exist")
             if file.suffix == LATENTS_SUFFIX:
                 return Sample(space="latents", tensor=self._parts.checked(_read_latent(file)))
-            content = file.read_bytes()
-            height, width = self._picture_size(image_size(content))
-            pixels = torch.tensor(load_image(content, height=height, width=width))
-            return Sample(space="images", tensor=pixels.permute(2, 0, 1).float() / 255)
+            return self.sample(file.read_bytes(), max_pixels=max_pixels)
         except (OSError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
+
+    def sample(self, content: bytes, *, max_pixels: int = MAX_PIXELS) -> Sample:
+        """An encoded picture, as large as the scorer looks at it.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        height, width = self._picture_size(image_size(content))
+        pixels = torch.tensor(load_image(content, height=height, width=width, max_pixels=max_pixels)).permute(2, 0, 1)
+        tensor = pixels.float() / 255 if self._reduce is None else self._reduce(pixels)
+        return Sample(space="images", tensor=tensor)
 
     def score_samples(
         self, samples: Sequence[Sample], prompts: Sequence[str], keys: Sequence[NoiseKey]
@@ -312,7 +323,8 @@ def _open_images(config: PictureScorerConfig, seed: int) -> PictureScorer:
     if config.pipeline is not None:
         backbone = runtime.open_pipeline(PipelineConfig(path=config.pipeline, dtype=config.dtype or "float32"))
     scorer = open_image_scorer(config.kind, config.clip, device=runtime.device())
-    return PictureScorer(config, scorer, parts=Parts(backbone), card=None, sizes=(), seed=seed)
+    parts = Parts(backbone)
+    return PictureScorer(config, scorer, parts=parts, card=None, sizes=(), seed=seed, reduce=scorer.reduce)
 
 
 def _read_latent(file: Path) -> torch.Tensor:

@@ -46,15 +46,11 @@ class EncodeShard:
         self._store = LatentStore(directory)
         self._source = open_set(dataset.kind, dataset.location)
         self._codec = open_pipeline(pipeline).load_codec()
-        self._batch_size, self._threads = dataset.encode_batch_size, threads
+        self._dataset, self._threads = dataset, threads
 
     def __call__(self, shard: dict[str, int]) -> dict[str, int]:
-        count = encode_shard(
-            *(self._source, self._store, int(shard["shard"]), self._codec),
-            batch_size=self._batch_size,
-            threads=self._threads,
-        )
-        return {"done": count}
+        place = self._source, self._store, int(shard["shard"]), self._codec
+        return {"done": encode_shard(*place, self._dataset, threads=self._threads)}
 
 
 class EncodePrompts:

@@ -86,6 +86,9 @@ def evaluate(run: EvaluateRun, inputs: Inputs, run_dir: Path) -> str:
     malformed = [line for data in inputs.sets for line in _malformed(data)]
     write_dropped(malformed, run_dir / DROPPED_FILE)
     for data in inputs.sets:
+        if data.unlabelled:
+            print(f"set {data.name}: {data.unlabelled} records are unlabelled, no comparisons", flush=True)
+    for data in inputs.sets:
         check_malformed(data, run.max_broken)
     store = ScoreStore(run)
     jobs = audit_jobs(run, inputs.scorers, inputs.sets) if inputs.plan is None else paper_jobs(run, inputs)

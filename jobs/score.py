@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         pictures = list_pictures(run.images, prompt=run.prompt, root=run.root)
         scorer = open_scorer(run.scorer, seed=run.seed)
-        scored, skipped = score(scorer, pictures, batch_size=run.batch_size)
+        scored, skipped = score(scorer, pictures, batch_size=run.batch_size, max_pixels=run.max_pixels)
     except ValueError as error:
         fail(str(error))
     report_skipped(skipped, len(pictures), run.out)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def score(
-    scorer: PictureScorer, pictures: Sequence[Picture | Skipped], *, batch_size: int
+    scorer: PictureScorer, pictures: Sequence[Picture | Skipped], *, batch_size: int, max_pixels: int
 ) -> tuple[list[Scored], list[Skipped]]:
     """Scores in the order of `pictures`, and what could not be scored; a score that is not finite is none."""
     scored: list[Scored] = []
@@ -63,7 +63,7 @@ def score(
             readable, samples = [], []
             for picture in listed[first : first + batch_size]:
                 try:
-                    samples.append(scorer.read(picture.path))
+                    samples.append(scorer.read(picture.path, max_pixels=max_pixels))
                     readable.append(picture)
                 except ValueError as error:
                     reason = str(error).removeprefix(f"{picture.path}: ")

@@ -24,6 +24,11 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 Guidances = Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_as_list), Field(min_length=1)]
 
 
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit, a quarter of a GiB of RGB; at twice that it opens nothing."""
+MaxPixels = Annotated[int, Field(gt=0, le=2 * MAX_PIXELS)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
 

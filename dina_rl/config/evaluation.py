@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dina_rl.config.base import Fraction, NoiseLevels, NonNegative, Positive, Rate, Section
+from dina_rl.config.base import MAX_PIXELS, Fraction, MaxPixels, NoiseLevels, NonNegative, Positive, Rate, Section
 from dina_rl.config.fitting import SetKind
 from dina_rl.config.keys import Mark
 from dina_rl.config.scoring import PictureScorerConfig
@@ -25,6 +25,8 @@ class SetConfig(Section):
     """which part of it"""
     max_records: Positive | None = None
     """use a random sample of this many records; None: all of them"""
+    max_pixels: Annotated[MaxPixels, Mark.PROCESS] = MAX_PIXELS
+    """pixels beyond which an image counts as unreadable"""
 
     @property
     def location(self) -> Path:

@@ -7,9 +7,11 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from dina_rl.config.base import (
+    MAX_PIXELS,
     Fraction,
     Indices,
     LoRAConfig,
+    MaxPixels,
     NoiseLevel,
     NoiseLevels,
     NonNegative,
@@ -124,6 +126,8 @@ class DatasetConfig(Section):
     """precision of stored latents"""
     max_skipped: Annotated[Fraction, Mark.PROCESS] = 0.01
     """share of records that may be malformed or have unreadable images before the run stops"""
+    max_pixels: Annotated[MaxPixels, Mark.PROCESS] = MAX_PIXELS
+    """pixels beyond which an image counts as unreadable"""
     encode_batch_size: Annotated[Positive, Mark.FILES] = 64
     """images per VAE forward"""
     batches_per_shard: Annotated[Positive, Mark.FILES] = 1

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from dina_rl.config.base import NoiseLevels, Positive, Section, Texts
+from dina_rl.config.base import MAX_PIXELS, MaxPixels, NoiseLevels, Positive, Section, Texts
 from dina_rl.config.rewards import CLIPScoreConfig, DiNaScorerConfig, PickScoreConfig
 
 
@@ -74,13 +74,16 @@ class ScoreRun(Section):
 
     scorer: PictureScorerConfig = PictureScorerConfig()
     images: Texts = ()
-    """image files, .safetensors files of one latent, directories of them, manifests (.jsonl or .csv: image, prompt)"""
+    """image files, .safetensors files of one latent, directories with all below them, manifests (.jsonl or .csv: image,
+    prompt)"""
     prompt: str | None = None
     """prompt of every picture for which no manifest gives one"""
     root: Path | None = None
     """directory that a manifest's images may not leave; None: the manifest's own"""
     out: Path | None = None
     """.csv or .json file to write; None: a table on standard output"""
+    max_pixels: MaxPixels = MAX_PIXELS
+    """pixels beyond which an image counts as unreadable"""
     batch_size: Positive = 8
     """pictures per forward"""
     seed: int = 0

@@ -23,7 +23,7 @@ from dina_rl.checkpoint import write_json
 from dina_rl.config import DatasetConfig, FitRun
 from dina_rl.config.fitting import Split
 from dina_rl.config.keys import Mark, dump_without
-from dina_rl.data.buckets import Bucketing
+from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.copy import copy_latents
 from dina_rl.data.filters import bucketing, max_per_prompt
 from dina_rl.data.images import load_image
@@ -71,7 +71,7 @@ class EncodingHere:
         source = open_set(run.dataset.kind, run.dataset.location)
         codec = self._backbone.load_codec()
         for shard in tqdm(shards, desc="encode", unit="shard"):
-            encode_shard(source, store, shard, codec, batch_size=run.dataset.encode_batch_size, threads=1)
+            encode_shard(source, store, shard, codec, run.dataset, threads=1)
 
     def encode_prompts(self, run: FitRun, prompts: PromptStore, shards: Sequence[int]) -> None:
         encoder = self._backbone.load_text_encoder(cached=1)  # prompts are distinct
@@ -156,14 +156,14 @@ def measure_images(source: PreferenceSet, images: Sequence[str]) -> Measured:
 
 @torch.no_grad()
 def encode_shard(
-    source: PreferenceSet, store: LatentStore, shard: int, codec: LatentCodec, *, batch_size: int, threads: int
+    source: PreferenceSet, store: LatentStore, shard: int, codec: LatentCodec, dataset: DatasetConfig, *, threads: int
 ) -> int:
-    """Decode, resize and encode a shard's images, `batch_size` at a time, and write it; returns how many it holds.
+    """Decode, resize and encode a shard's images, a batch at a time, and write it; returns how many it holds.
 
     Meanwhile the next batch is decoded by `threads`: memory holds the pixels of two batches and the latents of a shard.
     """
     bucket, rows = store.info.shard(shard)
-    height, width = store.buckets[bucket]
+    size, batch_size = store.buckets[bucket], dataset.encode_batch_size
     keys = store.images_of(rows)
     latents: list[torch.Tensor] = []
     problems: list[str | None] = []
@@ -173,7 +173,7 @@ def encode_shard(
             batch, upcoming = upcoming, []
             for key in keys[start : start + batch_size]:
                 content = _read(source, key)  # here, one after the other: parquet sets keep what they have just read
-                upcoming.append(pool.submit(_pixels, content, height, width))
+                upcoming.append(pool.submit(_pixels, content, size, dataset.max_pixels))
             if batch:
                 pixels, reasons = zip(*(decoded.result() for decoded in batch), strict=True)
                 images = torch.tensor(numpy.stack(pixels)).permute(0, 3, 1, 2).float() / 255
@@ -194,12 +194,13 @@ def _read(source: PreferenceSet, key: str) -> bytes | ValueError:
         return error
 
 
-def _pixels(content: bytes | ValueError, height: int, width: int) -> tuple[numpy.ndarray, str | None]:
+def _pixels(content: bytes | ValueError, size: Size, max_pixels: int) -> tuple[numpy.ndarray, str | None]:
     """(pixels [height, width, 3] uint8, problem); an image that cannot be read is black and has a problem."""
+    height, width = size
     try:
         if isinstance(content, ValueError):
             raise content
-        return load_image(content, height=height, width=width), None
+        return load_image(content, height=height, width=width, max_pixels=max_pixels), None
     except ValueError as error:
         return numpy.zeros((height, width, 3), dtype=numpy.uint8), str(error)
 

@@ -22,7 +22,14 @@ from dina_rl.config import FilterConfig
 from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.filters import preference_filter
-from dina_rl.data.sets.records import PreferencePair, PreferenceRecord, SkippedRecord, pairs_of
+from dina_rl.data.sets.records import (
+    AnyRecord,
+    PreferencePair,
+    PreferenceRecord,
+    SkippedRecord,
+    UnlabelledRecord,
+    pairs_of,
+)
 from dina_rl.data.stores.latents import StoredPair
 from dina_rl.seeding import derive_seed
 
@@ -67,7 +74,7 @@ class SplitRetention:
 
     records: int  # in the files
     malformed: int  # records of which nothing could be used
-    pairs: int  # of the other records, ties included
+    pairs: int  # of the other records, ties and unlabelled ones included
     dropped: dict[str, int]  # filter -> pairs
     kept: int
     kept_per_bucket: dict[str, int]  # "height x width" -> pairs
@@ -123,7 +130,7 @@ class EncodePlan:
 
     def read(
         self,
-        splits: Mapping[Split, Iterable[PreferenceRecord | SkippedRecord]],
+        splits: Mapping[Split, Iterable[AnyRecord]],
         *,
         preferences: FilterConfig,
         seed: int,
@@ -143,6 +150,10 @@ class EncodePlan:
                     if isinstance(record, SkippedRecord):
                         counts["malformed"] += 1
                         self._list(split, record.file, record.index, record.reason, broken=_YES)
+                        continue
+                    if isinstance(record, UnlabelledRecord):
+                        counts["pairs"] += 1
+                        dropped["unlabelled"] += 1
                         continue
                     dropped["tie"] += record.ties
                     counts["pairs"] += record.ties

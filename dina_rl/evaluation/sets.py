@@ -8,7 +8,7 @@ from hashlib import blake2b
 import torch
 
 from dina_rl.config import SetConfig
-from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet, SkippedRecord
+from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet, SkippedRecord, UnlabelledRecord
 from dina_rl.data.sets.registry import open_set
 from dina_rl.seeding import generator
 
@@ -23,6 +23,7 @@ class EvaluationSet:
     skipped: tuple[SkippedRecord, ...]  # malformed records of the whole split
     usable: int  # records of the whole split that are not malformed: `records` may be a sample of them
     digest: str  # of the records and of where their images lie
+    unlabelled: int = 0  # records of the whole split that nobody compared
     parent: "EvaluationSet | None" = None  # the set that this is a sample of
 
     @property
@@ -50,7 +51,7 @@ class EvaluationSet:
             count += len(self.records[position].ordered_pairs())
         records = [self.records[position] for position in sorted(chosen)]
         sample = _evaluation_set(self.name, self.config, records, self.skipped, usable=self.usable)
-        return replace(sample, parent=self.whole)
+        return replace(sample, parent=self.whole, unlabelled=self.unlabelled)
 
 
 def open_source(config: SetConfig) -> PreferenceSet:
@@ -76,21 +77,25 @@ def read_set(name: str, config: SetConfig, *, seed: int) -> EvaluationSet:
     config = config.model_copy(update={"path": str(config.location.resolve())})  # workers have directories of their own
     records: list[PreferenceRecord] = []
     skipped: list[SkippedRecord] = []
+    unlabelled = 0
     for record in open_source(config).records(config.split):
         if isinstance(record, PreferenceRecord):
             records.append(record)
+        elif isinstance(record, UnlabelledRecord):
+            unlabelled += 1
         else:
             skipped.append(record)
     if not any(record.ordered_pairs() for record in records):
         raise ValueError(
             f"set {name}: {config.path} has no comparison in split {config.split} ({len(records)} records, "
-            f"{len(skipped)} malformed)"
+            f"{len(skipped)} malformed, {unlabelled} unlabelled)"
         )
     usable = len(records)
     if config.max_records is not None and config.max_records < len(records):
         order = torch.randperm(len(records), generator=generator(seed, "records-of-set", config.split))
         records = [records[position] for position in sorted(order[: config.max_records].tolist())]
-    return _evaluation_set(name, config, records, tuple(skipped), usable=usable)
+    data = _evaluation_set(name, config, records, tuple(skipped), usable=usable)
+    return replace(data, unlabelled=unlabelled)
 
 
 def check_malformed(data: EvaluationSet, max_broken: float) -> None:

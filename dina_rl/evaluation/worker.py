@@ -7,12 +7,12 @@ import torch
 
 from dina_rl.config import PictureScorerConfig, SetConfig
 from dina_rl.data.buckets import Size
-from dina_rl.data.images import image_size, load_image
+from dina_rl.data.images import MAX_PIXELS, load_image
 from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
 from dina_rl.data.stores.latents import LatentStore
 from dina_rl.evaluation.requests import EncodeRequest, PartScores, Problem, ScoreRequest, View
 from dina_rl.evaluation.sets import open_source
-from dina_rl.scoring import NoiseKey, PictureScorer, Sample, open_scorer
+from dina_rl.scoring import NoiseKey, PictureScorer, open_scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,9 @@ class EvaluationWorker:
         unreadable = {}
         for offset, (row, key) in enumerate(zip(rows, store.images_of(rows), strict=True)):
             try:
-                images[offset] = read_image(source, key, size=store.buckets[bucket])
+                images[offset] = read_image(
+                    source, key, size=store.buckets[bucket], max_pixels=request.source.max_pixels
+                )
             except ValueError as error:
                 unreadable[row] = str(error)
         store.write_shard(request.shard, scorer.encode(images).cpu(), unreadable)
@@ -94,7 +96,8 @@ class EvaluationWorker:
             samples, readable = [], []
             for image in batch:
                 try:
-                    samples.append(_read_sample(source, image))
+                    content = source.image(image.record.images[image.position])
+                    samples.append(scorer.sample(content, max_pixels=request.source.max_pixels))
                 except ValueError as error:
                     problems[image.place] = Problem(reason=str(error), broken=True)
                 else:
@@ -160,16 +163,12 @@ def _noise_key(source: SetConfig, image: _Image, draw: int) -> NoiseKey:
     return NoiseKey(group=(source.kind, source.split, image.record.index, draw), member=image.position)
 
 
-def _read_sample(source: PreferenceSet, image: _Image) -> Sample:
-    return Sample(space="images", tensor=read_image(source, image.record.images[image.position], size=None))
-
-
-def read_image(source: PreferenceSet, key: str, *, size: Size | None) -> torch.Tensor:
-    """RGB [3, H, W] in [0, 1] of the image behind a record's key, stretched to `size` or as large as it is.
+def read_image(source: PreferenceSet, key: str, *, size: Size, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """RGB [3, H, W] in [0, 1] of the image behind a record's key, stretched to `size`.
 
     Raises:
         ValueError: it is missing or broken.
     """
-    content = source.image(key)
-    height, width = image_size(content) if size is None else size
-    return torch.tensor(load_image(content, height=height, width=width)).permute(2, 0, 1).float() / 255
+    height, width = size
+    pixels = load_image(source.image(key), height=height, width=width, max_pixels=max_pixels)
+    return torch.tensor(pixels).permute(2, 0, 1).float() / 255

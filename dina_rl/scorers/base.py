@@ -47,3 +47,11 @@ class Scorer(Protocol):
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Scores [B], fp32, differentiable in `samples`: latents [B, C, H, W] or images [B, 3, h, w] in [0, 1]."""
         ...
+
+
+class ImageScorer(Scorer, Protocol):
+    """A scorer of images of any size."""
+
+    def reduce(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What it sees of one picture [3, H, W] uint8, as an image [3, h, w] in [0, 1] of bounded size."""
+        ...

@@ -8,6 +8,9 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPM
 from dina_rl.config import CLIPModelConfig
 from dina_rl.scorers.base import Conditions, Space
 
+LONGEST = 16
+"""Times the short edge that a picture may be long before its ends, which the crop leaves out, go before resizing."""
+
 
 def check_clip(config: CLIPModelConfig) -> None:
     """Whether the model is there at all, without loading its weights.
@@ -74,13 +77,37 @@ class CLIPScorer:
         encoded: torch.Tensor = self._model.get_text_features(**tokens).pooler_output
         return encoded[[distinct.index(prompt) for prompt in prompts]]
 
+    @torch.no_grad()
+    def reduce(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The resized and cropped picture [3, h, w] in [0, 1] of one [3, H, W] uint8: memory of one large picture.
+
+        Its score is that of the whole: resizing it again to the size that it has changes nothing. Where the crop is not
+        as large as the resized edge that does not hold, and the picture stays whole.
+        """
+        if self._crop != (self._edge, self._edge):
+            return _middle(pixels).float() / 255
+        image = _middle(pixels).to(self._device).float() / 255
+        return self._cropped(image[None])[0].cpu()
+
     def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """Shortest edge to the model's size (bicubic), centre crop, normalisation."""
-        images = images.to(self._device)
+        return (self._cropped(_middle(images).to(self._device)) - self._mean) / self._std
+
+    def _cropped(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[2:]
         short = min(height, width)
         size = int(self._edge * height / short), int(self._edge * width / short)
         resized = functional.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (size[0] - self._crop[0]) // 2, (size[1] - self._crop[1]) // 2
-        cropped = resized[:, :, top : top + self._crop[0], left : left + self._crop[1]]
-        return (cropped - self._mean) / self._std
+        return resized[:, :, top : top + self._crop[0], left : left + self._crop[1]]
+
+
+def _middle(images: torch.Tensor) -> torch.Tensor:
+    """The middle of a strip, `LONGEST` times as long as high: resized whole, one of 1 x 200000 takes gigabytes.
+
+    Less than that is untouched. An even number of pixels goes, so that the middle stays where it was.
+    """
+    *_, height, width = images.shape
+    most = LONGEST * min(height, width)
+    rows, columns = (max(0, edge - most) // 2 for edge in (height, width))
+    return images[..., rows : height - rows, columns : width - columns]

@@ -2,7 +2,7 @@
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import CLIPModelConfig, RewardsConfig
-from dina_rl.scorers.base import Scorer
+from dina_rl.scorers.base import ImageScorer, Scorer
 
 
 def open_scorers(rewards: RewardsConfig, backbone: Backbone) -> dict[str, Scorer]:
@@ -22,7 +22,7 @@ def open_scorers(rewards: RewardsConfig, backbone: Backbone) -> dict[str, Scorer
     return scorers
 
 
-def open_image_scorer(name: str, config: CLIPModelConfig, *, device: str) -> Scorer:
+def open_image_scorer(name: str, config: CLIPModelConfig, *, device: str) -> ImageScorer:
     """A scorer of images by name, which needs no backbone.
 
     Raises:

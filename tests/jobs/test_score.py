@@ -40,7 +40,8 @@ def test_a_table_of_a_directory(tiny_reward, pictures, capsys):
     assert [line.split()[0] for line in lines] == [str(pictures / name) for name in ("a.png", "b.png", "c.safetensors")]
     assert all(line.endswith(prompt) for line in lines)
     assert f"skipped {pictures / 'd.png'}: " in shown.err
-    assert "skipped 1 of 4 pictures" in shown.err
+    assert f"skipped {pictures / 'list.jsonl'}: .jsonl is no ending of a picture" in shown.err
+    assert "skipped 2 of 5 pictures" in shown.err
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
@@ -79,7 +80,7 @@ def test_a_clip_model_scores_pictures_too(pictures, tmp_path, capsys):
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == 2
     assert "takes a pipeline" in shown.err  # the latent
-    assert "skipped 2 of 4" in shown.err
+    assert "skipped 3 of 5" in shown.err
 
 
 def test_latents_of_another_shape_are_skipped(tiny_reward, tmp_path, capsys):

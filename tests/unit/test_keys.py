@@ -19,7 +19,7 @@ from dina_rl.config import (
     WorkersConfig,
 )
 from dina_rl.config.base import Section
-from dina_rl.config.evaluation import BootstrapConfig
+from dina_rl.config.evaluation import BootstrapConfig, SetConfig
 from dina_rl.config.keys import Mark, covers, dump_without, marked, section_of
 
 RUNS: tuple[type[BaseModel], ...] = (FitRun, AlignRun, LocalRun, EvaluateRun, ScoreRun)
@@ -27,7 +27,7 @@ DECIDES = None
 PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     FitRun: {Mark.PROCESS: "inline", Mark.PLACE: "run_dir resume", DECIDES: "seed latents"},
     DatasetConfig: {
-        Mark.PROCESS: "max_skipped prompt_embeddings",
+        Mark.PROCESS: "max_skipped prompt_embeddings max_pixels",
         Mark.FILES: "encode_batch_size batches_per_shard",
         DECIDES: "kind path train test buckets latent_dtype",
     },
@@ -63,6 +63,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         Mark.REPORT: "pool_data_sets convention bootstrap bins",
         DECIDES: "seed paper runs noise levels buckets encode_batch_size batch_size records_per_part",
     },
+    SetConfig: {Mark.PROCESS: "max_pixels", DECIDES: "kind path split max_records"},
     EvaluationWorkersConfig: {
         Mark.PROCESS: "num_workers cpus_per_actor gpus_per_actor threads_per_actor start_timeout_s call_timeout_s "
         "max_restarts"

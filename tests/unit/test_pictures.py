@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dina_rl.pictures import Picture, Skipped, list_pictures
 
@@ -17,9 +18,45 @@ def folder(tmp_path) -> Path:
 
 
 def test_files_and_directories_in_order(folder):
-    pictures = list_pictures([str(folder / "b.PNG"), str(folder)], prompt="p", root=None)
-    assert [picture.path.name for picture in pictures] == ["b.PNG", "a.jpg", "b.PNG", "latent.safetensors"]
+    listed = list_pictures([str(folder / "b.PNG"), str(folder)], prompt="p", root=None)
+    pictures = [each for each in listed if isinstance(each, Picture)]
+    assert [picture.path.name for picture in pictures] == ["b.PNG", "a.jpg", "b.PNG", "c.png", "latent.safetensors"]
     assert {picture.prompt for picture in pictures} == {"p"}
+
+
+def test_what_a_directory_holds_beside_pictures_is_left_out_by_name(folder):
+    Image.new("RGB", (2, 2)).save(folder / "inner" / "nameless", "PNG")
+    (folder / "readme").write_text("no picture")
+    (folder / "link").symlink_to(folder / "inner")
+    listed = list_pictures([str(folder)], prompt="p", root=None)
+    left_out = {Path(each.image).name: each.reason for each in listed if isinstance(each, Skipped)}
+    assert left_out == {
+        "notes.txt": ".txt is no ending of a picture; name the file itself if it is one",
+        "readme": "no ending, and not a picture by its content",
+        "link": "a link to a directory, which is not followed",
+    }
+    assert str(folder / "inner" / "nameless") in [each.image for each in listed if isinstance(each, Picture)]
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"])
+def test_every_readable_format_is_found_by_its_endings(tmp_path, kind):
+    endings = [ending for ending, known in Image.registered_extensions().items() if known == kind]
+    for ending in endings:
+        (tmp_path / f"a{ending}").touch()
+    found = list_pictures([str(tmp_path)], prompt="p", root=None)
+    assert sorted(each.path.suffix for each in found if isinstance(each, Picture)) == sorted(endings)
+
+
+def test_a_manifest_in_a_snapshot_of_the_hub_names_its_blobs(folder):
+    snapshot = folder.parent / "hub" / "snapshots" / "abc"
+    blobs = folder.parent / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "0123").touch()
+    (snapshot / "a.png").symlink_to("../../blobs/0123")
+    (snapshot / "list.jsonl").write_text('{"image": "a.png"}')
+    (picture,) = list_pictures([str(snapshot / "list.jsonl")], prompt="p", root=None)
+    assert picture == Picture(image="a.png", path=(blobs / "0123").resolve(), prompt="p")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

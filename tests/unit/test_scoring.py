@@ -14,7 +14,7 @@ from dina_rl.reward.checkpoint import save_reward
 from dina_rl.runtime import open_pipeline
 from dina_rl.scoring import NORMALISATIONS, NoiseKey, open_scorer
 from dina_rl.seeding import generator, normal
-from tests.tiny_clip import save_tiny_clip
+from tests.tiny_clip import EDGE, save_tiny_clip
 from tests.tiny_reward import PROMPTS, latents, stirred_model
 
 KEYS = [NoiseKey(group=("set", index // 2), member=index) for index in range(4)]
@@ -118,13 +118,13 @@ def test_pictures_meet_the_size_that_the_fit_gave_their_aspect(tiny_pipeline, tm
     assert stretched.read(tmp_path / "flat.png").tensor.shape == (3, 32, 64)
 
 
-def test_pixel_scorers_see_the_picture_as_it_is_and_decode_latents(tiny_pipeline, tmp_path, files):
+def test_pixel_scorers_see_the_picture_cropped_by_their_own_rule_and_decode_latents(tiny_pipeline, tmp_path, files):
     clip = str(save_tiny_clip(tmp_path / "clip"))
     Image.new("RGB", (40, 56), (200, 30, 30)).save(tmp_path / "wide.png")
     config = PictureScorerConfig(kind="pickscore", path=clip, processor=clip)
     scorer = open_scorer(config)
     assert scorer.space == "images"
-    assert scorer.read(tmp_path / "wide.png").tensor.shape == (3, 56, 40)
+    assert scorer.read(tmp_path / "wide.png").tensor.shape == (3, EDGE, EDGE), "no batch is kept at native size"
     assert scorer.score([files[0], tmp_path / "wide.png"], PROMPTS[:2]).isfinite().all()
     with pytest.raises(ValueError, match="takes a pipeline"):
         scorer.score_latents(latents(1), PROMPTS[:1], KEYS[:1])

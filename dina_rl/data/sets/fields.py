@@ -4,19 +4,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import AnyRecord, PreferenceRecord, SkippedRecord, UnlabelledRecord
 from dina_rl.errors import shown
 
 Raw = Mapping[str, object]
 """A record as its file has it: nothing of it is trusted."""
 
-Parse = Callable[[int, Raw], PreferenceRecord]
+Parse = Callable[[int, Raw], PreferenceRecord | UnlabelledRecord]
 """(index, raw record) to a record. Raises ValueError if it is malformed."""
 
 
-def parsed(
-    raws: Iterable[object], file: str, parse: Parse, *, first: int = 0
-) -> Iterator[PreferenceRecord | SkippedRecord]:
+def parsed(raws: Iterable[object], file: str, parse: Parse, *, first: int = 0) -> Iterator[AnyRecord]:
     """Records of `raws`, which count from `first`; a malformed one comes with its reason."""
     for index, raw in enumerate(raws, start=first):
         try:

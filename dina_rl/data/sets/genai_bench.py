@@ -9,7 +9,7 @@ from pathlib import Path
 from dina_rl.data.buckets import Size
 from dina_rl.data.sets.fields import Raw, pair_of_names, text
 from dina_rl.data.sets.parquet_set import KEY, ParquetSet
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import AnyRecord, PreferenceRecord
 from dina_rl.errors import shown
 
 RANKS = {"leftvote": (0, 1), "rightvote": (1, 0), "tievote": (0, 0), "bothbad_vote": (0, 0)}
@@ -28,7 +28,7 @@ class GenAIBench:
     def __init__(self, directory: Path) -> None:
         self._files = ParquetSet(directory, folders=("", "image_generation", "data"))
 
-    def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
+    def records(self, split: str) -> Iterator[AnyRecord]:
         return self._files.records(split, COLUMNS, _record, images=IMAGES)
 
     def image(self, key: str) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dina_rl.data.buckets import Size
 from dina_rl.data.sets.fields import Raw, json_array, pair_of_names, parsed, share, text
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import AnyRecord, PreferenceRecord
 from dina_rl.data.sets.root import DataRoot
 from dina_rl.errors import shown
 
@@ -24,7 +24,7 @@ class HPDv3:
     def __init__(self, directory: Path) -> None:
         self._root = DataRoot(directory)
 
-    def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
+    def records(self, split: str) -> Iterator[AnyRecord]:
         file = self._root.directory / f"{split}.json"
         return parsed(json_array(file), file.name, _record)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dina_rl.data.buckets import Size
 from dina_rl.data.sets.fields import Raw, integers, json_array, parsed, text, texts
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import AnyRecord, PreferenceRecord
 from dina_rl.data.sets.root import DataRoot
 
 
@@ -23,7 +23,7 @@ class ImageReward:
     def __init__(self, directory: Path) -> None:
         self._root = DataRoot(directory)
 
-    def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
+    def records(self, split: str) -> Iterator[AnyRecord]:
         file = self._root.directory / f"{split}.json"
         folder = f"{split}_images/" if (self._root.directory / f"{split}_images").is_dir() else ""
 

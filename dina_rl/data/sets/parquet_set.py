@@ -15,10 +15,12 @@ from pyarrow import parquet
 from dina_rl.data.buckets import Size
 from dina_rl.data.images import image_size
 from dina_rl.data.sets.fields import Parse, Raw, parsed
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import AnyRecord
 from dina_rl.errors import shown
 
 ROWS = 256  # read at once
+CELLS = 8  # images read at once: all of a row group may be more than the 2 GiB that Arrow reads, or the memory
+BUFFER = 2**20  # bytes of a file read at once, instead of whole columns
 KEY = "_key"
 """Field of a raw record: the key of its row without the column."""
 
@@ -46,7 +48,8 @@ class ParquetSet:
         self._directory = directory
         self._folders = folders
         self._names = names
-        self._column = lru_cache(maxsize=2)(self._read_column)  # both sides of the pairs that lie together
+        self._column = lru_cache(maxsize=2)(self._open_column)  # both sides of the pairs that lie together
+        self._broken: dict[tuple[str, int, str], tuple[int, str]] = {}  # column -> from which row on it is, and why
 
     def files(self, split: str) -> list[Path]:
         """The split's files in order.
@@ -67,7 +70,7 @@ class ParquetSet:
 
     def records(
         self, split: str, columns: Sequence[str], parse: Parse, *, images: Sequence[str] = ()
-    ) -> Iterator[PreferenceRecord | SkippedRecord]:
+    ) -> Iterator[AnyRecord]:
         """Every row as `parse` makes it of {column: value} and `KEY`.
 
         Args:
@@ -90,7 +93,17 @@ class ParquetSet:
         """The value at `file#row_group/row/column`. Raises ValueError if it cannot be read."""
         place, _, cell = key.rpartition("#")
         group, row, column = cell.split("/")
-        return self._column(place, int(group), column)[int(row)].as_py()
+        where = place, int(group), column
+        first, reason = self._broken.get(where, (None, ""))
+        if first is not None and int(row) >= first:
+            raise ValueError(reason)
+        opened = self._column(*where)
+        try:
+            return opened.cell(int(row))
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = f"unreadable image: {' '.join(str(error).split())}"
+            self._broken[where] = opened.following, reason
+            raise ValueError(reason) from error
 
     def image(self, key: str) -> bytes:
         """The image in a cell. Raises ValueError if it holds none or cannot be read."""
@@ -114,14 +127,44 @@ class ParquetSet:
     def _glob(self, folder: str, name: str, split: str) -> Iterator[Path]:
         return self._directory.glob(str(Path(folder.format(split=split)) / name.format(split=split)))
 
-    def _read_column(self, place: str, group: int, column: str) -> pyarrow.ChunkedArray:
+    def _open_column(self, place: str, group: int, column: str) -> "_Column":
         if place not in self._known:
             raise ValueError(f"refused: {place!r} is no file of dataset {self._directory}")
-        try:
-            with parquet.ParquetFile(self._known[place]) as file:
-                return file.read_row_group(group, columns=[column]).column(0)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"unreadable image: {' '.join(str(error).split())}") from error
+        return _Column(self._known[place], group, column)
+
+
+class _Column:
+    """One column of a row group, of which a few cells are in memory: those around the last one that was asked for.
+
+    Cells are asked for in order, mostly; going back starts the column again.
+    """
+
+    def __init__(self, file: Path, group: int, column: str) -> None:
+        self._file, self._group, self._column = file, group, column
+        self._batches = self._read()
+        self._first: int = 0
+        self._cells: pyarrow.Array = pyarrow.array([])
+
+    @property
+    def following(self) -> int:
+        """The row behind those in memory."""
+        return self._first + len(self._cells)
+
+    def cell(self, row: int) -> object:
+        """The value in a row. Raises pyarrow's errors and OSError."""
+        if row < self._first:
+            self._batches = self._read()
+            self._first, self._cells = 0, pyarrow.array([])
+        while row >= self.following:
+            batch = next(self._batches, None)
+            if batch is None:
+                raise pyarrow.ArrowInvalid(f"{self._file} has no row {row} in group {self._group}")
+            self._first, self._cells = self.following, batch.column(0)
+        return self._cells[row - self._first].as_py()
+
+    def _read(self) -> Iterator[pyarrow.RecordBatch]:
+        with parquet.ParquetFile(self._file, buffer_size=BUFFER) as opened:
+            yield from opened.iter_batches(batch_size=CELLS, row_groups=[self._group], columns=[self._column])
 
 
 def _rows(file: Path, name: str, columns: list[str]) -> Iterator[Raw]:

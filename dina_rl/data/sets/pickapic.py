@@ -1,6 +1,6 @@
 """Pick-a-Pic v1 and v2 (yuvalkirstain/pickapic_v2): parquet with JPEGs in `jpg_0`, `jpg_1`, or `_no_images` without.
 
-label_0 and label_1 are 1 and 0 for a decision and 0.5 for a tie; a row whose has_label is false is no comparison.
+label_0 and label_1 are 1 and 0 for a decision and 0.5 for a tie; a row whose has_label is false is unlabelled.
 Without images a record is its prompt alone. An image that several rows hold is several images here: the rows repeat
 its bytes.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from dina_rl.data.buckets import Size
 from dina_rl.data.sets.fields import Raw, pair_of_names, text
 from dina_rl.data.sets.parquet_set import KEY, ParquetSet
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import AnyRecord, PreferenceRecord, UnlabelledRecord
 from dina_rl.errors import shown
 
 RANKS: dict[tuple[object, object], tuple[int, int]] = {(1.0, 0.0): (0, 1), (0.0, 1.0): (1, 0), (0.5, 0.5): (0, 0)}
@@ -29,7 +29,7 @@ class PickAPic:
     def __init__(self, directory: Path) -> None:
         self._files = ParquetSet(directory, folders=("", "data"))
 
-    def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
+    def records(self, split: str) -> Iterator[AnyRecord]:
         columns = self._files.columns(split)
         read = ["caption", "label_0", "label_1"] + [name for name in OPTIONAL if name in columns]
         if set(IMAGES) <= set(columns):
@@ -43,9 +43,9 @@ class PickAPic:
         return self._files.size(key)
 
 
-def _compared(index: int, raw: Raw) -> PreferenceRecord:
+def _compared(index: int, raw: Raw) -> PreferenceRecord | UnlabelledRecord:
     if not raw.get("has_label", True):
-        raise ValueError("has_label is false: no comparison")
+        return UnlabelledRecord(index=index, prompt=text(raw, "caption"))
     labels = raw["label_0"], raw["label_1"]
     if labels not in RANKS:
         raise ValueError(f"label_0 and label_1 must be 1 and 0, or 0.5 both, got {shown(labels)}")

@@ -11,7 +11,7 @@ from typing import TypeGuard
 from dina_rl.data.buckets import Size
 from dina_rl.data.sets.fields import Raw, pair_of_names, share, text
 from dina_rl.data.sets.parquet_set import KEY, ParquetSet
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import AnyRecord, PreferenceRecord
 from dina_rl.data.stores.preprocessed import NAME, PIXELS_PER_LATENT, SIDES, latent_shape, read_details, shape_column
 
 COLUMNS = ("prompt", "model1", "model2", "detailed_results")
@@ -29,7 +29,7 @@ class PreprocessedSet:
         self._plain = ParquetSet(directory, folders=("",), names=(NAME,))  # all of it is for training
         self._is_plain = not (directory / "train").is_dir()
 
-    def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
+    def records(self, split: str) -> Iterator[AnyRecord]:
         files = self._plain if split == "train" and self._is_plain else self._folders
         return files.records(split, COLUMNS, _record, images=[*SIDES, *map(shape_column, SIDES)])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dina_rl.data.buckets import Size
 from dina_rl.data.sets.fields import Raw, parsed, text
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import AnyRecord, PreferenceRecord
 
 
 class PromptFiles:
@@ -22,7 +22,7 @@ class PromptFiles:
             raise ValueError(f"prompt file {path} does not exist")
         self._path = path
 
-    def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
+    def records(self, split: str) -> Iterator[AnyRecord]:
         file = self._path / f"{split}.txt" if self._path.is_dir() else self._path
         if not file.is_file():
             raise ValueError(f"dataset {self._path} has no {file.name}")

@@ -48,10 +48,22 @@ class SkippedRecord:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlabelledRecord:
+    """A pair of images that nobody compared: nothing is wrong with it, it only says nothing."""
+
+    index: int
+    prompt: str
+    file: str = ""
+
+
+AnyRecord = PreferenceRecord | UnlabelledRecord | SkippedRecord
+
+
 class PreferenceSet(Protocol):
     """A preference set on disk."""
 
-    def records(self, split: str) -> Iterator[PreferenceRecord | SkippedRecord]:
+    def records(self, split: str) -> Iterator[AnyRecord]:
         """The split's records in the order of its files; what is malformed comes as `SkippedRecord`.
 
         Raises:

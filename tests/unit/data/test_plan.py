@@ -6,7 +6,7 @@ import pytest
 from dina_rl.config import FilterConfig
 from dina_rl.data.buckets import Bucketing
 from dina_rl.data.plan import CHUNK, EncodePlan
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord, UnlabelledRecord
 from dina_rl.data.stores.latents import StoredPair
 
 BUCKETS = Bucketing(buckets=((10, 10), (10, 20)), stretch=False, min_area=50)
@@ -159,3 +159,14 @@ def test_a_plan_of_something_else_is_refused(tmp_path: Path, plan: EncodePlan) -
     (tmp_path / "text").write_text("not a database, but long enough to be looked at " * 30)
     with pytest.raises(ValueError, match="not an encoding plan"):
         EncodePlan(tmp_path / "text", made_of={})
+
+
+def test_pairs_that_nobody_compared_are_a_counted_filter(plan: EncodePlan) -> None:
+    """However many there are: they are no corruption, and not listed as such."""
+    unlabelled = [UnlabelledRecord(index=index, prompt="p", file="set.json") for index in range(1, 9)]
+    fill(plan, [record(0, "a", "b"), *unlabelled])
+    retention = plan.retention(BUCKETS.buckets)["train"]
+    assert (retention.records, retention.malformed, retention.pairs, retention.kept) == (9, 0, 9, 1)
+    assert retention.dropped == {"unlabelled": 8}
+    assert plan.broken_records() == (0, 9)
+    assert list(plan.skipped()) == []

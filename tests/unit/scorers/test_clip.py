@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from dina_rl.alignment.golden import open_metric
 from dina_rl.config import CLIPModelConfig, GoldenConfig
 from dina_rl.scorers.clip import CLIPScorer, check_clip
-from tests.tiny_clip import save_tiny_clip
+from tests.tiny_clip import EDGE, save_tiny_clip
 
 PROMPTS = ("a small red circle on blue", "a large green square on black", "a small red circle on blue")
 
@@ -76,3 +76,22 @@ def test_as_golden_metric_it_returns_plain_numbers(clip, pixels):
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="CLIP model .*nowhere.* cannot be read"):
         check_clip(CLIPModelConfig(path=str(tmp_path / "nowhere"), processor=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("size", [(40, 32), (24, 24), (100, 300), (23, 61)])
+def test_a_reduced_picture_scores_as_the_whole(clip, size):
+    scorer = CLIPScorer(clip, learned_scale=True, device="cpu")
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.permute(2, 0, 1)
+    reduced = scorer.reduce(pixels)
+    assert reduced.shape == (3, EDGE, EDGE)
+    whole, cut = (scorer._preprocess(image[None]) for image in (pixels.float() / 255, reduced))
+    assert torch.equal(whole, cut)
+
+
+@pytest.mark.parametrize("size", [(2, 51), (51, 2), (1, 40), (3, 70)])
+def test_the_ends_of_a_strip_go_before_it_is_resized(clip, size):
+    scorer = CLIPScorer(clip, learned_scale=True, device="cpu")
+    pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(scorer.reduce(pixels), scorer._cropped(pixels[None].float() / 255)[0])
+    assert scorer.reduce(torch.zeros(3, 1, 200_000, dtype=torch.uint8)).shape == (3, EDGE, EDGE)

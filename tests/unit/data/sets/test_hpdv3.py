@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dina_rl.data.sets.hpdv3 import HPDv3
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord
+from dina_rl.data.sets.records import AnyRecord, PreferenceRecord
 
 GOOD = {
     "prompt": "a cat",
@@ -17,7 +17,7 @@ GOOD = {
 }
 
 
-def read(directory: Path, *records: object) -> list[PreferenceRecord | SkippedRecord]:
+def read(directory: Path, *records: object) -> list[AnyRecord]:
     (directory / "train.json").write_text(json.dumps(records))
     return list(HPDv3(directory).records("train"))
 

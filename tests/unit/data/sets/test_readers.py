@@ -11,8 +11,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from dina_rl.config.fitting import SetKind
+from dina_rl.data.sets import parquet_set
 from dina_rl.data.sets.fields import text
-from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord, pairs_of
+from dina_rl.data.sets.records import PreferenceRecord, SkippedRecord, UnlabelledRecord, pairs_of
 from dina_rl.data.sets.registry import KINDS, open_set, prompts_of
 
 PUBLISHED_ANNOTATIONS = Path(__file__).parents[5] / "shared" / "data" / "imagereward"
@@ -152,6 +153,44 @@ def test_parquet_in_hugging_faces_cache(tmp_path: Path) -> None:
     assert source.size(record.images[1]) == (4, 8)
 
 
+def test_a_column_of_images_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row group of many images, which as one array may be more than Arrow holds; any order gives the same."""
+    monkeypatch.setattr(parquet_set, "CELLS", 4)
+    write_parquet(tmp_path / "train.parquet", picks(0, 30, images=True))
+    source = open_set("pickapic", tmp_path)
+    for row in (0, 1, 5, 29, 28, 3, 4, 17):
+        assert source.image(f"train.parquet#0/{row}/jpg_0") == jpeg(row)
+        assert source.image(f"train.parquet#0/{row}/jpg_1") == jpeg(99)
+    column = parquet_set._Column(tmp_path / "train.parquet", 0, "jpg_0")
+    assert column.cell(17) == jpeg(17)
+    assert len(column._cells) == 4
+    with pytest.raises(ValueError, match="has no row 30 in group 0"):
+        source.image("train.parquet#0/30/jpg_0")
+
+
+def test_a_broken_column_is_read_once_and_what_lies_before_stays_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_set, "CELLS", 4)
+    images = [bytes([row]) * 4096 for row in range(32)]
+    file = tmp_path / "train.parquet"
+    table = pyarrow.table(picks(0, 32, images=True) | {"jpg_0": images})
+    parquet.write_table(table, file, use_dictionary=False, compression="none", data_page_size=4096, write_batch_size=4)
+    content = file.read_bytes()
+    place = content.index(images[20])
+    file.write_bytes(content[: place - 4] + b"\xff" * 4 + content[place:])  # the length of that image
+    source = open_set("pickapic", tmp_path)
+    assert source.image("train.parquet#0/2/jpg_0") == images[2]
+    opened = []
+    whole = parquet.ParquetFile
+    monkeypatch.setattr(parquet, "ParquetFile", lambda *names, **options: opened.append(1) or whole(*names, **options))
+    for row in range(20, 32):
+        with pytest.raises(ValueError, match="^unreadable image: "):
+            source.image(f"train.parquet#0/{row}/jpg_0")
+    assert len(opened) == 0, "the column was open, and is not opened again for each image"
+    assert source.image("train.parquet#0/3/jpg_0") == images[3]
+
+
 def picks(first: int, count: int, *, images: bool) -> dict[str, list]:
     rows = range(first, first + count)
     labels = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0)]
@@ -181,12 +220,14 @@ def test_pickapic(tmp_path: Path) -> None:
     assert records[6].models == ("a", "b")
 
 
-def test_pickapic_rows_without_a_label_are_no_comparisons(tmp_path: Path) -> None:
+def test_pickapic_rows_without_a_label_are_unlabelled_not_malformed(tmp_path: Path) -> None:
     """Whatever stands in their labels. As prompts they are as good as others."""
     labelled = {"has_label": [True, False, None, False, True]}
     write_parquet(tmp_path / "train.parquet", picks(0, 5, images=True) | labelled)
     records = list(open_set("pickapic", tmp_path).records("train"))
-    assert reasons(records) == [(row, "has_label is false: no comparison") for row in (1, 2, 3)]
+    assert reasons(records) == []
+    assert [record.index for record in records if isinstance(record, UnlabelledRecord)] == [1, 2, 3]
+    assert prompts_of(open_set("pickapic", tmp_path), "train") == ([f"prompt {row}" for row in range(5)], [])
     assert [records[row].ranks for row in (0, 4)] == [(0, 1), (0, 1)]
     write_parquet(tmp_path / "train.parquet", picks(0, 5, images=False) | labelled)
     assert len(reasons(open_set("pickapic", tmp_path).records("train"))) == 0

@@ -32,10 +32,30 @@ def test_paths_that_leave_are_refused_before_the_file_system_is_asked(root: Data
             access(key)
 
 
-def test_absolute_paths_are_refused(root: DataRoot) -> None:
-    for file in (root.directory.parent / "secret.png", root.directory / "images" / "a.png"):
-        with pytest.raises(ValueError, match="refused"):
+def test_absolute_paths_inside_are_legitimate_and_others_refused(root: DataRoot) -> None:
+    os.symlink(root.directory, root.directory.parent / "link")
+    for directory in (root.directory, root.directory.parent / "link"):
+        assert DataRoot(directory).size(str(directory / "images" / "a.png")) == (4, 6)
+    for file in (root.directory.parent / "secret.png", root.directory / ".." / "secret.png", root.directory.parent):
+        with pytest.raises(ValueError, match="refused: .* lies outside the data directory"):
             root.read(str(file))
+
+
+def test_a_snapshot_of_the_hub_reads_its_own_blobs_alone(root: DataRoot, tmp_path: Path) -> None:
+    for repository in ("mine", "other"):
+        (tmp_path / repository / "blobs").mkdir(parents=True)
+        (tmp_path / repository / "blobs" / "0123").write_bytes((root.directory / "images" / "a.png").read_bytes())
+    snapshot = tmp_path / "mine" / "snapshots" / "abc"
+    (snapshot / "set" / "images").mkdir(parents=True)
+    os.symlink("../../../../blobs/0123", snapshot / "set" / "images" / "a.png")
+    os.symlink(tmp_path / "other" / "blobs" / "0123", snapshot / "set" / "images" / "b.png")
+    for directory, key in ((snapshot, "set/images/a.png"), (snapshot / "set", "images/a.png")):
+        assert DataRoot(directory).size(key) == (4, 6)
+        assert DataRoot(directory).size(str(directory / key)) == (4, 6)
+    with pytest.raises(ValueError, match="by a symlink"):
+        DataRoot(snapshot).read("set/images/b.png")
+    with pytest.raises(ValueError, match="leaves the data directory"):
+        DataRoot(snapshot).read("../../blobs/0123")
 
 
 def test_symlinks_that_leave_are_refused_and_others_followed(root: DataRoot) -> None:
