@@ -31,7 +31,7 @@ def test_all_jobs_run_where_ray_and_deepspeed_are_not_installed(tmp_path: Path, 
             }
         )
     )
-    run = tiny_run(aligned, tiny_pipeline, fitted / "reward", inline=True, steps=1, golden=SHORT)
+    run = tiny_run(aligned, tiny_pipeline, fitted / "reward", inline=True, iterations=1, golden=SHORT)
     (tmp_path / "align.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
     picture = data / "images" / "test-0-bright.png"
     done = subprocess.run(
