@@ -19,7 +19,7 @@ SMOKE = ["--config", str(ROOT / "configs" / "local_smoke.yaml")]
 SHORT = [
     *("--world.train-groups", "60", "--world.test-groups", "20"),
     *("--fit.steps", "12", "--fit.batch-size", "24", "--fit.warmup-steps", "4", "--fit.checkpoint-every", "6"),
-    *("--steps", "2", "--rollout.prompts-per-step", "4", "--rollout.groups-per-call", "1"),
+    *("--iterations", "2", "--rollout.prompts-per-iteration", "4", "--rollout.groups-per-call", "1"),
     *("--learner.micro-batch-size", "12", "--golden.dev-samples", "16", "--golden.test-samples", "32"),
 ]
 SUMMARY = {

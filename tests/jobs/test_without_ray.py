@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from dina_rl import __version__
 from tests.tiny_reward import write_preferences
 from tests.tiny_run import tiny_run
 
@@ -31,7 +32,7 @@ def test_all_jobs_run_where_ray_and_deepspeed_are_not_installed(tmp_path: Path, 
             }
         )
     )
-    run = tiny_run(aligned, tiny_pipeline, fitted / "reward", inline=True, steps=1, golden=SHORT)
+    run = tiny_run(aligned, tiny_pipeline, fitted / "reward", inline=True, iterations=1, golden=SHORT)
     (tmp_path / "align.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
     picture = data / "images" / "test-0-bright.png"
     done = subprocess.run(
@@ -63,4 +64,4 @@ def test_all_jobs_run_where_ray_and_deepspeed_are_not_installed(tmp_path: Path, 
     for run_dir in (encoded, fitted, audit, aligned):
         versions = json.loads((run_dir / "versions.json").read_text())
         assert (versions["ray"], versions["deepspeed"]) == (None, None)
-        assert (versions["torch"], versions["dina_rl"]) == (version("torch"), version("dina_rl"))
+        assert (versions["torch"], versions["dina_rl"]) == (version("torch"), __version__)

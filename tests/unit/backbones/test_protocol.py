@@ -37,7 +37,7 @@ def test_the_protocol_is_all_that_an_alignment_reads(
         tmp_path / "run",
         tiny_pipeline,
         tiny_reward,
-        steps=1,
+        iterations=1,
         inline=True,
         golden={"guidances": [2.0]},
         rewards={"dina": {"path": str(tiny_reward)}, "pickscore": {"path": clip, "processor": clip}},
