@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file, save_file
 
 from dina_rl.config.keys import Mark, covers, explain, marked, with_todays_names
+from dina_rl.textfiles import parse_yaml, read_text
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
@@ -167,7 +168,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _saved_config(model: type[BaseModel], file: Path) -> dict[str, object]:
     """The values of a saved configuration; settings that it does not know yet have their defaults."""
     try:
-        saved = yaml.safe_load(file.read_text())
+        saved = parse_yaml(read_text(file))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML; was it edited? {' '.join(str(error).split())}") from error
     if not isinstance(saved, dict):

@@ -20,6 +20,7 @@ from dina_rl.config import LocalRun
 from dina_rl.memory import PeakMemory
 from dina_rl.reward.inputs import check_fit
 from dina_rl.runtime import configure_process, open_pipeline
+from dina_rl.textfiles import read_text
 from jobs import align
 from jobs.fit_reward import fit_reward_model
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         fail(str(error))
     if (run_dir / SUMMARY).is_file():
-        print(table(json.loads((run_dir / SUMMARY).read_text()), run_dir))
+        print(table(json.loads(read_text(run_dir / SUMMARY)), run_dir))
         return
     configure_process(run.workers.threads_per_actor * run.workers.rollout_workers)
     begin = perf_counter()
@@ -103,7 +104,7 @@ class Stages:
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "stages.json"
-        self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        self.seconds: dict[str, float] = json.loads(read_text(self._file)) if self._file.is_file() else {}
         self._begin = 0.0
 
     def start(self, name: str, what: str) -> None:
@@ -151,7 +152,7 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
             f"accuracy {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
             f"{result.accuracy_ensemble:.3f} ensemble, ceiling {result.label_ceiling:.3f}",
         )
-    found: dict[str, float] = json.loads(metrics.read_text())
+    found: dict[str, float] = json.loads(read_text(metrics))
     return found
 
 

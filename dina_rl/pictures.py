@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dina_rl.textfiles import read_text
+
 PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".safetensors")
 MANIFESTS = (".csv", ".jsonl")
 
@@ -66,10 +68,7 @@ def _pictures_in(directory: Path) -> list[Path]:
 def _manifest(file: Path, prompt: str | None, root: Path | None) -> list[Picture | Skipped]:
     if not file.is_file():
         raise ValueError(f"manifest {file} does not exist")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"manifest {file} is not UTF-8: {error}") from error
+    text = read_text(file)
     root = (file.parent if root is None else root.expanduser()).resolve()
     rows = _jsonl(text) if file.suffix == ".jsonl" else _csv(text, file)
     pictures = [_entry(f"{file}:{line}", row, file.parent, prompt, root) for line, row in rows]

@@ -10,7 +10,7 @@ import torch
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.planning import describe
-from dina_rl.alignment.prompts import Prompts, load_prompts
+from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.backbones.trained import check_targets, save_transformer
 from dina_rl.checkpoint import open_run_dir
@@ -60,6 +60,7 @@ def preflight(run: AlignRun) -> Prompts:
     check_clip_models(run)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
+    print("".join(f"{line}\n" for line in cut_prompts(backbone, prompts)), end="", flush=True)
     if run.rollout.prompts_per_iteration > len(prompts.train):
         raise ValueError(
             f"rollout.prompts_per_iteration ({run.rollout.prompts_per_iteration}) exceeds the {len(prompts.train)} "

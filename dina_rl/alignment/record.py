@@ -21,6 +21,7 @@ from dina_rl.checkpoint import load_tensors, save_tensors, write_json
 from dina_rl.config import AlignRun
 from dina_rl.report import image_grid, plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
+from dina_rl.textfiles import read_text
 from dina_rl.types import Weights
 
 SHOWN_IMAGES = 16
@@ -228,7 +229,7 @@ class Recorder:
 
     def table(self, name: str) -> dict[float, dict[str, float]]:
         """Guidance scale -> golden, proxy and component means of a stored series of measurements."""
-        text = (self.dir / "measurements" / f"{name}.json").read_text()
+        text = read_text(self.dir / "measurements" / f"{name}.json")
         return {float(scale): row for scale, row in json.loads(text).items()}
 
     def base_lines(self) -> dict[float, float]:

@@ -21,6 +21,7 @@ from dina_rl.reward.fit import METRICS_FILE, FitResult
 from dina_rl.reward.inputs import check_fit_inputs, encode_missing, training_latents, unseen_pairs, without_embeddings
 from dina_rl.reward.session import Outcome, result_of
 from dina_rl.runtime import open_pipeline
+from dina_rl.textfiles import read_text
 
 
 class Training(Protocol):
@@ -55,7 +56,7 @@ def fit_reward(run: FitRun, open_work: Callable[[Backbone], FitWork]) -> FitResu
     run_dir = open_run_dir(run, run.run_dir, resume=run.resume)
     metrics_file = run_dir / METRICS_FILE
     if metrics_file.is_file():
-        return FitResult(**json.loads(metrics_file.read_text()))
+        return FitResult(**json.loads(read_text(metrics_file)))
     encoding, training = open_work(backbone)
     encode_missing(run, run_dir, backbone, encoding)
     latents = training_latents(run, run_dir)
