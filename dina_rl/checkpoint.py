@@ -19,9 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from dina_rl import __version__
 from dina_rl.config.keys import Mark, covers, explain, marked, with_todays_names
+from dina_rl.textfiles import parse_yaml, read_text
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
+LOCK_FILE = "run.lock"
+REPORTS = ("skipped.jsonl", "retention.json", "dropped.jsonl")
+"""What the message of a start that fails may point to; of such a start nothing else stays."""
 PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "tensorboard")
 CHECKOUT = Path(__file__).parents[1]
 GIT_TIMEOUT_S = 5.0
@@ -43,23 +47,42 @@ def open_run_dir(
         ValueError: the directory holds a run already and `resume` is off, or the resumed run has another configuration.
     """
     run_dir = run_dir.expanduser().resolve()
-    saved = run_dir / CONFIG_FILE
-    if saved.is_file() and not resume:
-        raise ValueError(f"run directory {run_dir} holds a run already; add --resume to continue it, or name another")
-    if run_dir.is_dir() and not saved.is_file() and any(run_dir.iterdir()):
-        raise ValueError(f"run directory {run_dir} is not empty and holds no run; name another")
+    check_place(run_dir, resume=resume)
     values = config.model_dump(mode="json")
-    if saved.is_file():
-        before = _saved_config(type(config), saved)
-        values |= {name: before[name] for name in unread if name in before}
-        allowed = (*marked(type(config), Mark.PROCESS, Mark.PLACE), *may_change)
-        forbidden = [key for key in _differences(before, values) if not covers(allowed, key)]
-        if forbidden:
-            raise ValueError(f"cannot resume {run_dir} with other values of: {', '.join(forbidden)}")
+    if (run_dir / CONFIG_FILE).is_file():
+        values = resumed_values(config, run_dir, may_change=may_change, unread=unread)
+    else:
+        for report in REPORTS:
+            (run_dir / report).unlink(missing_ok=True)  # of a start that failed
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(saved, yaml.safe_dump(values, sort_keys=False))
+    write_text(run_dir / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False))
     write_json(run_dir / VERSIONS_FILE, versions())
     return run_dir
+
+
+def check_place(run_dir: Path, *, resume: bool) -> None:
+    """Raises ValueError where `run_dir` holds something that a run would not go on with."""
+    if (run_dir / CONFIG_FILE).is_file():
+        if not resume:
+            raise ValueError(
+                f"run directory {run_dir} holds a run already; add --resume to continue it, or name another"
+            )
+        return
+    if run_dir.is_dir() and any(entry.name not in (LOCK_FILE, *REPORTS) for entry in run_dir.iterdir()):
+        raise ValueError(f"run directory {run_dir} is not empty and holds no run; name another")
+
+
+def resumed_values(
+    config: BaseModel, run_dir: Path, *, may_change: Sequence[str], unread: Sequence[str]
+) -> dict[str, object]:
+    """The configuration with which the run in `run_dir` goes on. Raises ValueError if that is another run's."""
+    before, values = _saved_config(type(config), run_dir / CONFIG_FILE), config.model_dump(mode="json")
+    values |= {name: before[name] for name in unread if name in before}
+    allowed = (*marked(type(config), Mark.PROCESS, Mark.PLACE), *may_change)
+    forbidden = [key for key in _differences(before, values) if not covers(allowed, key)]
+    if forbidden:
+        raise ValueError(f"cannot resume {run_dir} with other values of: {', '.join(forbidden)}")
+    return values
 
 
 def versions() -> dict[str, str | None]:
@@ -168,7 +191,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _saved_config(model: type[BaseModel], file: Path) -> dict[str, object]:
     """The values of a saved configuration; settings that it does not know yet have their defaults."""
     try:
-        saved = yaml.safe_load(file.read_text())
+        saved = parse_yaml(read_text(file))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML; was it edited? {' '.join(str(error).split())}") from error
     if not isinstance(saved, dict):

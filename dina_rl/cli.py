@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from dina_rl.config.keys import NAME, RENAMED, can_be_off, explain, is_named, section_of
 from dina_rl.errors import RunStopped, shown
+from dina_rl.textfiles import parse_yaml, read_text
 
 Run = TypeVar("Run", bound=BaseModel)
 Part = TypeVar("Part", bound=BaseModel)
@@ -74,13 +75,13 @@ def read_yaml(path: str | Path) -> dict[str, object]:
     """A YAML mapping.
 
     Raises:
-        ValueError: missing file, broken YAML, or not a mapping.
+        ValueError: missing file, broken YAML, a key written twice, or not a mapping.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"config file {file} does not exist")
     try:
-        values = yaml.safe_load(file.read_text())
+        values = parse_yaml(read_text(file))
     except yaml.YAMLError as error:
         raise ValueError(f"config file {file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -122,7 +123,7 @@ def _value(words: list[str], *, text: bool) -> object:
     """The value that the words of an override mean; as `text` they are not YAML: a prompt may hold a colon."""
     if not words:
         return True
-    parsed = [None if word == "None" else word if text else yaml.safe_load(word) for word in words]
+    parsed = [None if word == "None" else word if text else parse_yaml(word) for word in words]
     return parsed[0] if len(parsed) == 1 else parsed
 
 

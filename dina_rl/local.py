@@ -6,6 +6,7 @@ world -> preferences -> latents -> DiNa-LRM -> rollouts, rewards, updates -> cur
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import TypedDict
@@ -14,12 +15,14 @@ from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
-from dina_rl.checkpoint import open_run_dir, versions, write_json
+from dina_rl.checkpoint import versions, write_json
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
 from dina_rl.memory import PeakMemory
 from dina_rl.reward.inputs import check_fit
+from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
+from dina_rl.textfiles import read_text
 from jobs import align
 from jobs.fit_reward import fit_reward_model
 
@@ -36,12 +39,24 @@ def main(argv: Sequence[str]) -> None:
         check_fit(run.fit_run(run.run_dir, run.run_dir), open_pipeline(run.pipeline))
         load_prompts(run.prompts)
         align.check_clip_models(run)
-        run_dir = open_run_dir(run, run.run_dir, resume=run.resume)
     except ValueError as error:
         fail(str(error))
-    if (run_dir / SUMMARY).is_file():
-        print(table(json.loads((run_dir / SUMMARY).read_text()), run_dir))
-        return
+    with ExitStack() as stack:
+        directory = run_directory(run, run.run_dir, resume=run.resume, finished=_finished)
+        try:
+            run_dir = stack.enter_context(directory)
+        except ValueError as error:
+            fail(str(error))
+        summary = json.loads(read_text(run_dir / SUMMARY)) if _finished(run_dir) else run_all(run, run_dir)
+    print(table(summary, run_dir))
+
+
+def _finished(run_dir: Path) -> bool:
+    return (run_dir / SUMMARY).is_file()
+
+
+def run_all(run: LocalRun, run_dir: Path) -> "Summary":
+    """Every stage that is not done yet."""
     configure_process(run.workers.threads_per_actor * run.workers.rollout_workers)
     begin = perf_counter()
     with interruptible(run_dir), PeakMemory() as memory:
@@ -55,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         recorder = align_generator(run, run_dir, stages)
     summary = summarise(run, reward, recorder, stages.seconds, memory.peak_bytes, perf_counter() - begin)
     write_json(run_dir / SUMMARY, summary)
-    print(table(summary, run_dir))
+    return summary
 
 
 class RewardSummary(TypedDict):
@@ -103,7 +118,7 @@ class Stages:
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "stages.json"
-        self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        self.seconds: dict[str, float] = json.loads(read_text(self._file)) if self._file.is_file() else {}
         self._begin = 0.0
 
     def start(self, name: str, what: str) -> None:
@@ -151,7 +166,7 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
             f"accuracy {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
             f"{result.accuracy_ensemble:.3f} ensemble, ceiling {result.label_ceiling:.3f}",
         )
-    found: dict[str, float] = json.loads(metrics.read_text())
+    found: dict[str, float] = json.loads(read_text(metrics))
     return found
 
 
@@ -159,10 +174,10 @@ def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:
     """The alignment against the reward model just fitted."""
     align_run = run.align_run(run_dir / "fit" / "reward", run_dir / "align")
     prompts = align.preflight(align_run)  # the reward model is there only now
-    open_run_dir(align_run, align_run.run_dir, resume=run.resume)
     title = open_algorithm(run).work().title
-    stages.start("align", f"{title}, {run.iterations} iterations of {run.rollout.prompts_per_iteration} groups")
-    recorder = align.align_generator(align_run, prompts, align_run.run_dir)
+    with run_directory(align_run, align_run.run_dir, resume=run.resume) as align_dir:
+        stages.start("align", f"{title}, {run.iterations} iterations of {run.rollout.prompts_per_iteration} groups")
+        recorder = align.align_generator(align_run, prompts, align_dir)
     points = recorder.history.points()
     stages.finish("align", f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
     return recorder

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dina_rl.data.images import file_size, suffixes
 from dina_rl.data.sets.root import lies_inside
+from dina_rl.textfiles import read_text
 
 LATENTS_SUFFIX = ".safetensors"
 MANIFESTS = (".csv", ".jsonl")
@@ -100,10 +101,7 @@ def _no_picture(path: Path) -> str | None:
 def _manifest(file: Path, prompt: str | None, root: Path | None) -> list[Picture | Skipped]:
     if not file.is_file():
         raise ValueError(f"manifest {file} does not exist")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"manifest {file} is not UTF-8: {error}") from error
+    text = read_text(file)
     root = (file.parent if root is None else root.expanduser()).resolve()
     rows = _jsonl(text) if file.suffix == ".jsonl" else _csv(text, file)
     pictures = [_entry(f"{file}:{line}", row, file.parent, prompt, root) for line, row in rows]

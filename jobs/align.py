@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,13 +11,13 @@ import torch
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.planning import describe
-from dina_rl.alignment.prompts import Prompts, load_prompts
-from dina_rl.alignment.record import Recorder
+from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
+from dina_rl.alignment.record import Recorder, finished
 from dina_rl.backbones.trained import check_targets, save_transformer
-from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun, DiNaScorerConfig, PipelineConfig
 from dina_rl.reward.checkpoint import read_card
+from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
 from dina_rl.scorers.clip import check_clip
 
@@ -26,13 +27,15 @@ def main(argv: Sequence[str]) -> None:
     if run.plan:
         print(describe(run))
         return
-    try:
-        prompts = preflight(run)
-        run_dir = open_run_dir(run, run.run_dir, resume=run.resume)
-    except ValueError as error:
-        fail(str(error))
-    with interruptible(run_dir):
-        recorder = align_generator(run, prompts, run_dir)
+    with ExitStack() as stack:
+        try:
+            prompts = preflight(run)
+            directory = run_directory(run, run.run_dir, resume=run.resume, finished=partial(finished, run))
+            run_dir = stack.enter_context(directory)
+        except ValueError as error:
+            fail(str(error))
+        with interruptible(run_dir):
+            recorder = align_generator(run, prompts, run_dir)
     points = recorder.history.points()
     print(f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
     if recorder.watch.diverged_at is not None:
@@ -60,6 +63,7 @@ def preflight(run: AlignRun) -> Prompts:
     check_clip_models(run)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
+    print("".join(f"{line}\n" for line in cut_prompts(backbone, prompts)), end="", flush=True)
     if run.rollout.prompts_per_iteration > len(prompts.train):
         raise ValueError(
             f"rollout.prompts_per_iteration ({run.rollout.prompts_per_iteration}) exceeds the {len(prompts.train)} "
@@ -87,8 +91,8 @@ def _check_reward(dina: DiNaScorerConfig, pipeline: PipelineConfig, width: int) 
 def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
     """Run the loop on Ray actors, or in this process with `run.inline`; returns what was recorded."""
     recorder = Recorder(run, run_dir, exporter(run))
-    if recorder.finished:
-        recorder.restore()
+    if finished(run, run_dir):
+        recorder.recall()
         return recorder
     if run.inline:
         from dina_rl.alignment.inline import InlineExperience, InlineLearner

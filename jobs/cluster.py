@@ -2,17 +2,28 @@
 
 import logging
 import os
+import socket
+from urllib.parse import urlsplit
 
 import ray
 from ray.data import DataContext
+
+from dina_rl.cli import fail
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 def start_ray() -> None:
     """Join the cluster this job was submitted to, else start Ray on this machine's loopback; nothing if it runs."""
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
+    address = os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        try:
+            _check_address(address)
+            ray.init(log_to_driver=False)
+        except (ConnectionError, ValueError) as error:
+            fail(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}")
         return
     ray.init(
         address="local",
@@ -21,6 +32,36 @@ def start_ray() -> None:
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )
+
+
+def _check_address(address: str) -> None:
+    """Find out in seconds what Ray itself tries for minutes.
+
+    Raises:
+        ConnectionError: nothing answers there.
+        ValueError: it is no address of a cluster.
+    """
+    scheme, separator, place = address.rpartition("://")
+    if scheme in ("http", "https"):
+        raise ValueError(
+            "this is where `ray job submit` finds the dashboard; a job started by hand joins the cluster at host:6379. "
+            "Unset it to run on this machine alone"
+        )
+    if address in ("", "auto", "local") or (separator and scheme != "ray"):
+        return  # Ray's own words
+    try:
+        split = urlsplit(f"//{place}")
+        host, port = split.hostname, split.port
+    except ValueError:
+        host = port = None
+    if not host or port is None:
+        raise ValueError("no address of the form host:port")
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"no Ray cluster answers there ({error}); start one there, or unset RAY_ADDRESS to run on this machine"
+        ) from error
 
 
 def quiet_ray_data() -> None:

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from dina_rl.backbones.base import Backbone
-from dina_rl.checkpoint import open_run_dir
 from dina_rl.cli import fail, load
 from dina_rl.config import FitRun
 from dina_rl.data.encode import EncodeWork, EncodingHere, check_inputs, encode_dataset
+from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
 
 DEFAULT_CONFIG = "configs/shapes_reward.yaml"
@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         backbone = open_pipeline(run.pipeline)
         run = check_inputs(run, backbone)
-        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, unread=UNREAD)
-        store = encode_dataset(run, run_dir, backbone, open_work(run, backbone))
+        with run_directory(run, run.run_dir, resume=run.resume, unread=UNREAD) as run_dir:
+            store = encode_dataset(run, run_dir, backbone, open_work(run, backbone))
     except ValueError as error:
         fail(str(error))
     print(f"{store.info.num_rows} images in {store.directory}; continue with jobs.fit_reward --resume")

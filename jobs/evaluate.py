@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dina_rl.checkpoint import open_run_dir, write_text
+from dina_rl.checkpoint import write_text
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import EvaluateRun
 from dina_rl.config.keys import Mark, marked
@@ -36,6 +36,7 @@ from dina_rl.evaluation.results import (
 from dina_rl.evaluation.runs import notes_on, read_runs
 from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, check_malformed, open_source, read_sets
+from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process
 
 DROPPED_FILE = "dropped.jsonl"
@@ -174,14 +175,13 @@ def main(argv: Sequence[str]) -> None:
     try:
         inputs = preflight(run)
         told_anew = tuple(marked(EvaluateRun, Mark.REPORT))  # from the scores that are kept
-        run_dir = open_run_dir(run, run.run_dir, resume=run.resume, may_change=told_anew)
+        with (
+            run_directory(run, run.run_dir, resume=run.resume, may_change=told_anew) as run_dir,
+            interruptible(run_dir),
+        ):
+            shown = evaluate(run, inputs, run_dir)
     except ValueError as error:
         fail(str(error))
-    with interruptible(run_dir):
-        try:
-            shown = evaluate(run, inputs, run_dir)
-        except ValueError as error:
-            fail(str(error))
     print(f"\n{shown}\nwritten to {run_dir}")
 
 

@@ -9,6 +9,7 @@ import torch
 
 from dina_rl.alignment.history import Entry
 from dina_rl.checkpoint import load_tensors, replaced_directory, save_tensors, write_json
+from dina_rl.textfiles import read_text
 from dina_rl.types import PolicyWeights, Weights
 
 KEPT = 2
@@ -37,7 +38,7 @@ class Checkpoints:
         found = self._directories()
         if not found:
             return None
-        record = json.loads((found[-1] / "state.json").read_text())
+        record = json.loads(read_text(found[-1] / "state.json"))
         done = record["iteration"] if "iteration" in record else record["step"]  # its name before version 0.2
         state = load_tensors(found[-1] / "state.safetensors")
         return Checkpoint(iteration=done, state=state, history=record["history"], seconds=record["seconds"])

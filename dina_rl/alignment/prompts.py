@@ -1,13 +1,16 @@
-"""Where prompts come from: plain text, one prompt a line, or the records of a preference set."""
+"""Where prompts come from: a file of prompts, or the records of a preference set."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from dina_rl.backbones.base import Backbone
 from dina_rl.config import PromptsConfig
 from dina_rl.config.fitting import SetKind
+from dina_rl.data.sets.prompt_files import without_bom
 from dina_rl.data.sets.registry import KINDS, open_set, prompts_of
+from dina_rl.errors import shown
 
 _SET = re.compile(rf"({'|'.join(KINDS)}):(.+):([^:/]+)")
 
@@ -20,9 +23,9 @@ class Prompts:
 
 
 def load_prompts(config: PromptsConfig) -> Prompts:
-    """The three splits. A source is `shapes`, a text file, or `kind:/directory/of/a/set:split`.
+    """The three splits. A source is `shapes`, a file of prompts, or `kind:/directory/of/a/set:split`.
 
-    A line is printed of every source with malformed records.
+    A line is printed of every source with malformed records, and of every one that repeats prompts.
 
     Raises:
         ValueError: a missing or empty source, or a prompt that is in train and in dev or test.
@@ -62,4 +65,22 @@ def _read(split: str, source: str) -> tuple[str, ...]:
         )
     if not prompts:
         raise ValueError(f"prompts.{split}: {file} holds no prompts")
-    return tuple(dict.fromkeys(prompt.strip() for prompt in prompts))  # a repeated prompt is one prompt
+    distinct = tuple(dict.fromkeys(map(without_bom, prompts)))
+    if len(distinct) < len(prompts):
+        print(
+            f"prompts.{split}: {len(prompts)} prompts of {source} are {len(distinct)} different ones; each counts once",
+            flush=True,
+        )
+    return distinct
+
+
+def cut_prompts(backbone: Backbone, prompts: Prompts) -> list[str]:
+    """A line for every split with prompts that a text encoder will not read to their end. Loads no models."""
+    lines = []
+    for split, of_split in (("train", prompts.train), ("dev", prompts.dev), ("test", prompts.test)):
+        for encoder, too_long in backbone.cut_prompts(of_split).items():
+            lines.append(
+                f"prompts.{split}: {len(too_long)} of {len(of_split)} prompts are longer than {encoder} and are cut "
+                f"there, the first is {shown(too_long[0])}"
+            )
+    return lines

@@ -21,6 +21,7 @@ from dina_rl.checkpoint import load_tensors, save_tensors, write_json
 from dina_rl.config import AlignRun
 from dina_rl.report import image_grid, plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
+from dina_rl.textfiles import read_text
 from dina_rl.types import Weights
 
 SHOWN_IMAGES = 16
@@ -36,6 +37,16 @@ LAYOUT = {
         "policy ratio": ["Multiline", ["update/ratio_mean", "update/first_ratio_gap", "update/largest_ratio_gap"]],
     }
 }
+
+
+def exported(run: AlignRun, run_dir: Path) -> Path:
+    """Where the result of a run lies: the adapter, or after full fine-tuning the transformer."""
+    return run_dir / (TRANSFORMER if run.learner.lora is None else ADAPTER)
+
+
+def finished(run: AlignRun, run_dir: Path) -> bool:
+    """Whether the run in a directory has exported its weights, the last thing it does."""
+    return any(exported(run, run_dir).glob("*.safetensors"))
 
 
 class Recorder:
@@ -59,24 +70,23 @@ class Recorder:
         self._warned = False
 
     @property
-    def finished(self) -> bool:
-        """Whether the run in this directory has exported its weights, the last thing it does."""
-        return any(self.exported.glob("*.safetensors"))
-
-    @property
     def exported(self) -> Path:
         """Where the result lies: the adapter, or after full fine-tuning the transformer."""
-        return self.dir / (TRANSFORMER if self.run.learner.lora is None else ADAPTER)
+        return exported(self.run, self.dir)
+
+    def recall(self) -> tuple[int, dict[str, torch.Tensor] | None]:
+        """(iterations done, learner state) of the last checkpoint, (0, None) without one. Writes nothing."""
+        checkpoint = self.checkpoints.last()
+        if checkpoint is None:
+            return 0, None
+        self.history.restore(checkpoint.history)
+        for stage, seconds in checkpoint.seconds.items():
+            self.seconds[stage] += seconds
+        return checkpoint.iteration, checkpoint.state
 
     def restore(self) -> tuple[int, dict[str, torch.Tensor] | None]:
-        """(iterations done, learner state) of the last checkpoint, (0, None) without one. Opens TensorBoard."""
-        checkpoint = self.checkpoints.last()
-        done, state = 0, None
-        if checkpoint is not None:
-            done, state = checkpoint.iteration, checkpoint.state
-            self.history.restore(checkpoint.history)
-            for stage, seconds in checkpoint.seconds.items():
-                self.seconds[stage] += seconds
+        """`recall`, to go on from there. Opens TensorBoard."""
+        done, state = self.recall()
         # What was written after the checkpoint is about to be written again.
         self._writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=done + 1 if done else None)
         self._tensorboard.add_custom_scalars(LAYOUT)
@@ -228,7 +238,7 @@ class Recorder:
 
     def table(self, name: str) -> dict[float, dict[str, float]]:
         """Guidance scale -> golden, proxy and component means of a stored series of measurements."""
-        text = (self.dir / "measurements" / f"{name}.json").read_text()
+        text = read_text(self.dir / "measurements" / f"{name}.json")
         return {float(scale): row for scale, row in json.loads(text).items()}
 
     def base_lines(self) -> dict[float, float]:

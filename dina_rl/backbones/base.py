@@ -67,6 +67,10 @@ class Backbone(Protocol):
         """The text encoders, behind a cache of the `cached` prompts used last (at least one)."""
         ...
 
+    def cut_prompts(self, prompts: Sequence[str]) -> dict[str, list[str]]:
+        """The prompts that a text encoder does not read to their end, by its name and length. Loads tokenizers only."""
+        ...
+
     def load_codec(self) -> LatentCodec: ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

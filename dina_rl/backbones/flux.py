@@ -18,7 +18,7 @@ from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
-from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder
+from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.types import PromptEmbeds
 
@@ -119,6 +119,14 @@ class Flux:
             return PromptEmbeds(embeds=embeds, pooled=pooled)
 
         return CachedTextEncoder(encode, self.device, cached=cached)
+
+    def cut_prompts(self, prompts: Sequence[str]) -> CutPrompts:
+        """By CLIP-L and by T5."""
+        pipeline = FluxPipeline.from_pretrained(
+            self.path, transformer=None, vae=None, text_encoder=None, text_encoder_2=None
+        )
+        clip, t5 = pipeline.tokenizer, pipeline.tokenizer_2
+        return cut_by((("CLIP", clip, clip.model_max_length), ("T5", t5, self.max_sequence_length)), prompts)
 
     def load_codec(self) -> KLCodec:
         return load_kl_codec(self.path, self.dtype, self.device)

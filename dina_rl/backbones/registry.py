@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from dina_rl.backbones.base import Backbone
+from dina_rl.textfiles import read_text
 
 
 class Family(Protocol):
@@ -64,7 +65,7 @@ def pipeline_class(path: str | Path) -> str:
             raise ValueError(
                 f"pipeline {path} is neither a local directory nor a hub id that can be read here: {error}"
             ) from error
-    name: str = json.loads(index.read_text())["_class_name"]
+    name: str = json.loads(read_text(index))["_class_name"]
     return name
 
 

@@ -1,15 +1,19 @@
-"""Prompts to embeddings, each distinct prompt once."""
+"""Prompts to embeddings, each distinct prompt once; and which prompts are too long for that."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dina_rl.types import PromptEmbeds
 
 # What a prompt costs in bfloat16: SD3.5 2.7 MB (333 tokens), FLUX 4.2 MB (512), Z-Image 2.6 MB (512), so 11 to 17 GB
 # when full; the tiny world 4 KB.
 CACHED_PROMPTS = 4096
+
+CutPrompts = dict[str, list[str]]
+"""Prompts that a text encoder does not read to their end, by its name and length."""
 
 
 class CachedTextEncoder:
@@ -35,3 +39,17 @@ class CachedTextEncoder:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(prompt)
         return self._cache[prompt]
+
+
+def longer(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, limit: int) -> list[str]:
+    """The prompts of more than `limit` tokens, those that frame every prompt included; none without a tokenizer."""
+    if tokenizer is None or not prompts:
+        return []
+    tokens = tokenizer(list(prompts))["input_ids"]
+    return [prompt for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > limit]
+
+
+def cut_by(limits: Sequence[tuple[str, PreTrainedTokenizerBase | None, int]], prompts: Sequence[str]) -> CutPrompts:
+    """`Backbone.cut_prompts` of text encoders given as (name, tokenizer, tokens that it reads)."""
+    found = {f"{name}'s {limit} tokens": longer(prompts, tokenizer, limit) for name, tokenizer, limit in limits}
+    return {name: cut for name, cut in found.items() if cut}

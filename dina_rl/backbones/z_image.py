@@ -21,7 +21,7 @@ from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
-from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder
+from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, longer
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.types import PromptEmbeds
 
@@ -171,6 +171,20 @@ class ZImage:
             )
 
         return CachedTextEncoder(encode, self.device, cached=cached)
+
+    def cut_prompts(self, prompts: Sequence[str]) -> CutPrompts:
+        """By Qwen3, in the chat that the stock pipeline makes of a prompt."""
+        pipeline = ZImagePipeline.from_pretrained(self.path, transformer=None, vae=None, text_encoder=None)
+
+        def chat(prompt: str) -> str:
+            text: str = pipeline.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+            return text
+
+        chats = {chat(prompt): prompt for prompt in prompts}
+        cut = longer(tuple(chats), pipeline.tokenizer, self.max_sequence_length)
+        return {f"the chat's {self.max_sequence_length} tokens": [chats[each] for each in cut]} if cut else {}
 
     def load_codec(self) -> KLCodec:
         return load_kl_codec(self.path, self.dtype, self.device)

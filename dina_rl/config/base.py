@@ -1,9 +1,10 @@
 """What all parts of the configuration share: ranges, the frozen section, the pipeline, LoRA."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 SHIPPED_PIPELINE = Path(__file__).parents[1] / "shapes" / "pipeline"
 
@@ -29,8 +30,31 @@ MAX_PIXELS = 89_478_485
 MaxPixels = Annotated[int, Field(gt=0, le=2 * MAX_PIXELS)]
 
 
+def _leaves(annotation: object) -> Iterator[object]:
+    """The plain types that an annotation is made of."""
+    parts = get_args(annotation)
+    if not parts:
+        yield annotation
+    for part in parts:
+        yield from _leaves(part)
+
+
+def _holds_a_boolean(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_a_boolean, value)))
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_boolean_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        # YAML's yes and no are booleans, and Python's booleans are 1 and 0.
+        assert info.field_name is not None
+        kinds = set(_leaves(cls.model_fields[info.field_name].annotation))
+        if kinds & {int, float} and bool not in kinds and _holds_a_boolean(value):
+            raise ValueError("Input should be a number, not a boolean: YAML reads yes, no, on and off as booleans")
+        return value
 
 
 class PipelineConfig(Section):

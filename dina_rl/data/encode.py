@@ -114,17 +114,12 @@ def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeW
     sizes = bucketing(dataset, run.pipeline)
     plan = EncodePlan(run_dir / PLAN_FILE, made_of=_ingredients(run))
     try:
-        if not plan.is_read:
-            source = open_set(dataset.kind, dataset.location)
-            records = {ours: source.records(theirs) for ours, theirs in dataset.splits.items()}
-            plan.read(records, preferences=dataset.filter, seed=run.seed)
-        _check_broken(plan, run_dir, dataset)
-        for chunk, measured in work.measure(run, plan, plan.unmeasured()):
-            plan.measured(chunk, measured)
-        if not plan.is_placed:
-            plan.place(sizes, max_per_prompt=max_per_prompt(dataset))
-        _check_broken(plan, run_dir, dataset)
-        _check_kept(plan.retention(sizes.buckets), run_dir, dataset)
+        try:
+            _make_plan(plan, run, run_dir, sizes, work)
+        except ValueError:
+            if not (run_dir / LATENTS).exists():
+                (run_dir / PLAN_FILE).unlink()  # the set or its filters are about to be mended
+            raise
         store = _open_store(run, run_dir, plan, sizes, backbone)
         missing = store.missing_shards()
         if missing and dataset.kind == "preprocessed":
@@ -141,6 +136,22 @@ def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeW
         return store
     finally:
         plan.close()
+
+
+def _make_plan(plan: EncodePlan, run: FitRun, run_dir: Path, sizes: Bucketing, work: EncodeWork) -> None:
+    """Decide what is encoded. Raises ValueError if too much of the set is broken or none of it is left."""
+    dataset = run.dataset
+    if not plan.is_read:
+        source = open_set(dataset.kind, dataset.location)
+        records = {ours: source.records(theirs) for ours, theirs in dataset.splits.items()}
+        plan.read(records, preferences=dataset.filter, seed=run.seed)
+    _check_broken(plan, run_dir, dataset)
+    for chunk, measured in work.measure(run, plan, plan.unmeasured()):
+        plan.measured(chunk, measured)
+    if not plan.is_placed:
+        plan.place(sizes, max_per_prompt=max_per_prompt(dataset))
+    _check_broken(plan, run_dir, dataset)
+    _check_kept(plan.retention(sizes.buckets), run_dir, dataset)
 
 
 def measure_images(source: PreferenceSet, images: Sequence[str]) -> Measured:

@@ -29,6 +29,7 @@ from dina_rl.evaluation.sets import EvaluationSet, open_source
 from dina_rl.evaluation.tables import Cell, Row, Table, grid, markdown, shown, write_rows
 from dina_rl.evaluation.uncertainty import Uncertainty
 from dina_rl.reward.held_out import GOLDEN_FILE, label_ceiling
+from dina_rl.textfiles import read_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,7 @@ def _ceiling(data: EvaluationSet) -> float | None:
     if not file.is_file():
         return None
     pairs = [(r.images[better], r.images[worse]) for r in data.records for better, worse in r.ordered_pairs()]
-    return label_ceiling(json.loads(file.read_text()), pairs)
+    return label_ceiling(json.loads(read_text(file)), pairs)
 
 
 def _main_table(report: Report, jobs: Sequence[tuple[NamedScorer, ScoringJob]]) -> Table:

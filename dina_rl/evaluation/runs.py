@@ -14,6 +14,7 @@ from dina_rl.config.keys import Mark, covers, dump_without, explain
 from dina_rl.data.stores.latents import STORE_FILE
 from dina_rl.evaluation.requests import View
 from dina_rl.reward.fit import REWARD
+from dina_rl.textfiles import parse_yaml, read_text
 
 DATA_PATH = "data.path"
 
@@ -90,7 +91,7 @@ def training_data(run: FittedRun) -> dict[str, object]:
     store = latents.expanduser() / STORE_FILE
     if not store.is_file():
         return {DATA_PATH: str(latents)}
-    info = json.loads(store.read_text())
+    info = json.loads(read_text(store))
     dataset = _encoded_from(store.parent.parent / CONFIG_FILE)
     if dataset is not None and dataset.path == info["dataset"]:
         return _flat({"data": dump_without(dataset, *Mark)})
@@ -101,9 +102,9 @@ def training_data(run: FittedRun) -> dict[str, object]:
 def _encoded_from(file: Path) -> DatasetConfig | None:
     """The dataset section of a run's configuration; None: there is none that can be read."""
     try:
-        content = yaml.safe_load(file.read_text())
+        content = parse_yaml(read_text(file))
         return DatasetConfig.model_validate(content["dataset"])
-    except (OSError, yaml.YAMLError, ValidationError, KeyError, TypeError):
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -119,7 +120,7 @@ def _read_run(directory: Path) -> FittedRun:
     if not file.is_file():
         raise ValueError(f"run {directory} does not exist (no {CONFIG_FILE}); fit one with jobs.fit_reward")
     try:
-        run = FitRun.model_validate(yaml.safe_load(file.read_text()))
+        run = FitRun.model_validate(parse_yaml(read_text(file)))
     except (ValidationError, yaml.YAMLError) as error:
         reason = explain(error)[0] if isinstance(error, ValidationError) else "it is not valid YAML"
         raise ValueError(f"run {directory} is not a fit run: {reason}") from error

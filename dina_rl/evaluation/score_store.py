@@ -31,6 +31,7 @@ from dina_rl.evaluation.layout import Layout, lay_out, needs_sizes
 from dina_rl.evaluation.requests import EncodeRequest, Problem, ScoreRequest, View, Workers
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.runtime import open_pipeline
+from dina_rl.textfiles import read_text
 
 Value = TypeVar("Value")
 PROBLEMS = "problems"
@@ -256,7 +257,7 @@ class ScoreStore:
             images = list(dict.fromkeys(image for record in data.records for image in record.images))
             source = data.source
             write_json(file, {image: _size(source, image) for image in tqdm(images, desc="sizes", unit="img")})
-        stored = json.loads(file.read_text())
+        stored = json.loads(read_text(file))
         return {image: size if isinstance(size, str) else (size[0], size[1]) for image, size in stored.items()}
 
     def _store_directory(self, job: ScoringJob) -> Path:

@@ -33,6 +33,7 @@ from dina_rl.reward.card import (
     save_adapter,
 )
 from dina_rl.reward.model import LatentRewardModel
+from dina_rl.textfiles import read_text
 
 HEAD_FILE = "head.safetensors"
 
@@ -97,8 +98,8 @@ def _read(directory: str | Path) -> tuple[Path, RewardCard, bool]:
     if not file.is_file():
         raise ValueError(f"reward model {directory} does not exist (no {CARD_FILE}); fit one with jobs.fit_reward")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     is_published = published.is_published(raw)
     try:

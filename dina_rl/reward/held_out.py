@@ -10,6 +10,7 @@ from dina_rl.backbones.base import TextEncoder
 from dina_rl.data.stores.latents import LatentStore, PairBatch
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.seeding import normal
+from dina_rl.textfiles import read_text
 from dina_rl.types import PromptEmbeds
 
 GOLDEN_FILE = "golden.json"
@@ -47,7 +48,7 @@ def store_ceiling(store: LatentStore) -> float | None:
         (store.images[chosen], store.images[rejected])
         for chosen, rejected in zip(table.chosen.tolist(), table.rejected.tolist(), strict=True)
     ]
-    return label_ceiling(json.loads(file.read_text()), pairs)
+    return label_ceiling(json.loads(read_text(file)), pairs)
 
 
 @torch.no_grad()

@@ -13,14 +13,16 @@ from time import perf_counter
 from typing import Protocol
 
 from dina_rl.backbones.base import Backbone
-from dina_rl.checkpoint import open_run_dir, write_json
+from dina_rl.checkpoint import write_json
 from dina_rl.config import FitRun
 from dina_rl.data.encode import EncodeWork
 from dina_rl.data.stores.open import open_store
 from dina_rl.reward.fit import METRICS_FILE, FitResult
 from dina_rl.reward.inputs import check_fit_inputs, encode_missing, training_latents, unseen_pairs, without_embeddings
 from dina_rl.reward.session import Outcome, result_of
+from dina_rl.run_directory import run_directory
 from dina_rl.runtime import open_pipeline
+from dina_rl.textfiles import read_text
 
 
 class Training(Protocol):
@@ -52,11 +54,19 @@ def fit_reward(run: FitRun, open_work: Callable[[Backbone], FitWork]) -> FitResu
     begin = perf_counter()
     backbone = open_pipeline(run.pipeline)
     run = check_fit_inputs(run, backbone)
-    run_dir = open_run_dir(run, run.run_dir, resume=run.resume)
-    metrics_file = run_dir / METRICS_FILE
-    if metrics_file.is_file():
-        return FitResult(**json.loads(metrics_file.read_text()))
-    encoding, training = open_work(backbone)
+    with run_directory(run, run.run_dir, resume=run.resume, finished=_finished) as run_dir:
+        if _finished(run_dir):
+            return FitResult(**json.loads(read_text(run_dir / METRICS_FILE)))
+        return _fit(run, run_dir, backbone, open_work(backbone), begin)
+
+
+def _finished(run_dir: Path) -> bool:
+    return (run_dir / METRICS_FILE).is_file()
+
+
+def _fit(run: FitRun, run_dir: Path, backbone: Backbone, work: FitWork, begin: float) -> FitResult:
+    """The job once its inputs are found right, timed from `begin` on."""
+    encoding, training = work
     encode_missing(run, run_dir, backbone, encoding)
     latents = training_latents(run, run_dir)
     store = open_store(latents)
@@ -72,5 +82,5 @@ def fit_reward(run: FitRun, open_work: Callable[[Backbone], FitWork]) -> FitResu
         encode_seconds=encode_seconds,
         total_seconds=perf_counter() - begin,
     )
-    write_json(metrics_file, asdict(result))
+    write_json(run_dir / METRICS_FILE, asdict(result))
     return result

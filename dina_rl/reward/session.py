@@ -31,6 +31,7 @@ from dina_rl.reward.checkpoint import save_reward
 from dina_rl.reward.fit import REWARD, Accuracies, FitResult, RewardFit, StepReport, fit
 from dina_rl.reward.held_out import pairwise_accuracy, score_pairs, store_ceiling
 from dina_rl.reward.model import LatentRewardModel
+from dina_rl.textfiles import read_text
 
 LOG_FILE = "fit.jsonl"
 TENSORBOARD = "tensorboard"
@@ -174,7 +175,7 @@ def result_of(
         label_ceiling=store_ceiling(first) if isinstance(first, LatentStore) else None,
         train_pairs=len(store.pairs("train")),
         test_pairs=len(first.pairs("test")),
-        skipped=len(skipped.read_text().splitlines()) if skipped.is_file() else 0,
+        skipped=len(read_text(skipped).splitlines()) if skipped.is_file() else 0,
         steps=run.fit.steps,
         pairs_per_second=outcome.pairs_per_second,
         encode_seconds=encode_seconds,

@@ -10,7 +10,7 @@ from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.prompts import load_prompts
-from dina_rl.alignment.record import Recorder
+from dina_rl.alignment.record import Recorder, finished
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.backbones.guidance import guided_velocity
@@ -194,7 +194,7 @@ def test_a_refl_run_goes_from_start_to_export(make):
     )
     recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
-    assert recorder.finished
+    assert finished(run, run.run_dir)
     first, second = recorder.history.iterations()
     assert first["kl"] == 0
     assert second["kl"] > 0

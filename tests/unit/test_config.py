@@ -98,6 +98,12 @@ def test_text_is_taken_literally():
         (["--rewards.dina.levels", "1.0"], "rewards.dina.levels.0: Input should be less than 1"),
         (["--rewards.dina.levels", "["], "--rewards.dina.levels [: not valid YAML"),
         (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["--iterations", "yes"], "iterations: Input should be a number, not a boolean"),
+        (["--learner.learning-rate", "on"], "learner.learning_rate: Input should be a number, not a boolean"),
+        (["--golden.guidances", "1", "true"], "golden.guidances: Input should be a number, not a boolean"),
+        (["--rewards.dina.levels"], "rewards.dina.levels: Input should be a number, not a boolean"),
+        (["--iterations"], "iterations: Input should be a number, not a boolean"),
+        (["--learner.lora", "{rank: 2, rank: 3}"], "the key rank is written twice, in lines 1 and 1"),
         (["stray"], "unexpected word 'stray'"),
     ],
 )
@@ -117,6 +123,40 @@ def test_unknown_keys_in_a_file_are_all_reported(tmp_path, capsys):
     with pytest.raises(SystemExit):
         load(AlignRun, ["--config", str(file)], program="test")
     assert capsys.readouterr().err == "error: learner.lr: unknown key\nerror: stepz: unknown key\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"seed: 1\nlearner: {epochs: 2}\nlearner:\n  lora: None\n",
+            "key learner is written twice, in lines 2 and 3",
+        ),
+        (
+            b"learner:\n  epochs: 1\n  lora: {rank: 1}\n  epochs: 2\n",
+            "key epochs is written twice, in lines 2 and 4",
+        ),
+        (b"name: caf\xe9\n", "is not UTF-8 text (byte 9: invalid continuation byte); save it"),
+        ("seed: 1\n".encode("utf-16"), "is not UTF-8 text (it looks like UTF-16); save it as UTF-8"),
+    ],
+)
+def test_what_a_file_would_lose_or_garble_is_one_line_with_its_name(tmp_path, capsys, content, message):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        load(AlignRun, ["--config", str(file)], program="test")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert str(file) in error
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_merged_keys_and_a_byte_order_mark_are_no_mistakes(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("rewards:\n  dina: &a {weight: 2}\n  clip_score: {<<: *a, weight: 3, path: there}\n", "utf-8-sig")
+    run = load(AlignRun, ["--config", str(file)], program="test")
+    assert (run.rewards.dina.weight, run.rewards.clip_score.weight) == (2, 3)
 
 
 def test_an_override_inside_what_the_file_gives_no_section_is_one_line(tmp_path, capsys):

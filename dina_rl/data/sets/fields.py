@@ -1,5 +1,7 @@
 """What readers of published files share: records as a stream, and fields checked one by one."""
 
+import codecs
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,17 +38,35 @@ def json_array(file: Path) -> Iterator[object]:
     if not file.is_file():
         raise ValueError(f"dataset {file.parent} has no {file.name}")
     with file.open("rb") as stream:
+        begin = len(codecs.BOM_UTF8) if stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+        stream.seek(begin)
         start = stream.read(1)
         while start.isspace():
             start = stream.read(1)
         if start in (b"{", b'"'):
             raise ValueError(f"{file} must hold an array of records")
-        stream.seek(0)
+        stream.seek(begin)
+        position = 0
         try:
-            yield from ijson.items(stream, "item", use_float=True)
+            for element in ijson.items(stream, "item", use_float=True):
+                yield element
+                position += 1
         except ijson.JSONError as error:
             message = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
-            raise ValueError(f"{file} is not valid JSON: {message.splitlines()[0]}") from error
+            place = f"at record {position}, counted from 0"
+            raise ValueError(f"{file} is not valid JSON {place}: {_say(message)}") from error
+
+
+def _say(message: str) -> str:
+    """What the parser found, and what to do. It says so in three lines, with what stands there and where in it."""
+    what, *place = message.splitlines()
+    if len(place) == 2:
+        at = max(place[1].find("^"), 0)
+        if re.match(r"-?(NaN|Inf)", place[0][max(at - 1, 0) :].lstrip(" :,[")):
+            return "JSON has no NaN and no Infinity; write null in its place"
+    if "UTF8" in what or "\ufffd" in message:
+        return "it is not UTF-8 text; save it as UTF-8"
+    return f"{what.strip()}; was the file cut short or edited? `python -m json.tool` finds the place"
 
 
 def text(raw: Raw, key: str) -> str:

@@ -27,6 +27,7 @@ from dina_rl.checkpoint import write_json
 from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Size
 from dina_rl.data.stores.files import chunked, write_table
+from dina_rl.textfiles import read_text
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 LatentDtype = Literal["float32", "bfloat16"]
@@ -184,7 +185,7 @@ class LatentStore:
         if not file.is_file():
             raise ValueError(f"latent store {directory} does not exist (no {STORE_FILE}); make it with jobs.encode")
         try:
-            raw = json.loads(file.read_text())
+            raw = json.loads(read_text(file))
             for key in ("buckets", "latent_shapes", "rows"):
                 raw[key] = tuple(tuple(value) if isinstance(value, list) else value for value in raw[key])
             self.info = StoreInfo(**raw)

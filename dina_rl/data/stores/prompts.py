@@ -27,6 +27,7 @@ from dina_rl.checkpoint import write_json
 from dina_rl.config import PipelineConfig
 from dina_rl.data.stores.files import chunked, write_table
 from dina_rl.data.stores.latents import CACHE_BYTES, INDEX_GROUP, ROW_GROUP_BYTES
+from dina_rl.textfiles import read_text
 from dina_rl.types import PromptEmbeds
 
 PROMPTS = "prompts"
@@ -79,7 +80,7 @@ class PromptStore:
         file = self.directory / INFO_FILE
         if not file.is_file():
             raise ValueError(f"latent store {directory} has no prompt embeddings; make them with jobs.encode")
-        raw = json.loads(file.read_text())
+        raw = json.loads(read_text(file))
         self.info = PromptsInfo(**raw | {"shape": tuple(raw["shape"])})
         self.num_prompts = parquet.read_metadata(self.directory / INDEX_FILE).num_rows
         self._width: int = self.info.values * getattr(torch, self.info.dtype).itemsize  # bytes of a row

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from dina_rl.alignment.prompts import load_prompts
-from dina_rl.config import PromptsConfig
+from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
+from dina_rl.config import PipelineConfig, PromptsConfig
+from dina_rl.runtime import open_pipeline
 
 
 @pytest.fixture
@@ -29,6 +30,8 @@ def test_sources_may_be_mixed(hpdv3: str, dev: str, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.splitlines() == [
         f"prompts.train: 1 of 4 records of {hpdv3}:train are malformed and left out, the first is record 3 of "
         f"train.json: {reason}",
+        f"prompts.train: 3 prompts of {hpdv3}:train are 2 different ones; each counts once",
+        f"prompts.dev: 3 prompts of {dev} are 2 different ones; each counts once",
         f"prompts.test: 1 of 2 records of {hpdv3}:test are malformed and left out, the first is record 1 of "
         f"test.json: {reason}",
     ]
@@ -50,3 +53,33 @@ def test_mistakes_name_the_split(hpdv3: str, dev: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=rf"^prompts\.test: .*{message}"):
             load_prompts(PromptsConfig(train=f"{hpdv3}:train", dev=dev, test=source))
+
+
+@pytest.mark.parametrize("name", ["test.txt", "test.jsonl", "test.json", "test.csv"])
+def test_a_byte_order_mark_hides_no_leak(tmp_path: Path, dev: str, name: str) -> None:
+    """Whether the file begins with it or, joined of several, has it in its middle."""
+    (tmp_path / "train.txt").write_text("a cat\n\ufeffa dog\n", encoding="utf-8-sig")
+    written = {
+        ".txt": "{}\n",
+        ".jsonl": '{{"prompt": "{}"}}\n',
+        ".json": '["{}"]',
+        ".csv": "prompt\n{}\n",
+    }[Path(name).suffix]
+    for prompt in ("a cat", "a dog"):
+        (tmp_path / name).write_text(written.format(prompt), encoding="utf-8-sig")
+        sources = PromptsConfig(train=str(tmp_path / "train.txt"), dev=dev, test=str(tmp_path / name))
+        with pytest.raises(ValueError, match=rf"prompts\.test are in prompts\.train too \(first: '{prompt}'"):
+            load_prompts(sources)
+
+
+def test_prompts_that_are_cut_are_counted(tiny_pipeline: Path) -> None:
+    backbone = open_pipeline(PipelineConfig(path=str(tiny_pipeline)))
+    prompts = Prompts(train=("a red circle", "a " * 9, "a " * 30), dev=("a red ring",), test=("a " * 8,))
+    lines = cut_prompts(backbone, prompts)
+    assert lines[0] == (
+        f"prompts.train: 2 of 3 prompts are longer than CLIP's 8 tokens and are cut there, the first is {'a ' * 9!r}"
+    )
+    assert [line.partition(" are ")[0] for line in lines] == [
+        *("prompts.train: 2 of 3 prompts", "prompts.train: 2 of 3 prompts"),
+        *("prompts.test: 1 of 1 prompts", "prompts.test: 1 of 1 prompts"),
+    ]

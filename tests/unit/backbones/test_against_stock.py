@@ -171,3 +171,16 @@ def test_z_image_refuses_captions_beyond_its_positions(tiny_z_image) -> None:
     assert open_backbone(tiny_z_image, max_sequence_length=224)
     with pytest.raises(ValueError, match="max_sequence_length 225 is beyond the 256 positions"):
         open_backbone(tiny_z_image, max_sequence_length=225)
+
+
+def test_prompts_that_are_cut_are_those_whose_end_is_not_read(family: Family, backbone: Backbone) -> None:
+    """Beyond its limit a word changes no embedding; one that is not reported is read whole."""
+    encoder, words = backbone.load_text_encoder(), ["a " * count for count in range(1, 120)]
+    cut = backbone.cut_prompts(words)
+    assert backbone.cut_prompts(["a"]) == {}
+    assert all(found == words[-len(found) :] for found in cut.values()), "the longer ones, in order"
+    longest = words[-1]
+    whole = [word for word in words if not any(word in found for found in cut.values())]
+    assert torch.equal(encoder([longest + "red"]).embeds, encoder([longest + "blue"]).embeds)
+    assert not torch.equal(encoder([whole[-1]]).embeds, encoder([whole[-2]]).embeds)
+    assert {name.split("'s ")[0] for name in cut} == ({"the chat"} if family.name == "z_image" else {"CLIP", "T5"})

@@ -264,6 +264,70 @@ def test_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(ValueError, match="not UTF-8"):
         list(open_set("prompts", tmp_path).records("train"))
+    (tmp_path / "train.csv").write_text("prompt\n")
+    with pytest.raises(ValueError, match=r"has train\.txt and train\.csv; name the file"):
+        open_set("prompts", tmp_path).records("train")
+
+
+PROMPT_FILES = {
+    ".txt": "a cat\n\nein Hund, gro\u00df \n",
+    ".jsonl": '{"prompt": "a cat", "id": 3}\n\n"ein Hund, gro\u00df"\n',
+    ".json": '[{"prompt": "a cat", "id": 3}, "ein Hund, gro\u00df"]',
+    ".csv": 'id,prompt\n3,a cat\n4,"ein Hund, gro\u00df"\n',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", PROMPT_FILES)
+def test_prompt_files_are_read_as_what_they_are(tmp_path: Path, suffix: str, encoding: str) -> None:
+    for newline in ("\n", "\r\n"):
+        file = tmp_path / f"train{suffix}"
+        file.write_text(PROMPT_FILES[suffix], encoding=encoding, newline=newline)
+        for path in (file, tmp_path):
+            assert prompts_of(open_set("prompts", path), "train") == (["a cat", "ein Hund, gro\u00df"], [])
+
+
+def test_malformed_entries_of_prompt_files(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"prompt": "p"}\n{"prompt": \n[1]\n{"text": "p"}\n{"prompt": " "}\n')
+    prompts, skipped = prompts_of(open_set("prompts", file), "train")
+    assert prompts == ["p"]
+    assert [(index, reason.split(":")[0]) for index, reason in reasons(skipped)] == [
+        (1, "not valid JSON"),
+        (2, "neither an object nor a string"),
+        (3, "prompt must be a non-empty string, got None"),
+        (4, "prompt must be a non-empty string, got ' '"),
+    ]
+    file = tmp_path / "train.csv"
+    file.write_text("text;prompt\na;b\n")
+    with pytest.raises(ValueError, match=r"train\.csv has no column `prompt`, but \['text;prompt'\]; is it split by c"):
+        list(open_set("prompts", file).records("train"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'[{"prompt": "p"}, {"a": "p", "confidence": NaN}]',
+            r"at record 1, .*no NaN and no Infinity; write null",
+        ),
+        (b'[{"prompt": "p"}, {"confidence":-Infinity}]', r"at record 1, .*no NaN and no Infinity; write null"),
+        (b'[{"prompt": "p"}, {"prompt": "caf\xe9"}]', r"at record 1, .*not UTF-8 text; save it as UTF-8"),
+        ("[]".encode("utf-16"), r"at record 0, .*not UTF-8 text; save it as UTF-8"),
+        (b'[{"prompt": "NaN"}, {"prompt": "q"', r"at record 1, .*was the file cut short or edited\?"),
+    ],
+)
+def test_json_that_cannot_be_read_says_where_and_what_to_do(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "train.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"train\.json is not valid JSON {message}") as error:
+        list(open_set("hpdv3", tmp_path).records("train"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_set(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(json.dumps([{"prompt": "p", "path1": "a", "path2": "b"}]), "utf-8-sig")
+    (record,) = open_set("hpdv3", tmp_path).records("train")
+    assert record.images == ("a", "b")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,38 @@
+"""One reader of text files for the whole product."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dina_rl.textfiles import parse_yaml, read_text
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("place", ["dina_rl", "actors", "jobs"])
+def test_nobody_reads_text_or_yaml_in_another_way(place: str) -> None:
+    others = re.compile(r"\.read_text\(|safe_load\(|\.open\(encoding|\.open\(\)")
+    found = [file.name for file in (ROOT / place).rglob("*.py") if others.search(file.read_text())]
+    assert found == []
+
+
+def test_text_is_utf_8_whatever_the_ends_of_line_and_the_editors_mark(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfgr\xc3\xbcn\r\nrot\rblau\n")
+    assert read_text(file) == "gr\u00fcn\nrot\nblau\n"
+    file.write_bytes("a".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text \(it looks like UTF-16\); save it as UTF-8$"):
+        read_text(file)
+
+
+def test_a_key_stands_once_however_deep_and_however_it_is_written() -> None:
+    assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, b: 2}\nd: [{b: 1}, {b: 2}]") == {
+        "a": {"b": 1},
+        "c": {"b": 2},
+        "d": [{"b": 1}, {"b": 2}],
+    }
+    for text in ("a: 1\nb: 2\n'a': 3", "x: {a: 1,\n  b: 2, a: 1}", "- {a: 1}\n- {a: 1, \na: 1}"):
+        with pytest.raises(yaml.YAMLError, match=r"^the key a is written twice, in lines \d and \d$"):
+            parse_yaml(text)
