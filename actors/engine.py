@@ -19,7 +19,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from dina_rl.adamw import MOMENTS
-from dina_rl.alignment.engine import build_optimizer
+from dina_rl.alignment.engine import build_optimizer, set_rate
 from dina_rl.backbones.lora import trainable
 from dina_rl.backbones.trained import check_names, copy_in, copy_out, trained_parameters
 from dina_rl.config import LearnerConfig
@@ -73,7 +73,8 @@ class DeepSpeedEngine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.module.backward(loss)
 
-    def step(self) -> float:
+    def step(self, learning_rate: float) -> float:
+        set_rate(self._optimizer, learning_rate)
         self.module.step()
         return float(self._norm if self._stage == 0 else self.module.get_global_grad_norm())
 

@@ -27,7 +27,7 @@ class Engine(Protocol):
         """Accumulate gradients; `last` marks the final call before `step`."""
         ...
 
-    def step(self) -> float:
+    def step(self, learning_rate: float) -> float:
         """Average over ranks, clip, update, clear. Returns the gradient norm before clipping."""
         ...
 
@@ -53,6 +53,12 @@ def build_optimizer(parameters: Sequence[nn.Parameter], config: LearnerConfig) -
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
+def set_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    """What every engine's next step goes by."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
 class TorchEngine:
     """Plain torch on one process: the reference that the distributed engine must match."""
 
@@ -68,7 +74,8 @@ class TorchEngine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self) -> float:
+    def step(self, learning_rate: float) -> float:
+        set_rate(self._optimizer, learning_rate)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()

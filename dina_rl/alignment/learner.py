@@ -11,6 +11,7 @@ from dina_rl.alignment.ema import WeightsEMA
 from dina_rl.alignment.engine import Engine
 from dina_rl.alignment.objective import Minibatch
 from dina_rl.alignment.policy import Policy
+from dina_rl.alignment.rate import learning_rate
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.seeding import generator
@@ -77,7 +78,7 @@ class PolicyLearner:
             **{f"first_{name}": value for name, value in first.items()},
             **{f"largest_{name}": value for name, value in largest.items() if name not in before},
             "grad_norm": sum(norms) / len(norms),
-            "learning_rate": learner.learning_rate,
+            "learning_rate": self._rate(self.version - 1),  # of the last update
             "updates": len(norms),
         }
 
@@ -104,12 +105,15 @@ class PolicyLearner:
 
     def _take_step(self) -> float:
         """One optimizer update; returns the gradient norm."""
-        norm = self._policy.engine.step()
+        norm = self._policy.engine.step(self._rate(self.version))
         if not torch.isfinite(torch.tensor(norm)):
             raise RunStopped(f"the gradient norm is {norm} at policy version {self.version}; the update is void")
         self.version += 1
         self._ema.update(self._policy.engine.weights())
         return norm
+
+    def _rate(self, update: int) -> float:
+        return learning_rate(self.run.learner, update, self.run.updates)
 
     def _averages(self, sums: dict[str, float]) -> dict[str, float]:
         """Means over the terms of all ranks."""

@@ -37,10 +37,12 @@ def _updates(run: AlignRun, work: Work) -> list[tuple[str, str]]:
     minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * rollout.group_size
     forwards = minibatch // (learner.micro_batch_size * ranks)
     updates = learner.updates_per_iteration * learner.epochs
+    warmup = f"after {learner.warmup_updates} updates of warm-up, " if learner.warmup_updates else ""
     return [
         (
             "learner",
-            f"{updates} update(s) an iteration, {updates * run.iterations} in all, rate {learner.learning_rate:g}",
+            f"{updates} update(s) an iteration, {run.updates} in all, "
+            f"rate {learner.learning_rate:g} {warmup}{learner.schedule}",
         ),
         (
             "",

@@ -197,6 +197,7 @@ class Recorder:
         }
         working = sum(self._marks[stage] for stage in ("rollout", "update", "publish"))
         done = number + 1
+        rate = {name: metrics[name] for name in ("learning_rate",) if name in metrics}  # absent without an update
         self.history.add("iteration", done, {**train, "scorers": by_scorer, **metrics})
         if advantages.failed:
             tqdm.write(f"  iteration {done}: dropped {advantages.failed} groups whose reward is not finite")
@@ -205,7 +206,8 @@ class Recorder:
             {
                 **{f"train/{name}": value for name, value in train.items()},
                 **{f"scorers/{name}": value for name, value in by_scorer.items()},
-                **{f"update/{name}": value for name, value in metrics.items()},
+                **{f"update/{name}": value for name, value in metrics.items() if name not in rate},
+                **{f"learner/{name}": value for name, value in rate.items()},
                 **{f"seconds/{name}": value for name, value in self._marks.items()},
                 "seconds/images_per_second": rewards.numel() / working,
             },

@@ -61,7 +61,11 @@ class LearnerConfig(Section):
     lora: PolicyLoRAConfig | None = PolicyLoRAConfig()
     """None trains all weights of the transformer; they travel to the rollout actors in parts"""
     learning_rate: Rate = 3e-5
-    """AdamW's rate"""
+    """AdamW's rate, after its warm-up and at the start of its schedule"""
+    warmup_updates: NonNegative = 0
+    """optimizer updates (updates_per_iteration x epochs in an iteration) over which the rate rises in a line"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """the rate after the warm-up: constant, or falling to 0 over the rest of the run, in a line or half a cosine"""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """AdamW's decoupled weight decay"""
     max_grad_norm: Rate = 1.0
@@ -82,6 +86,11 @@ class LearnerConfig(Section):
     """`torch` is plain AdamW on one rank; --inline always uses it"""
     zero_stage: Annotated[int, Field(ge=0, le=3), Mark.PROCESS] = 0
     """DeepSpeed ZeRO stage"""
+
+    @property
+    def rate_depends_on_length(self) -> bool:
+        """Whether a longer run has other rates from the start: one that has begun cannot be made longer."""
+        return self.schedule != "constant"
 
 
 class WatchConfig(Section):

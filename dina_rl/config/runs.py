@@ -87,6 +87,11 @@ class AlignRun(_Run):
             raise ValueError(f"watch.action raise_kl multiplies {self.algorithm}.kl_weight, which is 0")
         if self.learner.guidance_in_loss and rollout.guidance_scale == 1:
             raise ValueError("learner.guidance_in_loss without guidance: rollout.guidance_scale is 1")
+        if learner.warmup_updates >= self.updates:
+            raise ValueError(
+                f"learner.warmup_updates ({learner.warmup_updates}) must be fewer than the run's {self.updates} "
+                "updates: the rate would never be reached"
+            )
         if learner.engine == "torch" and self.workers.learner_ranks > 1:
             raise ValueError(
                 f"learner.engine torch runs on one rank, workers.learner_ranks is {self.workers.learner_ranks}; "
@@ -116,6 +121,11 @@ class AlignRun(_Run):
         """The settings of the algorithm in use."""
         section: AlgorithmConfig = dict(self)[self.algorithm]
         return section
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run, if no iteration drops all its groups."""
+        return self.iterations * self.learner.updates_per_iteration * self.learner.epochs
 
     @property
     def kl_weight(self) -> float:

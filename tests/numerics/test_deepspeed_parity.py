@@ -15,6 +15,7 @@ from actors.gang import Gang, GangMember
 from actors.placement import actor_options
 from dina_rl.alignment.engine import Engine, TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
+from dina_rl.alignment.rate import learning_rate
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.backbones.lora import adapter_disabled, add_lora
 from dina_rl.backbones.sd3 import SD3
@@ -37,8 +38,9 @@ State = dict[str, torch.Tensor]
 
 
 def config(stage: int) -> LearnerConfig:
-    """Decay and clipping are both strong enough to show."""
-    return LearnerConfig(zero_stage=stage, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+    """Decay, clipping and schedule are all strong enough to show."""
+    schedule = {"learning_rate": 1e-3, "warmup_updates": 2, "schedule": "cosine"}
+    return LearnerConfig(zero_stage=stage, weight_decay=0.1, max_grad_norm=0.5, **schedule)
 
 
 def policy(*, whole: bool = False) -> nn.Module:
@@ -86,7 +88,7 @@ def train(engine: Engine, module: nn.Module, steps: range) -> list[float]:
                 reference = engine.module(**inputs, return_dict=False)[0]
             loss = (output - inputs["hidden_states"]).square().mean() + (output - reference).square().mean()
             engine.backward(30 * loss * engine.world_size / MICRO_BATCHES, last=number == mine[-1])
-        norms.append(engine.step())
+        norms.append(engine.step(learning_rate(config(0), step, STEPS)))
     return norms
 
 
@@ -263,7 +265,9 @@ def test_training_all_weights_equals_plain_torch(stage, plain_whole, ranks):
 @pytest.fixture(scope="module")
 def nft(tiny_pipeline) -> tuple[AlignRun, list[TrainingGroup]]:
     settings = {"algorithm": "nft", "nft": {"levels": 3, "old_rate": 0.1}}
-    run = tiny_run(Path("unused"), tiny_pipeline, tiny_pipeline, learner={"learning_rate": 1e-4}, **settings)
+    run = tiny_run(
+        Path("unused"), tiny_pipeline, tiny_pipeline, learner={"learning_rate": 1e-4, "schedule": "linear"}, **settings
+    )
     items = [WorkItem(iteration=0, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
     worth = torch.tensor([0.9, 0.2, 0.4])
     return run, [TrainingGroup(rollout=each, advantages=worth) for each in RolloutWorker(run).rollout(items)]

@@ -18,6 +18,8 @@ from jobs.align import exporter
 from tests.tensors import assert_same_tensors
 from tests.tiny_run import tiny_run
 
+RATES = {"learning_rate": 1e-3, "warmup_updates": 2, "schedule": "linear"}
+
 
 def perform(run, experience=None):
     """Run the loop in this process; returns its recorder."""
@@ -32,7 +34,7 @@ def adapter_of(run):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_pipeline, tiny_reward):
-    run = tiny_run(tmp_path_factory.mktemp("whole"), tiny_pipeline, tiny_reward)
+    run = tiny_run(tmp_path_factory.mktemp("whole"), tiny_pipeline, tiny_reward, learner=RATES)
     return run, perform(run)
 
 
@@ -86,7 +88,7 @@ def as_version_01_left_it(run_dir):
 @pytest.mark.parametrize("version", ["today's", "0.1's"])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_reward, finished, version):
     whole, recorder = finished
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward)
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner=RATES)
     open_run_dir(run, run.run_dir, resume=False)
     with pytest.raises(Killed):
         perform(run, DiesAt(run, iteration=2))
@@ -100,6 +102,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
     assert lines == recorder.history.entries
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/reward_mean")] == [1, 2, 3]
+    rates = [event.value for event in events.Scalars("learner/learning_rate")]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.25e-3]), "of updates 2, 4 and 6"
 
 
 def test_another_seed_is_another_run(tmp_path, tiny_pipeline, tiny_reward, finished):

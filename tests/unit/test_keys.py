@@ -50,8 +50,8 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     },
     LearnerConfig: {
         Mark.PROCESS: "gradient_checkpointing engine zero_stage",
-        DECIDES: "learning_rate weight_decay max_grad_norm updates_per_iteration epochs micro_batch_size ema_decay "
-        "guidance_in_loss",
+        DECIDES: "learning_rate warmup_updates schedule weight_decay max_grad_norm updates_per_iteration epochs "
+        "micro_batch_size ema_decay guidance_in_loss",
     },
     WorkersConfig: {
         Mark.PROCESS: "rollout_workers scorers learner_ranks cpus_per_actor gpus_per_rollout gpus_per_scorer "

@@ -40,6 +40,7 @@ def test_the_arithmetic_of_a_plan():
         }
     )
     text = describe(run)
+    assert "2 update(s) an iteration, 20 in all, rate 3e-05 constant\n" in text
     assert "10 iterations, 5,760 training images" in text
     assert "32 prompts x 18 samples = 576 images, 8 calls" in text
     assert "minibatch 288 = 16 forwards x 9 samples x 2 ranks; 48 backward passes a rank" in text
