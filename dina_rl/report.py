@@ -1,28 +1,55 @@
 """Pictures of a run: proxy and golden side by side (the paper's Fig. 5), and samples before and after."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 
 from dina_rl.checkpoint import write_bytes
 from dina_rl.types import Point
 
+TILE = 96
+"""Pixels that an image of a grid is wide at least."""
+CAPTION_LINES = 4
 GOLDEN, PROXY, FAINT = "#c9a227", "#2f6f9f", "#8a8a8a"
 
 
-def image_grid(images: torch.Tensor, columns: int = 8, scale: int = 3) -> torch.Tensor:
-    """One picture [3, H, W] uint8 of `images` [B, 3, h, w] uint8 in rows of `columns`, enlarged without smoothing."""
+def image_grid(images: torch.Tensor, columns: int = 8, captions: Sequence[str] = ()) -> torch.Tensor:
+    """One picture [3, H, W] uint8 of `images` [B, 3, h, w] uint8 in rows of `columns`.
+
+    Small ones are enlarged without smoothing. Below each stands its caption, if there are any.
+    """
+    scale = -(-TILE // images.shape[3])
     enlarged = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    if captions:
+        texts = [_caption(text, enlarged.shape[3]) for text in captions]
+        enlarged = torch.cat([enlarged, torch.stack(texts)], 2)
     padded = torch.nn.functional.pad(enlarged, (2, 2, 2, 2), value=255)
     missing = -len(padded) % columns
     padded = torch.cat([padded, torch.full((missing, *padded.shape[1:]), 255, dtype=torch.uint8)])
     rows = padded.view(-1, columns, *padded.shape[1:])
     return torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+
+
+def _caption(text: str, width: int) -> torch.Tensor:
+    """`text` [3, h, width] uint8, black on white, wrapped, and cut after `CAPTION_LINES`.
+
+    It is as large in its image as a reader needs who looks at a whole grid in a card of TensorBoard.
+    """
+    size = max(11, width // 11)
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans Mono"), size)  # comes with matplotlib
+    lines = textwrap.wrap(text, int(width / font.getlength("m")), max_lines=CAPTION_LINES, placeholder="...")
+    picture = Image.new("RGB", (width, CAPTION_LINES * (size + 2) + 2), "white")
+    ImageDraw.Draw(picture).multiline_text((0, 0), "\n".join(lines), "black", font, spacing=2)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def plot_curves(points: Sequence[Point], base: Mapping[float, float], path: Path) -> None:

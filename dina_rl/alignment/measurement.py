@@ -42,6 +42,7 @@ class Measurement:
     proxy: tuple[float, ...]  # per sample, the weighted sum
     proxy_parts: dict[str, float]  # mean score by scorer
     images: torch.Tensor  # [B, 3, H, W] uint8
+    prompts: tuple[str, ...]  # [B]
 
     @property
     def golden_mean(self) -> float:
@@ -84,4 +85,5 @@ def combine(
         proxy=tuple(weighted_sum(rewards, whole).tolist()),
         proxy_parts={name: score.mean().item() for name, score in whole.items()},
         images=torch.cat([batch.images for batch in samples]),
+        prompts=tuple(prompt for batch in samples for prompt in batch.item.prompts),
     )

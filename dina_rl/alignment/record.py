@@ -9,34 +9,22 @@ from statistics import pstdev
 from time import perf_counter
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dina_rl.alignment.advantage import Advantages
+from dina_rl.alignment.board import SHOWN_IMAGES, Board
 from dina_rl.alignment.checkpoints import Checkpoint, Checkpoints
 from dina_rl.alignment.history import History
 from dina_rl.alignment.measurement import Measurement
 from dina_rl.alignment.watch import DivergenceWatch
 from dina_rl.checkpoint import load_tensors, save_tensors, write_json
 from dina_rl.config import AlignRun
-from dina_rl.report import image_grid, plot_curves, plot_samples
+from dina_rl.report import plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.textfiles import read_text
 from dina_rl.types import Weights
 
-SHOWN_IMAGES = 16
 ADAPTER, TRANSFORMER = "adapter", "transformer"
-LAYOUT = {
-    "alignment": {
-        "proxy and golden: gain over the base, in its standard deviations": [
-            "Multiline",
-            ["gain/proxy", "gain/golden"],
-        ],
-        "golden (held out)": ["Multiline", ["golden/dev"]],
-        "proxy (optimised)": ["Multiline", ["proxy/dev", "train/reward_mean"]],
-        "policy ratio": ["Multiline", ["update/ratio_mean", "update/first_ratio_gap", "update/largest_ratio_gap"]],
-    }
-}
 
 
 def exported(run: AlignRun, run_dir: Path) -> Path:
@@ -65,7 +53,7 @@ class Recorder:
         self.seconds: dict[str, float] = defaultdict(float)
         self._export = export
         self._bar: tqdm[int] | None = None
-        self._writer: SummaryWriter | None = None
+        self._opened: Board | None = None
         self._marks: dict[str, float] = {}
         self._warned = False
 
@@ -87,15 +75,13 @@ class Recorder:
     def restore(self) -> tuple[int, dict[str, torch.Tensor] | None]:
         """`recall`, to go on from there. Opens TensorBoard."""
         done, state = self.recall()
-        # What was written after the checkpoint is about to be written again.
-        self._writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=done + 1 if done else None)
-        self._tensorboard.add_custom_scalars(LAYOUT)
+        self._opened = Board(self.run, self.dir / "tensorboard", done=done)
         return done, state
 
     @property
-    def _tensorboard(self) -> SummaryWriter:
-        assert self._writer is not None, "restore() opens it"
-        return self._writer
+    def _board(self) -> Board:
+        assert self._opened is not None, "restore() opens it"
+        return self._opened
 
     def checkpoint(self, done: int, state: dict[str, torch.Tensor]) -> None:
         """Save all that resuming after `done` iterations needs."""
@@ -126,11 +112,12 @@ class Recorder:
         if message is not None and not self._warned:
             self._warned = True
             tqdm.write(f"  warning: {message}")
-            self._tensorboard.add_text("warnings", message)
+            self._board.text("warnings", message, len(self.history.iterations()))
 
     def base(self, measurements: Sequence[Measurement]) -> None:
         """The unaligned model on the test prompts, one measurement per guidance scale."""
         self._store("base", measurements)
+        self._board.prompts("test", measurements[0].prompts, 0)
         self._images("base", measurements, 0)
 
     def measured(self, done: int, measurement: Measurement, average: Weights) -> None:
@@ -157,22 +144,25 @@ class Recorder:
             self.checkpoints.keep_best_weights(average)
         verdict = self.watch.look()
         if verdict.alarm is not None:
-            self._tensorboard.add_text("warnings", verdict.alarm, done)
+            self._board.text("warnings", verdict.alarm, done)
             tqdm.write(f"  iteration {done:4d}  diverged, {verdict.alarm} (watch.action {self.run.watch.action})")
-        self._scalars(
+        self._board.scalars(done, {"watch/diverged": float(verdict.diverged), "watch/kl_scale": self.watch.kl_scale})
+        self._board.curves(
             done,
-            {
+            golden={
+                "gain": (point["golden"] - first["golden"]) / max(first["golden_std"], 1e-6),
                 "golden/dev": point["golden"],
-                "proxy/dev": point["proxy"],
-                "watch/diverged": float(verdict.diverged),
-                "watch/kl_scale": self.watch.kl_scale,
-                "gain/golden": (point["golden"] - first["golden"]) / max(first["golden_std"], 1e-6),
-                "gain/proxy": (point["proxy"] - first["proxy"]) / max(first["proxy_std"], 1e-6),
                 **{f"golden_parts/{name}": value for name, value in measurement.parts.items()},
+            },
+            proxy={
+                "gain": (point["proxy"] - first["proxy"]) / max(first["proxy_std"], 1e-6),
+                "proxy/dev": point["proxy"],
                 **{f"proxy_parts/{name}": value for name, value in measurement.proxy_parts.items()},
             },
         )
-        self._tensorboard.add_image("samples/dev", image_grid(measurement.images[:SHOWN_IMAGES]), done)
+        if point is first:
+            self._board.prompts("dev", measurement.prompts, done)
+        self._board.images("samples/dev", measurement.images, measurement.prompts, done)
         self.history.save(self.dir)
         plot_curves(points, self.base_lines(), self.dir / "curves.png")
         tqdm.write(f"  iteration {done:4d}  golden {point['golden']:.3f}  proxy {point['proxy']:+.3f}")
@@ -201,7 +191,7 @@ class Recorder:
         self.history.add("iteration", done, {**train, "scorers": by_scorer, **metrics})
         if advantages.failed:
             tqdm.write(f"  iteration {done}: dropped {advantages.failed} groups whose reward is not finite")
-        self._scalars(
+        self._board.scalars(
             done,
             {
                 **{f"train/{name}": value for name, value in train.items()},
@@ -215,7 +205,7 @@ class Recorder:
         self._marks.clear()
         values = advantages.values[advantages.kept]
         if len(values.unique()) > 1:  # equal weights are no distribution
-            self._tensorboard.add_histogram("train/advantages", values, done)
+            self._board.histogram("train/advantages", values, done)
         assert self._bar is not None, "progress() draws it"
         self._bar.set_postfix(reward=f"{train['reward_mean']:+.3f}", kl=f"{metrics.get('kl', 0):.1e}")
 
@@ -223,6 +213,7 @@ class Recorder:
         """The aligned model on the test prompts, one measurement per guidance scale; draws the pictures."""
         self._store("aligned", measurements)
         self._images("aligned", measurements, self.run.iterations)
+        self._board.result(self.table("base"), self.table("aligned"), self.run.iterations)
         scale = self.run.rollout.guidance_scale
         before, after = self.stored("base", scale), self.stored("aligned", scale)
         plot_samples(before["images"], after["images"], self.dir / "samples.png")
@@ -230,7 +221,7 @@ class Recorder:
     def export(self, weights: Weights) -> None:
         """Write the weights for stock diffusers and close TensorBoard."""
         self._export(self.exported, weights.tensors)
-        self._tensorboard.close()
+        self._board.close()
 
     # --- what the report reads -----------------------------------------------------------------------------------
 
@@ -265,10 +256,4 @@ class Recorder:
 
     def _images(self, name: str, measurements: Sequence[Measurement], iteration: int) -> None:
         for m in measurements:
-            grid = image_grid(m.images[:SHOWN_IMAGES])
-            self._tensorboard.add_image(f"samples_test/{name}_guidance_{m.guidance_scale:g}", grid, iteration)
-
-    def _scalars(self, iteration: int, values: dict[str, float]) -> None:
-        for tag, value in values.items():
-            self._tensorboard.add_scalar(tag, value, iteration)
-        self._tensorboard.flush()
+            self._board.images(f"samples_test/{name}_guidance_{m.guidance_scale:g}", m.images, m.prompts, iteration)

@@ -26,8 +26,9 @@ from dina_rl.evaluation.requests import View
 from dina_rl.evaluation.results import SetAccuracy, comparisons_of, measured, uncertainty_of, write_accuracies
 from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, open_source
-from dina_rl.evaluation.tables import Cell, Row, Table, grid, markdown, shown, write_rows
+from dina_rl.evaluation.tables import Cell, Row, Table, markdown, shown, write_rows
 from dina_rl.evaluation.uncertainty import Uncertainty
+from dina_rl.markdown import grid
 from dina_rl.reward.held_out import GOLDEN_FILE, label_ceiling
 from dina_rl.textfiles import read_text
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from dina_rl.checkpoint import write_text
+from dina_rl.markdown import grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +81,6 @@ def shown(table: Table) -> str:
     """The bare table in Markdown."""
     rows = [[*row.labels, *(_number(row.cells[name], table.percent) for name in table.columns)] for row in table.rows]
     return grid([*table.labels, *table.columns], rows)
-
-
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _number(cell: Cell | None, percent: bool) -> str:

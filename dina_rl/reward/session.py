@@ -3,7 +3,7 @@
 The Ray Train worker and the fit without Ray run this same function. In the run directory it writes
     fit.jsonl      {step, loss, accuracy, ...} every few steps, {step, held_out: {set: accuracies}} at evaluations;
                    steps that a crash undid stand there twice
-    tensorboard/   the same curves
+    tensorboard/   the same curves, and as texts the configuration and the result
     reward/        the averaged weights at the end, what `load_reward` reads
     reward_best/   those that ranked most pairs of the first held-out set right (absent without `fit.evaluate_every`)
 """
@@ -27,6 +27,7 @@ from dina_rl.data.encode import SKIPPED_FILE
 from dina_rl.data.stores.latents import LatentStore, PairBatch, PairStore
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import evaluation_batches
+from dina_rl.markdown import grid, settings
 from dina_rl.reward.checkpoint import save_reward
 from dina_rl.reward.fit import REWARD, Accuracies, FitResult, RewardFit, StepReport, fit
 from dina_rl.reward.held_out import pairwise_accuracy, score_pairs, store_ceiling
@@ -107,7 +108,7 @@ def run_fit(
     ranks = OneRank() if ranks is None else ranks
     sets = HeldOutSets(store, config.held_out)
     sizes = None if store.buckets == ((run.pipeline.height, run.pipeline.width),) else store.buckets
-    log = FitLog(run_dir, steps=config.steps, first_step=progress.step, ranks=ranks)
+    log = FitLog(run, run_dir, first_step=progress.step, ranks=ranks)
 
     def save(model: LatentRewardModel, name: str) -> None:
         if ranks.rank == 0:
@@ -144,7 +145,7 @@ def run_fit(
     with progress.averaged_weights() as model:
         save(model, REWARD)
     held_out = evaluate()
-    log.close()
+    log.close(held_out)
     return Outcome(
         held_out=held_out,
         best_step=progress.best_step if config.evaluate_every else None,
@@ -216,13 +217,14 @@ class HeldOutSets:
 class FitLog:
     """Means over ranks and over `LOG_EVERY` steps: TensorBoard scalars and lines of `fit.jsonl`, written by rank 0."""
 
-    def __init__(self, run_dir: Path, *, steps: int, first_step: int, ranks: Ranks) -> None:
-        self._steps = steps
+    def __init__(self, run: FitRun, run_dir: Path, *, first_step: int, ranks: Ranks) -> None:
+        self._steps = run.fit.steps
         self._ranks = ranks
         self._file = run_dir / LOG_FILE
         self._reports: list[StepReport] = []
         self._since = perf_counter()
         self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step + 1) if ranks.rank == 0 else None
+        self._text("config", settings(run), first_step)
 
     def add(self, report: StepReport) -> None:
         """Called by all ranks after every step: it is a collective."""
@@ -247,9 +249,16 @@ class FitLog:
         self._write(step, scalars, {"held_out": held_out})
         self._since = perf_counter()  # evaluations do not count as steps
 
-    def close(self) -> None:
+    def close(self, result: Accuracies) -> None:
+        kinds = list(next(iter(result.values())))
+        rows = [[name, *(f"{values[kind]:.4f}" for kind in kinds)] for name, values in result.items()]
+        self._text("result", grid(["held-out set", *kinds], rows), self._steps)
         if self._writer is not None:
             self._writer.close()
+
+    def _text(self, tag: str, text: str, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_text(tag, text, step)
 
     def _write(self, step: int, scalars: dict[str, float], line: Mapping[str, object]) -> None:
         if self._writer is None:

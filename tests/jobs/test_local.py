@@ -55,7 +55,7 @@ def test_the_smoke_run_end_to_end_on_ray(tmp_path, capsys):
     for name in ("align/curves.png", "align/samples.png", "align/adapter/pytorch_lora_weights.safetensors"):
         assert (run_dir / name).stat().st_size > 0
     assert "reward/loss" in EventAccumulator(str(run_dir / "fit" / "tensorboard")).Reload().Tags()["scalars"]
-    assert "gain/golden" in EventAccumulator(str(run_dir / "align" / "tensorboard")).Reload().Tags()["scalars"]
+    assert "gain" in EventAccumulator(str(run_dir / "align" / "tensorboard" / "golden")).Reload().Tags()["scalars"]
 
     with pytest.raises(SystemExit) as again:
         local.main([*SMOKE, *SHORT, "--run-dir", str(run_dir)])

@@ -33,6 +33,7 @@ class Work:
     sampling: str  # how a sample comes about
     trained_passes: int  # forwards with a backward pass of one sample in one epoch
     latents_kept: int  # latents of one sample that travel from rollout to learner
+    charts: Mapping[str, str]  # what to look at of the learner's metrics: title -> metric
 
 
 class Algorithm(Protocol[SomeRollout]):

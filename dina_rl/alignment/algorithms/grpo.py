@@ -80,6 +80,13 @@ class FlowGRPO:
             sampling=f"{rollout.num_steps} steps, {dynamics(self._run)} and trained: {window}",
             trained_passes=rollout.window_steps,
             latents_kept=rollout.window_steps + 2,
+            charts={
+                "mean policy ratio": "ratio_mean",
+                "|ratio - 1| before any update, at most": "first_ratio_gap",
+                "|ratio - 1| at most": "largest_ratio_gap",
+                "share clipped below": "clip_low",
+                "share clipped above": "clip_high",
+            },
         )
 
 

@@ -84,6 +84,7 @@ class DiffusionNFT:
             sampling=f"ODE of {steps} steps, trained at {levels} of their {steps} noise levels",
             trained_passes=levels,
             latents_kept=1,
+            charts={"squared distance from the copy that samples": "distance_from_old"},
         )
 
 

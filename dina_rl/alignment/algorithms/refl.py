@@ -71,6 +71,10 @@ class ReFL:
             sampling=f"ODE of {steps} steps, stopped before one of the steps {first} to {last}",
             trained_passes=1,
             latents_kept=3,  # stopped, predicted, gradient
+            charts={
+                "norm of the reward's gradient": "reward_gradient_norm",
+                "distance of the learner's prediction from the rollout's before any update": "first_prediction_gap",
+            },
         )
 
     def _pretraining(self, latent_shape: tuple[int, int, int]) -> PretrainingDraws | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dina_rl.config import FitRun
 from dina_rl.data.stores.open import open_store
@@ -12,7 +13,7 @@ from dina_rl.data.stores.order import fit_order
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.fit import REWARD, RewardFit
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import LOG_FILE, REWARD_BEST, Outcome, run_fit
+from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD, Outcome, run_fit
 from dina_rl.runtime import open_pipeline
 from tests.tiny_preprocessed import write_part
 from tests.tiny_reward import TINY_REWARD, write_store
@@ -47,6 +48,11 @@ def test_the_authors_files_are_fitted_on_and_measured_on(tiny_pipeline: Path, tm
     right = 5 * outcome.held_out["test"]["accuracy_single"]
     assert right == pytest.approx(round(right))  # of five test pairs
     assert set(held_out_lines(tmp_path / "run")) == {2, 4, 5}
+    events = EventAccumulator(str(tmp_path / "run" / TENSORBOARD)).Reload()
+    config, result = (events.Tensors(f"{tag}/text_summary")[-1] for tag in ("config", "result"))
+    assert "  evaluate_every: 2\n" in config.tensor_proto.string_val[0].decode()
+    accuracies = " | ".join(f"{value:.4f}" for value in outcome.held_out["test"].values())
+    assert f"| test | {accuracies} |" in result.tensor_proto.string_val[0].decode()
     for name in (REWARD, REWARD_BEST):
         assert read_card(tmp_path / "run" / name).buckets == ((16, 48), (32, 32))
 
