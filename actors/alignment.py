@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Literal, TypeVar
 
 import ray
@@ -32,9 +33,11 @@ from actors.scorer import ScorerActor
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.loop import ScoredGroup
 from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
+from dina_rl.alignment.planning import loads
 from dina_rl.alignment.rollout import in_calls
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
+from dina_rl.loading import announce, say
 from dina_rl.types import PolicyWeights, Rollout, WorkItem
 
 log = logging.getLogger(__name__)
@@ -280,12 +283,16 @@ def open_actors(run: AlignRun) -> Iterator[tuple[RayExperience, RayLearner]]:
     Raises:
         RunStopped: they did not come up within `workers.start_timeout_s`.
     """
+    begin = perf_counter()
+    told = [announce(who, sizes) for who, sizes in loads(run).items()]
     with ExitStack() as stack:
         experience = RayExperience(run)
         stack.callback(experience.shutdown)
         learner = RayLearner(run)  # while the pools load their models
         stack.callback(learner.shutdown)
         experience.wait_until_ready()
+        if any(told):
+            say(f"all actors are ready after {perf_counter() - begin:.0f} s")
         yield experience, learner
 
 

@@ -12,9 +12,11 @@ from actors.pool import Pool
 from dina_rl.config import EvaluationWorkersConfig
 from dina_rl.evaluation.requests import EncodeRequest, PartScores, ScoreRequest
 from dina_rl.evaluation.worker import EvaluationWorker
+from dina_rl.loading import announce
 from dina_rl.runtime import configure_process
+from dina_rl.scoring import loads
 
-Request = TypeVar("Request")
+Request = TypeVar("Request", EncodeRequest, ScoreRequest)
 Result = TypeVar("Result")
 
 
@@ -37,6 +39,7 @@ class RayWorkers:
 
     def __init__(self, config: EvaluationWorkersConfig) -> None:
         self._timeout_s = config.call_timeout_s
+        self._who = f"{config.num_workers} scoring workers"
         options = actor_options(config, num_gpus=config.gpus_per_actor)
         self._pool = Pool(
             lambda number: ray.remote(**options)(EvaluationActor).remote(config.threads_per_actor),
@@ -56,6 +59,15 @@ class RayWorkers:
     def shutdown(self) -> None:
         self._pool.shutdown()
 
+    def _told(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The same; where the scorer is another one, which workers are about to open, says what they load."""
+        scorer = None
+        for request in requests:
+            if request.scorer != scorer:
+                scorer = request.scorer
+                announce(self._who, loads(scorer))
+            yield request
+
     def _stream(
         self, requests: Iterable[Request], call: Callable[[Handle[EvaluationActor], Request], ray.ObjectRef[Result]]
     ) -> Iterator[tuple[int, Result]]:
@@ -65,7 +77,7 @@ class RayWorkers:
             ValueError: a worker says so: a scorer or set that cannot be opened.
         """
         try:
-            for number, ref in self._pool.stream(requests, call):
+            for number, ref in self._pool.stream(self._told(requests), call):
                 yield number, ray.get(ref, timeout=self._timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, ValueError):

@@ -208,6 +208,7 @@ class Pool(Generic[Actor]):
 
     def _judge_waiting(self, numbers: list[int]) -> None:
         """None of these actors' oldest calls is done: replace those that are over their limit."""
+        starting = []
         for number in numbers:
             member = self._members[number]
             purpose = member.calls[0].purpose
@@ -219,7 +220,10 @@ class Pool(Generic[Actor]):
                     )
                 self._replace(number, f"hung: one call ({purpose}) ran longer than {self._limits[purpose]:g} s")
             elif purpose == "start":
-                log.warning("pool %r: waiting for actor %d to start; %s", self.name, number, resources())
+                starting.append(number)
+        if starting:
+            size = len(self._members)
+            log.warning("pool %r: %d of %d have started; %s", self.name, size - len(starting), size, resources())
 
     def _deadline(self, member: _Member[Actor]) -> float:
         return member.head_since + self._limits[member.calls[0].purpose]

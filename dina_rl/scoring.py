@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dina_rl import runtime
+from dina_rl import loading, runtime
 from dina_rl.backbones.base import Backbone, LatentCodec, TextEncoder
 from dina_rl.config import PictureScorerConfig, PipelineConfig
 from dina_rl.data.buckets import Size, assign
 from dina_rl.data.images import MAX_PIXELS, image_size, load_image
+from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, on_disk
 from dina_rl.pictures import LATENTS_SUFFIX
 from dina_rl.reward.checkpoint import RewardCard, read_card
 from dina_rl.reward.revision import pipeline_revision
@@ -267,6 +268,14 @@ def open_scorer(
     if pipeline is not None:
         config = config.model_copy(update={"pipeline": str(pipeline)})
     return _open_dina(config, seed) if config.kind == "dina" else _open_images(config, seed)
+
+
+def loads(config: PictureScorerConfig) -> Sizes:
+    """What a process loads that scores images by `config`. Raises ValueError where there is no such reward model."""
+    if config.kind != "dina":
+        return {config.kind: on_disk(config.kind, config.clip.path)}
+    path = config.pipeline or read_card(config.dina.location).pipeline
+    return loading.sizes(PipelineConfig(path=path).location, TRANSFORMER, TEXT, VAE)
 
 
 def dina_pipeline(config: PictureScorerConfig, card: RewardCard) -> PipelineConfig:

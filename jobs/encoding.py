@@ -18,6 +18,7 @@ from dina_rl.data.plan import EncodePlan, Measured
 from dina_rl.data.sets.registry import open_set
 from dina_rl.data.stores.latents import LatentStore
 from dina_rl.data.stores.prompts import PromptStore
+from dina_rl.loading import TEXT, VAE, announce, sizes
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.cluster import visible_gpus
 
@@ -41,6 +42,8 @@ def load_sizes(chunk: dict[str, Any], dataset: DatasetConfig) -> dict[str, int |
 class EncodeShard:
     """Ray Data actor: decodes the images of a shard, runs the VAE, and writes it to the store."""
 
+    loads = VAE
+
     def __init__(self, directory: Path, pipeline: PipelineConfig, dataset: DatasetConfig, threads: int) -> None:
         configure_process(threads)
         self._store = LatentStore(directory)
@@ -55,6 +58,8 @@ class EncodeShard:
 
 class EncodePrompts:
     """Ray Data actor: runs the text encoders on the prompts of a shard and writes it."""
+
+    loads = TEXT
 
     def __init__(self, directory: Path, pipeline: PipelineConfig, threads: int) -> None:
         configure_process(threads)
@@ -105,6 +110,7 @@ def _on_actors(
     gpus = run.fit.gpus_per_worker
     actors = run.fit.num_workers if gpus else 1  # on a CPU one model with all threads beats two, and starts sooner
     threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
+    announce(f"{actors} encoding actors", sizes(run.pipeline.location, actor.loads))
     done = ray.data.from_items([{"shard": shard} for shard in shards]).map(
         actor,  # type: ignore[arg-type]  # Ray's annotation knows functions alone, its documentation classes too
         fn_constructor_args=(*arguments, threads),

@@ -10,6 +10,8 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from dina_rl.config import FitRun
 from dina_rl.errors import RunStopped
+from dina_rl.loading import announce
+from dina_rl.reward.inputs import loads
 from dina_rl.reward.session import LOG_FILE, Outcome
 from jobs.cluster import visible_gpus
 from jobs.pair_stream import ordered, pair_dataset
@@ -30,6 +32,7 @@ class RayTraining:
     """`Training` by Ray Train. Ray must be initialised."""
 
     def train(self, run: FitRun, latents: Path, run_dir: Path) -> Outcome:
+        announce(f"{run.fit.num_workers} workers", loads(run, latents))
         with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
             result = _trainer(run, run_dir, latents).fit()
         assert isinstance(result, Result)

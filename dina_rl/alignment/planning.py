@@ -6,6 +6,7 @@ from dina_rl.alignment.algorithms.base import Work
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.footprint import FP32, learner_footprint
 from dina_rl.config import AlignRun
+from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, on_disk, shown_bytes, sizes
 from dina_rl.runtime import open_pipeline
 
 
@@ -14,6 +15,20 @@ def describe(run: AlignRun) -> str:
     work, width = open_algorithm(run).work(), 9
     rows = [*_sampling(run, work), *_updates(run, work), *_actors(run), *_memory(run, work), *_measurements(run)]
     return "\n".join(f"{name:<{width}} {text}" for name, text in rows)
+
+
+def loads(run: AlignRun) -> dict[str, Sizes]:
+    """What the actors of each kind load, each of them."""
+    pipeline, workers, golden = run.pipeline.location, run.workers, run.golden
+    metric = {} if golden.clip_model is None else {golden.scorer: on_disk(golden.scorer, golden.clip_model.path)}
+    models = {"pickscore": run.rewards.pickscore, "clip_score": run.rewards.clip_score}
+    pixels = {name: on_disk(name, model.path) for name, model in models.items() if model is not None}
+    latents = [] if run.rewards.dina is None else [TRANSFORMER]
+    return {
+        f"{workers.rollout_workers} rollout workers": sizes(pipeline, TRANSFORMER, TEXT, VAE) | metric,
+        f"{workers.scorers} scorers": sizes(pipeline, *latents, *([VAE] if pixels else [])) | pixels,
+        f"{workers.learner_ranks} learner ranks": sizes(pipeline, TRANSFORMER),
+    }
 
 
 def _sampling(run: AlignRun, work: Work) -> list[tuple[str, str]]:
@@ -74,19 +89,21 @@ def _memory(run: AlignRun, work: Work) -> list[tuple[str, str]]:
         return [("memory", f"unknown: {error}")]
     samples = run.rollout.prompts_per_iteration * run.rollout.group_size
     latent = shape[0] * shape[1] * shape[2] * FP32
-    rows = [("memory", f"{_bytes(samples * work.latents_kept * latent)} of latents an iteration in the object store")]
+    rows = [
+        ("memory", f"{shown_bytes(samples * work.latents_kept * latent)} of latents an iteration in the object store")
+    ]
     rows.append(
         (
             "",
-            f"learner rank {_bytes(learner.total)}: weights {_bytes(learner.weights)}, gradients and moments "
-            f"{_bytes(learner.optimizer)}, activations of a micro-batch {_bytes(learner.activations)}",
+            f"learner rank {shown_bytes(learner.total)}: weights {shown_bytes(learner.weights)}, gradients and moments "
+            f"{shown_bytes(learner.optimizer)}, activations of a micro-batch {shown_bytes(learner.activations)}",
         )
     )
     weights = _weights(Path(run.pipeline.location))
     if "transformer" in weights:
         rollout, transformer = sum(weights.values()), weights["transformer"]
-        scorer = f"scorer at most {_bytes(transformer)} and its pixel models"
-        rows.append(("", f"weights on disk: rollout actor {_bytes(rollout)}, {scorer}"))
+        scorer = f"scorer at most {shown_bytes(transformer)} and its pixel models"
+        rows.append(("", f"weights on disk: rollout actor {shown_bytes(rollout)}, {scorer}"))
     return rows
 
 
@@ -103,7 +120,3 @@ def _weights(pipeline: Path) -> dict[str, int]:
     """Bytes of weight files by component of a local pipeline directory; empty for a hub id."""
     components = {file.parent.name for file in pipeline.glob("*/*.safetensors")} if pipeline.is_dir() else set()
     return {name: sum(f.stat().st_size for f in pipeline.glob(f"{name}/*.safetensors")) for name in sorted(components)}
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.models import AutoencoderKL
 
+from dina_rl.loading import VAE, loading
+
 
 class KLCodec:
     """The frozen VAE: latents = (z - shift) * scale."""
@@ -28,9 +30,10 @@ class KLCodec:
 
 def load_kl_codec(path: str, dtype: torch.dtype, device: str) -> KLCodec:
     """The VAE of the pipeline at `path`, frozen and in eval mode."""
-    vae = AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype)
-    # channels_last: the convolutions of the encoder run twice as fast on CPUs
-    vae = vae.to(device, memory_format=torch.channels_last)
+    with loading(VAE, path):
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=dtype)
+        # channels_last: the convolutions of the encoder run twice as fast on CPUs
+        vae = vae.to(device, memory_format=torch.channels_last)
     return KLCodec(vae.requires_grad_(False).eval())
 
 

@@ -20,6 +20,7 @@ from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
 from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by
 from dina_rl.backbones.transformer import load_frozen, without_weights
+from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
 # An input of FLUX.1-dev, not a second forward: the stock pipeline's default, for generator and reward model alike.
@@ -109,8 +110,9 @@ class Flux:
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """T5's tokens and CLIP-L's pooled embedding through the stock pipeline's `encode_prompt`."""
-        pipeline = FluxPipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
-        pipeline.to(self.device)
+        with loading(TEXT, self.path):
+            pipeline = FluxPipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
+            pipeline.to(self.device)
 
         def encode(prompt: str) -> PromptEmbeds:
             embeds, pooled, _ = pipeline.encode_prompt(

@@ -16,6 +16,7 @@ from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_p
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by
 from dina_rl.backbones.transformer import load_frozen, without_weights
+from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
 
@@ -97,8 +98,9 @@ class SD3:
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """CLIP-L, CLIP-G and T5 through the stock pipeline's `encode_prompt`."""
-        pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
-        pipeline.to(self.device)
+        with loading(TEXT, self.path):
+            pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
+            pipeline.to(self.device)
 
         def encode(prompt: str) -> PromptEmbeds:
             embeds, _, pooled, _ = pipeline.encode_prompt(

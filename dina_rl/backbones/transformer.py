@@ -5,6 +5,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from dina_rl.loading import TRANSFORMER, loading
+
 Transformer = TypeVar("Transformer", bound=nn.Module)
 Transformer_co = TypeVar("Transformer_co", bound=nn.Module, covariant=True)
 
@@ -21,8 +23,9 @@ class StockClass(Protocol[Transformer_co]):
 
 def load_frozen(cls: StockClass[Transformer], path: str, dtype: torch.dtype, device: str) -> Transformer:
     """The transformer of the pipeline at `path`, frozen and in eval mode."""
-    transformer = cls.from_pretrained(path, subfolder="transformer", dtype=dtype)
-    return transformer.to(device).requires_grad_(False).eval()
+    with loading(TRANSFORMER, path):
+        transformer = cls.from_pretrained(path, subfolder="transformer", dtype=dtype).to(device)
+    return transformer.requires_grad_(False).eval()
 
 
 def without_weights(cls: StockClass[Transformer], path: str, dtype: torch.dtype) -> Transformer:

@@ -23,6 +23,7 @@ from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
 from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, longer
 from dina_rl.backbones.transformer import load_frozen, without_weights
+from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
 PATCH = 2  # latents per token and side; the one that the stock pipeline uses
@@ -154,8 +155,9 @@ class ZImage:
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """Qwen3's last hidden states but one of the chat, through the stock pipeline's `encode_prompt`."""
-        pipeline = ZImagePipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
-        pipeline.to(self.device)
+        with loading(TEXT, self.path):
+            pipeline = ZImagePipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
+            pipeline.to(self.device)
 
         def encode(prompt: str) -> PromptEmbeds:
             (tokens,), _ = pipeline.encode_prompt(

@@ -11,6 +11,7 @@ from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.preprocessed import PreprocessedStore
 from dina_rl.data.stores.prompts import StoredPrompts, find_prompts
+from dina_rl.loading import TEXT, TRANSFORMER, Sizes, sizes
 
 
 def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
@@ -102,6 +103,12 @@ def without_embeddings(run: FitRun, latents: Path) -> list[str]:
     if len(lacking) == len(stores) and not run.dataset.prompt_embeddings:
         return []
     return [f"{directory} has no prompt embeddings: the text encoders are loaded" for directory in lacking]
+
+
+def loads(run: FitRun, latents: Path) -> Sizes:
+    """What every rank of a fit loads; raises like `open_encoder`."""
+    stored = all(find_prompts(directory, run.pipeline) is not None for directory in _stores(run, latents))
+    return sizes(run.pipeline.location, TRANSFORMER, *([] if stored else [TEXT]))
 
 
 def _stores(run: FitRun, latents: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dina_rl.config import CLIPModelConfig
+from dina_rl.loading import loading
 from dina_rl.scorers.base import Conditions, Space
 
 LONGEST = 16
@@ -45,10 +46,11 @@ class CLIPScorer:
         self._device = device
         self._learned_scale = learned_scale
         check_clip(config)
-        model = CLIPModel.from_pretrained(config.path)
+        with loading("the model", config.path):
+            model = CLIPModel.from_pretrained(config.path)
+            nn.Module.to(model, device)  # in place; transformers' wrapper around it says nothing of its arguments
         self._tokenizer = AutoTokenizer.from_pretrained(config.processor)
         processor = CLIPImageProcessorPil.from_pretrained(config.processor)
-        nn.Module.to(model, device)  # in place; transformers' wrapper around it says nothing of its arguments
         self._model = model.requires_grad_(False).eval()
         self._edge = processor.size["shortest_edge"]
         self._crop = processor.crop_size["height"], processor.crop_size["width"]
