@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
-from dina_rl.alignment.record import Recorder, finished
+from dina_rl.alignment.record import Recorder
+from dina_rl.alignment.result import finished, why_not_longer
 from dina_rl.backbones.trained import check_targets, save_transformer
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun, DiNaScorerConfig, PipelineConfig
@@ -30,8 +31,7 @@ def main(argv: Sequence[str]) -> None:
     with ExitStack() as stack:
         try:
             prompts = preflight(run)
-            directory = run_directory(run, run.run_dir, resume=run.resume, finished=partial(finished, run))
-            run_dir = stack.enter_context(directory)
+            run_dir = stack.enter_context(opened(run))
         except ValueError as error:
             fail(str(error))
         with interruptible(run_dir):
@@ -47,6 +47,12 @@ def main(argv: Sequence[str]) -> None:
         )
     print(f"{recorder.exported.name:<11} {recorder.exported}\ncurves      {run_dir / 'curves.png'}")
     print(f"look at     tensorboard --logdir {run_dir}")
+
+
+def opened(run: AlignRun) -> AbstractContextManager[Path]:
+    """The run's directory for the time of a block; the run in it may have been shorter."""
+    grows = {"iterations": partial(why_not_longer, run, run.run_dir.expanduser().resolve())}
+    return run_directory(run, run.run_dir, resume=run.resume, may_grow=grows, finished=partial(finished, run))
 
 
 def preflight(run: AlignRun) -> Prompts:

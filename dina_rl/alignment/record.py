@@ -16,6 +16,7 @@ from dina_rl.alignment.advantage import Advantages
 from dina_rl.alignment.checkpoints import Checkpoint, Checkpoints
 from dina_rl.alignment.history import History
 from dina_rl.alignment.measurement import Measurement
+from dina_rl.alignment.result import exported, keep_length, note_finished
 from dina_rl.alignment.watch import DivergenceWatch
 from dina_rl.checkpoint import load_tensors, save_tensors, write_json
 from dina_rl.config import AlignRun
@@ -25,7 +26,6 @@ from dina_rl.textfiles import read_text
 from dina_rl.types import Weights
 
 SHOWN_IMAGES = 16
-ADAPTER, TRANSFORMER = "adapter", "transformer"
 LAYOUT = {
     "alignment": {
         "proxy and golden: gain over the base, in its standard deviations": [
@@ -37,16 +37,6 @@ LAYOUT = {
         "policy ratio": ["Multiline", ["update/ratio_mean", "update/first_ratio_gap", "update/largest_ratio_gap"]],
     }
 }
-
-
-def exported(run: AlignRun, run_dir: Path) -> Path:
-    """Where the result of a run lies: the adapter, or after full fine-tuning the transformer."""
-    return run_dir / (TRANSFORMER if run.learner.lora is None else ADAPTER)
-
-
-def finished(run: AlignRun, run_dir: Path) -> bool:
-    """Whether the run in a directory has exported its weights, the last thing it does."""
-    return any(exported(run, run_dir).glob("*.safetensors"))
 
 
 class Recorder:
@@ -87,6 +77,7 @@ class Recorder:
     def restore(self) -> tuple[int, dict[str, torch.Tensor] | None]:
         """`recall`, to go on from there. Opens TensorBoard."""
         done, state = self.recall()
+        keep_length(self.run, self.dir)
         # What was written after the checkpoint is about to be written again.
         self._writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=done + 1 if done else None)
         self._tensorboard.add_custom_scalars(LAYOUT)
@@ -226,8 +217,9 @@ class Recorder:
         plot_samples(before["images"], after["images"], self.dir / "samples.png")
 
     def export(self, weights: Weights) -> None:
-        """Write the weights for stock diffusers and close TensorBoard."""
+        """Write the weights for stock diffusers, in place of those of a shorter run, and close TensorBoard."""
         self._export(self.exported, weights.tensors)
+        note_finished(self.run.iterations, self.dir)
         self._tensorboard.close()
 
     # --- what the report reads -----------------------------------------------------------------------------------
