@@ -39,7 +39,9 @@ def main(argv: Sequence[str]) -> None:
         print(describe(run))
         return
     try:
-        check_fit(run.fit_run(run.run_dir, run.run_dir), open_pipeline(run.pipeline))
+        backbone = open_pipeline(run.pipeline)
+        check_fit(run.fit_run(run.run_dir, run.run_dir), backbone)
+        align.check_adapter(run, backbone)
         load_prompts(run.prompts)
         align.check_clip_models(run)
     except ValueError as error:

@@ -14,7 +14,9 @@ from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.result import finished, why_not_longer
-from dina_rl.backbones.trained import check_targets, save_transformer
+from dina_rl.backbones.adapter_files import initial_state
+from dina_rl.backbones.base import Backbone
+from dina_rl.backbones.trained import check_targets, make_trainable, save_transformer
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun, DiNaScorerConfig, PipelineConfig
 from dina_rl.reward.checkpoint import read_card
@@ -63,7 +65,7 @@ def preflight(run: AlignRun) -> Prompts:
     """
     backbone = open_pipeline(run.pipeline)
     latent_shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
-    check_targets(backbone.empty_transformer(), run.learner.lora)
+    check_adapter(run, backbone)
     if run.rewards.dina is not None:
         _check_reward(run.rewards.dina, run.pipeline, backbone.width)
     check_clip_models(run)
@@ -76,6 +78,15 @@ def preflight(run: AlignRun) -> Prompts:
             "training prompts"
         )
     return prompts
+
+
+def check_adapter(run: AlignRun, backbone: Backbone) -> None:
+    """Raises ValueError where the transformer lacks layers to adapt, or the adapter to start from is another's."""
+    module, lora = backbone.empty_transformer(), run.learner.lora
+    check_targets(module, lora)
+    if lora is not None and lora.init is not None:
+        make_trainable(module, lora, targets=backbone.lora_targets, seed=run.seed)
+        initial_state(module, lora, backbone.convert_adapter)
 
 
 def check_clip_models(run: AlignRun) -> None:

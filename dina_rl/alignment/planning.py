@@ -42,6 +42,7 @@ def _updates(run: AlignRun, work: Work) -> list[tuple[str, str]]:
             "learner",
             f"{updates} update(s) an iteration, {updates * run.iterations} in all, rate {learner.learning_rate:g}",
         ),
+        *([("", f"begins at the {run.start}; the KL is to the base without it")] if run.start != "base" else []),
         (
             "",
             f"minibatch {minibatch} = {forwards} forwards x {learner.micro_batch_size} samples x {ranks} ranks; "

@@ -120,7 +120,11 @@ class Recorder:
             self._tensorboard.add_text("warnings", message)
 
     def base(self, measurements: Sequence[Measurement]) -> None:
-        """The unaligned model on the test prompts, one measurement per guidance scale."""
+        """The model that the run starts from, on the test prompts, one measurement per guidance scale."""
+        if self.run.start != "base":
+            said = f"what is called base in measurements and charts is the {self.run.start}"
+            self._tensorboard.add_text("start", said)
+            tqdm.write(f"  {said}")
         self._store("base", measurements)
         self._images("base", measurements, 0)
 
@@ -165,7 +169,7 @@ class Recorder:
         )
         self._tensorboard.add_image("samples/dev", image_grid(measurement.images[:SHOWN_IMAGES]), done)
         self.history.save(self.dir)
-        plot_curves(points, self.base_lines(), self.dir / "curves.png")
+        plot_curves(points, self.base_lines(), self.dir / "curves.png", start=self.run.start)
         tqdm.write(f"  iteration {done:4d}  golden {point['golden']:.3f}  proxy {point['proxy']:+.3f}")
 
     def iteration(
@@ -214,7 +218,7 @@ class Recorder:
         self._images("aligned", measurements, self.run.iterations)
         scale = self.run.rollout.guidance_scale
         before, after = self.stored("base", scale), self.stored("aligned", scale)
-        plot_samples(before["images"], after["images"], self.dir / "samples.png")
+        plot_samples(before["images"], after["images"], self.dir / "samples.png", start=self.run.start)
 
     def export(self, weights: Weights) -> None:
         """Write the weights for stock diffusers, in place of those of a shorter run, and close TensorBoard."""

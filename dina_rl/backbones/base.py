@@ -111,3 +111,7 @@ class Backbone(Protocol):
     ) -> Path:
         """Write policy LoRA weights as the file that stock diffusers' `load_lora_weights` reads."""
         ...
+
+    def convert_adapter(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An adapter's tensors under diffusers' names, from names that stock `load_lora_weights` converts."""
+        ...

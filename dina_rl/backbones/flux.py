@@ -169,6 +169,10 @@ class Flux:
         save = FluxPipeline.save_lora_weights
         return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=targets)
 
+    def convert_adapter(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converted: dict[str, torch.Tensor] = FluxPipeline.lora_state_dict(tensors)
+        return converted
+
     def _inputs(
         self, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds
     ) -> dict[str, torch.Tensor | None]:

@@ -172,3 +172,7 @@ class SD3:
     ) -> Path:
         save = StableDiffusion3Pipeline.save_lora_weights
         return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=targets)
+
+    def convert_adapter(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converted: dict[str, torch.Tensor] = StableDiffusion3Pipeline.lora_state_dict(tensors)
+        return converted

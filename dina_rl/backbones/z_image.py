@@ -227,6 +227,10 @@ class ZImage:
         save = ZImagePipeline.save_lora_weights
         return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=targets)
 
+    def convert_adapter(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converted: dict[str, torch.Tensor] = ZImagePipeline.lora_state_dict(tensors)
+        return converted
+
 
 def _time(sigma: torch.Tensor) -> torch.Tensor:
     """The model's time, 1 - sigma, in the stock pipeline's arithmetic; fp32 whatever the model's dtype."""

@@ -102,3 +102,6 @@ class PolicyLoRAConfig(LoRAConfig):
     """scale numerator: the update is (alpha / rank) B A"""
     targets: Texts | None = None
     """linear layers to adapt, by the ends of their diffusers names, e.g. attn.to_q; None: all attention projections"""
+    init: Path | None = None
+    """adapter to start from, of these layers and this rank: its directory or file, as `jobs.export`, diffusers or peft
+    write it; None: one that changes nothing"""

@@ -12,14 +12,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import ScoredGroup, align, plan
+from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.result import finished as is_finished
 from dina_rl.checkpoint import load_tensors, open_run_dir
-from jobs.align import exporter, opened
+from jobs.align import exporter, opened, preflight
 from jobs.export import main as export
 from tests.tensors import assert_same_tensors
-from tests.tiny_run import tiny_run
+from tests.tiny_run import TINY, tiny_run
+
+LORA = TINY["learner"]["lora"]
 
 
 def perform(run, experience=None):
@@ -166,6 +169,23 @@ def exports_are_what_the_run_keeps(run, recorder, capsys):
 
 def part(state, prefix):
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def test_a_run_may_start_from_the_adapter_of_another(tmp_path, tiny_pipeline, tiny_reward, finished, capsys):
+    """What is called base is of that adapter, and says so; the KL is to the base without it."""
+    before, recorder = finished
+    init = before.run_dir / "adapter"
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, iterations=1, learner={"lora": {**LORA, "init": init}})
+    preflight(run)
+    assert_same_tensors(InlineLearner(run).policy().tensors, part(recorder.checkpoints.last().state, "ema/"))
+    following = perform(run)
+    assert following.table("base")[2.0] == recorder.table("aligned")[2.0]
+    assert f"called base in measurements and charts is the start ({init})" in capsys.readouterr().out
+    assert following.history.iterations()[0]["kl"] > recorder.history.iterations()[0]["kl"] > 0
+    assert f"begins at the start ({init}); the KL is to the base without it" in describe(run)
+    other = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner={"lora": {"rank": 4, "alpha": 4, "init": init}})
+    with pytest.raises(ValueError, match=r"has rank 2, learner\.lora\.rank is 4"):
+        preflight(other)
 
 
 def test_another_seed_is_another_run(tmp_path, tiny_pipeline, tiny_reward, finished):
