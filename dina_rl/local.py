@@ -14,7 +14,7 @@ from typing import TypedDict
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.planning import describe
-from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.prompts import check_captions, load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.result import finished, why_not_longer
 from dina_rl.checkpoint import versions, write_json
@@ -39,10 +39,10 @@ def main(argv: Sequence[str]) -> None:
         print(describe(run))
         return
     try:
-        backbone = open_pipeline(run.pipeline)
+        run, backbone = align.with_sizes(run), open_pipeline(run.pipeline)
         check_fit(run.fit_run(run.run_dir, run.run_dir), backbone)
         align.check_adapter(run, backbone)
-        load_prompts(run.prompts)
+        check_captions(run.prompts, load_prompts(run.prompts), run.golden)
         align.check_clip_models(run)
     except ValueError as error:
         fail(str(error))

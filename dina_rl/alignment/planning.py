@@ -6,13 +6,20 @@ from dina_rl.alignment.algorithms.base import Work
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.footprint import FP32, learner_footprint
 from dina_rl.config import AlignRun
-from dina_rl.runtime import open_pipeline
+from dina_rl.runtime import image_size, open_pipeline
 
 
 def describe(run: AlignRun) -> str:
     """Batch arithmetic, actors, memory and steps of `run`, as lines of text. Starts nothing and loads no weights."""
     work, width = open_algorithm(run).work(), 9
-    rows = [*_sampling(run, work), *_updates(run, work), *_actors(run), *_memory(run, work), *_measurements(run)]
+    rows = [
+        *_sampling(run, work),
+        *_sizes(run),
+        *_updates(run, work),
+        *_actors(run),
+        *_memory(run, work),
+        *_measurements(run),
+    ]
     return "\n".join(f"{name:<{width}} {text}" for name, text in rows)
 
 
@@ -30,6 +37,20 @@ def _sampling(run: AlignRun, work: Work) -> list[tuple[str, str]]:
         ("", f"{work.sampling}; guidance {rollout.guidance_scale:g}: {passes} a step"),
         ("reward", " + ".join(f"{each.weight:g} x {name}" for name, each in run.rewards.scorers.items())),
     ]
+
+
+def _sizes(run: AlignRun) -> list[tuple[str, str]]:
+    """What is generated, and which of that is the pipeline's own choice."""
+    pipeline = run.pipeline
+    try:
+        backbone = open_pipeline(pipeline)
+    except ValueError:
+        return []  # told of under memory
+    height, width = image_size(pipeline, backbone)
+    own = {"size": None in (pipeline.height, pipeline.width), "text length": pipeline.max_sequence_length is None}
+    chosen = " and ".join(name for name, is_own in own.items() if is_own)
+    text = f"{pipeline.path}, {height} x {width} pixels, {backbone.max_sequence_length} text tokens"
+    return [("pipeline", f"{text}: its own {chosen}" if chosen else text)]
 
 
 def _updates(run: AlignRun, work: Work) -> list[tuple[str, str]]:
@@ -67,7 +88,7 @@ def _memory(run: AlignRun, work: Work) -> list[tuple[str, str]]:
     """Object store, and what each kind of actor holds."""
     try:
         backbone = open_pipeline(run.pipeline)
-        shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+        shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
         learner = learner_footprint(run, backbone)
     except ValueError as error:
         return [("memory", f"unknown: {error}")]

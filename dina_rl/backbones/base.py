@@ -53,6 +53,8 @@ class Backbone(Protocol):
     width: int  # hidden width of a token
     time_width: int  # width of the timestep embedding that modulates the blocks
     prompt_shape: tuple[int, int, int]  # text tokens, their width, and that of the pooled embedding
+    max_sequence_length: int  # text tokens per prompt, as asked for or else the pipeline's own
+    image_size: tuple[int, int]  # height and width that the stock pipeline makes unless told otherwise
     lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
 
     def load_transformer(self) -> ModelMixin:
