@@ -31,7 +31,7 @@ from dina_rl.flow.process import add_noise
 from dina_rl.reward.fit import RewardFit, fit
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.thurstone import comparison_variance, fidelity_loss
-from dina_rl.runtime import configure_process, device, open_pipeline
+from dina_rl.runtime import configure_process, device, image_size, open_pipeline, sized
 from dina_rl.seeding import normal
 from dina_rl.types import PromptEmbeds
 
@@ -119,9 +119,9 @@ def measure(run: BenchmarkRun) -> dict[str, list[float]]:
     if pipeline_class(run.pipeline.location) != StableDiffusion3Pipeline.__name__:
         raise ValueError(f"the plain loop encodes prompts as SD3 does; {run.pipeline.path} is another family")
     backbone = open_pipeline(run.pipeline)
-    shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+    shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
     ours, plain = (RewardFit(LatentRewardModel(backbone, run.reward, seed=0), run.fit) for _ in range(2))
-    encoder, batch_encoder = backbone.load_text_encoder(), BatchTextEncoder(run.pipeline)
+    encoder, batch_encoder = backbone.load_text_encoder(), BatchTextEncoder(sized(run.pipeline, backbone))
 
     def batch(number: int, prompt: str) -> PairBatch:
         return PairBatch(

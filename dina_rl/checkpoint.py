@@ -6,19 +6,21 @@ import platform
 import secrets
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
 from pydantic import BaseModel, ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dina_rl import __version__
-from dina_rl.config.keys import Mark, covers, explain, marked, with_todays_names
+from dina_rl.config.keys import Mark, covers, explain, marked, value_at, with_todays_names
 from dina_rl.textfiles import parse_yaml, read_text
 
 CONFIG_FILE = "config.yaml"
@@ -31,8 +33,20 @@ CHECKOUT = Path(__file__).parents[1]
 GIT_TIMEOUT_S = 5.0
 
 
+Config = TypeVar("Config", bound=BaseModel)
+
+Growth = Mapping[str, Callable[[int], str | None]]
+"""Dotted key of a count that a resumed run may raise -> given what it was, why not this time; None: it may."""
+
+
 def open_run_dir(
-    config: BaseModel, run_dir: Path, *, resume: bool, may_change: Sequence[str] = (), unread: Sequence[str] = ()
+    config: BaseModel,
+    run_dir: Path,
+    *,
+    resume: bool,
+    may_change: Sequence[str] = (),
+    may_grow: Growth | None = None,
+    unread: Sequence[str] = (),
 ) -> Path:
     """Create `run_dir` (or, with `resume`, continue the run in it) and save the resolved config and versions there.
 
@@ -40,6 +54,7 @@ def open_run_dir(
 
     Args:
         may_change: dotted keys or section names that it may set differently too.
+        may_grow: how long the run is: what is done must be what the longer run would have done.
         unread: sections that this job never reads: they may differ, and stay as they are saved, for another job of the
             same directory goes by them.
 
@@ -50,7 +65,7 @@ def open_run_dir(
     check_place(run_dir, resume=resume)
     values = config.model_dump(mode="json")
     if (run_dir / CONFIG_FILE).is_file():
-        values = resumed_values(config, run_dir, may_change=may_change, unread=unread)
+        values = resumed_values(config, run_dir, may_change=may_change, may_grow=may_grow, unread=unread)
     else:
         for report in REPORTS:
             (run_dir / report).unlink(missing_ok=True)  # of a start that failed
@@ -73,16 +88,28 @@ def check_place(run_dir: Path, *, resume: bool) -> None:
 
 
 def resumed_values(
-    config: BaseModel, run_dir: Path, *, may_change: Sequence[str], unread: Sequence[str]
+    config: BaseModel, run_dir: Path, *, may_change: Sequence[str], may_grow: Growth | None, unread: Sequence[str]
 ) -> dict[str, object]:
     """The configuration with which the run in `run_dir` goes on. Raises ValueError if that is another run's."""
-    before, values = _saved_config(type(config), run_dir / CONFIG_FILE), config.model_dump(mode="json")
+    before = saved_config(type(config), run_dir / CONFIG_FILE).model_dump(mode="json")
+    values = config.model_dump(mode="json")
     values |= {name: before[name] for name in unread if name in before}
-    allowed = (*marked(type(config), Mark.PROCESS, Mark.PLACE), *may_change)
+    allowed = (*marked(type(config), Mark.PROCESS, Mark.PLACE), *may_change, *(may_grow or {}))
     forbidden = [key for key in _differences(before, values) if not covers(allowed, key)]
     if forbidden:
         raise ValueError(f"cannot resume {run_dir} with other values of: {', '.join(forbidden)}")
+    for key, objection in (may_grow or {}).items():
+        _check_growth(run_dir, key, value_at(before, key), value_at(values, key), objection)
     return values
+
+
+def _check_growth(run_dir: Path, key: str, before: int, now: int, objection: Callable[[int], str | None]) -> None:
+    """Raises ValueError where the count at `key` falls, or rises although something speaks against it."""
+    if now < before:
+        raise ValueError(f"cannot resume {run_dir} with {key} {now}: it has {before}, which can only grow")
+    reason = objection(before) if now > before else None
+    if reason is not None:
+        raise ValueError(f"cannot resume {run_dir} with {key} {now} where it had {before}: {reason}")
 
 
 def versions() -> dict[str, str | None]:
@@ -188,8 +215,19 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def _saved_config(model: type[BaseModel], file: Path) -> dict[str, object]:
-    """The values of a saved configuration; settings that it does not know yet have their defaults."""
+def load_part(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file whose names begin with `prefix`, which is left off; no other is read."""
+    with safe_open(path, framework="pt") as file:
+        names: list[str] = file.keys()
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+
+
+def saved_config(model: type[Config], file: Path) -> Config:
+    """A saved configuration; settings that it does not know yet have their defaults.
+
+    Raises:
+        ValueError: it is not one.
+    """
     try:
         saved = parse_yaml(read_text(file))
     except yaml.YAMLError as error:
@@ -197,7 +235,7 @@ def _saved_config(model: type[BaseModel], file: Path) -> dict[str, object]:
     if not isinstance(saved, dict):
         raise ValueError(f"{file} holds no configuration; was it edited?")
     try:
-        return model.model_validate(with_todays_names(saved)).model_dump(mode="json")
+        return model.model_validate(with_todays_names(saved))
     except ValidationError as error:
         raise ValueError(f"{file}: {explain(error)[0]}; was it edited?") from error
 

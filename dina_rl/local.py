@@ -7,14 +7,16 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TypedDict
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.planning import describe
-from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.prompts import check_captions, load_prompts
 from dina_rl.alignment.record import Recorder
+from dina_rl.alignment.result import finished, why_not_longer
 from dina_rl.checkpoint import versions, write_json
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
@@ -28,6 +30,7 @@ from jobs.fit_reward import fit_reward_model
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "local.yaml"
 SUMMARY = "summary.json"
+ALIGN = "align"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,28 +39,33 @@ def main(argv: Sequence[str]) -> None:
         print(describe(run))
         return
     try:
-        check_fit(run.fit_run(run.run_dir, run.run_dir), open_pipeline(run.pipeline))
-        load_prompts(run.prompts)
+        run, backbone = align.with_sizes(run), open_pipeline(run.pipeline)
+        check_fit(run.fit_run(run.run_dir, run.run_dir), backbone)
+        align.check_adapter(run, backbone)
+        check_captions(run.prompts, load_prompts(run.prompts), run.golden)
         align.check_clip_models(run)
     except ValueError as error:
         fail(str(error))
     with ExitStack() as stack:
-        directory = run_directory(run, run.run_dir, resume=run.resume, finished=_finished)
+        done, align_dir = partial(_finished, run), run.run_dir.expanduser().resolve() / ALIGN
+        grows = {"iterations": partial(why_not_longer, run, align_dir)}
+        directory = run_directory(run, run.run_dir, resume=run.resume, may_grow=grows, finished=done)
         try:
             run_dir = stack.enter_context(directory)
         except ValueError as error:
             fail(str(error))
-        summary = json.loads(read_text(run_dir / SUMMARY)) if _finished(run_dir) else run_all(run, run_dir)
+        summary = json.loads(read_text(run_dir / SUMMARY)) if done(run_dir) else run_all(run, run_dir)
     print(table(summary, run_dir))
 
 
-def _finished(run_dir: Path) -> bool:
-    return (run_dir / SUMMARY).is_file()
+def _finished(run: LocalRun, run_dir: Path) -> bool:
+    return (run_dir / SUMMARY).is_file() and finished(run, run_dir / ALIGN)
 
 
 def run_all(run: LocalRun, run_dir: Path) -> "Summary":
     """Every stage that is not done yet."""
     configure_process(run.workers.threads_per_actor * run.workers.rollout_workers)
+    (run_dir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
     begin = perf_counter()
     with interruptible(run_dir), PeakMemory() as memory:
         if not run.inline:
@@ -172,10 +180,10 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
 
 def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:
     """The alignment against the reward model just fitted."""
-    align_run = run.align_run(run_dir / "fit" / "reward", run_dir / "align")
+    align_run = run.align_run(run_dir / "fit" / "reward", run_dir / ALIGN)
     prompts = align.preflight(align_run)  # the reward model is there only now
     title = open_algorithm(run).work().title
-    with run_directory(align_run, align_run.run_dir, resume=run.resume) as align_dir:
+    with align.opened(align_run) as align_dir:
         stages.start("align", f"{title}, {run.iterations} iterations of {run.rollout.prompts_per_iteration} groups")
         recorder = align.align_generator(align_run, prompts, align_dir)
     points = recorder.history.points()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dina_rl.config import AlignRun, EvaluateRun, FitRun, LocalRun, ScoreRun
+from dina_rl.config import AlignRun, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
 from dina_rl.config.keys import NAME, can_be_off, is_named, section_of
 
 
@@ -27,6 +27,7 @@ COMMANDS = (
         call="python -m jobs.fit_reward (and jobs.encode)", run=FitRun, default_config="configs/shapes_reward.yaml"
     ),
     Command(call="python -m jobs.align", run=AlignRun),
+    Command(call="python -m jobs.export RUN_DIR", run=ExportRun),
     Command(call="python -m jobs.evaluate", run=EvaluateRun),
     Command(call="python -m jobs.score", run=ScoreRun),
 )

@@ -52,11 +52,12 @@ def _caption(text: str, width: int) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def plot_curves(points: Sequence[Point], base: Mapping[float, float], path: Path) -> None:
+def plot_curves(points: Sequence[Point], base: Mapping[float, float], path: Path, *, start: str = "base") -> None:
     """Golden (left) and proxy (right) over iterations, with standard errors.
 
     Args:
         base: guidance scale -> golden of the base; its best is drawn as a line, the honest bar to clear.
+        start: what that base is.
     """
     iterations = [point["iteration"] for point in points]
     golden = [(point["golden"], point["golden_std"]) for point in points]
@@ -76,17 +77,17 @@ def plot_curves(points: Sequence[Point], base: Mapping[float, float], path: Path
         axes.grid(axis="y", color="#e5e5e5")
     scale = max(base, key=base.__getitem__)
     left.axhline(base[scale], color=FAINT, linestyle="--", linewidth=1)
-    left.annotate(f"base at its best guidance ({scale:g}, test prompts)", (0, base[scale]), (2, 3),
+    left.annotate(f"{start} at its best guidance ({scale:g}, test prompts)", (0, base[scale]), (2, 3),
                   textcoords="offset points", fontsize=8, color=FAINT)  # fmt: skip
     left.set_title("golden metric (held out)")
     right.set_title("proxy: reward (optimised)")
     _save(figure, path)
 
 
-def plot_samples(before: torch.Tensor, after: torch.Tensor, path: Path) -> None:
-    """Test prompts' first samples, same noise: base above, aligned below. Images [B, 3, h, w] uint8."""
+def plot_samples(before: torch.Tensor, after: torch.Tensor, path: Path, *, start: str = "base") -> None:
+    """Test prompts' first samples, same noise: the start above, aligned below. Images [B, 3, h, w] uint8."""
     figure = Figure(figsize=(9, 5.2), layout="constrained")
-    for axes, images, title in zip(figure.subplots(2, 1), (before, after), ("base", "aligned"), strict=True):
+    for axes, images, title in zip(figure.subplots(2, 1), (before, after), (start, "aligned"), strict=True):
         axes.imshow(image_grid(images).permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_title(title, loc="left")
         axes.set_axis_off()

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from dina_rl.checkpoint import CONFIG_FILE, LOCK_FILE, REPORTS, VERSIONS_FILE, check_place, open_run_dir, resumed_values
+from dina_rl.checkpoint import (
+    CONFIG_FILE,
+    LOCK_FILE,
+    REPORTS,
+    VERSIONS_FILE,
+    Growth,
+    check_place,
+    open_run_dir,
+    resumed_values,
+)
 
 BEFORE_ANY_WORK = (CONFIG_FILE, VERSIONS_FILE, LOCK_FILE, *REPORTS, "tensorboard")
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
@@ -30,6 +39,7 @@ def run_directory(
     *,
     resume: bool,
     may_change: Sequence[str] = (),
+    may_grow: Growth | None = None,
     unread: Sequence[str] = (),
     finished: Callable[[Path], bool] = _never,
 ) -> Iterator[Path]:
@@ -46,7 +56,7 @@ def run_directory(
     """
     run_dir = run_dir.expanduser().resolve()
     if resume and finished(run_dir):
-        resumed_values(config, run_dir, may_change=may_change, unread=unread)
+        resumed_values(config, run_dir, may_change=may_change, may_grow=may_grow, unread=unread)
         yield run_dir
         return
     check_place(run_dir, resume=resume)
@@ -55,7 +65,7 @@ def run_directory(
     with _held(run_dir):
         fresh = not (run_dir / CONFIG_FILE).is_file()
         try:
-            yield open_run_dir(config, run_dir, resume=resume, may_change=may_change, unread=unread)
+            yield open_run_dir(config, run_dir, resume=resume, may_change=may_change, may_grow=may_grow, unread=unread)
         except BaseException:
             if fresh:
                 _withdraw(run_dir)

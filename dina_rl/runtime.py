@@ -32,6 +32,19 @@ def open_pipeline(config: PipelineConfig) -> Backbone:
     )
 
 
+def image_size(config: PipelineConfig, backbone: Backbone) -> tuple[int, int]:
+    """Height and width in pixels: as configured, or else the pipeline's own."""
+    height, width = backbone.image_size
+    return config.height or height, config.width or width
+
+
+def sized(config: PipelineConfig, backbone: Backbone) -> PipelineConfig:
+    """`config` with all sizes given: what it leaves to the pipeline, which `backbone` is, is filled in."""
+    height, width = image_size(config, backbone)
+    sizes = {"height": height, "width": width, "max_sequence_length": backbone.max_sequence_length}
+    return config.model_copy(update=sizes)
+
+
 def _quiet_libraries() -> None:
     """No loading bars and no notes on optional packages between a run's own lines; errors still show."""
     import diffusers

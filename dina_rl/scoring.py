@@ -299,7 +299,7 @@ def dina_pipeline(config: PictureScorerConfig, card: RewardCard) -> PipelineConf
 def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
     card = read_card(config.dina.location)
     pipeline = dina_pipeline(config, card)
-    sizes = ((pipeline.height, pipeline.width),) if config.height or not card.buckets else card.buckets
+    sizes = (pipeline.size,) if config.height or not card.buckets else card.buckets
     try:
         backbone = runtime.open_pipeline(pipeline)
     except ValueError as error:

@@ -2,24 +2,30 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.planning import describe
-from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
-from dina_rl.alignment.record import Recorder, finished
-from dina_rl.backbones.trained import check_targets, save_transformer
+from dina_rl.alignment.prompts import Prompts, check_captions, cut_prompts, load_prompts
+from dina_rl.alignment.record import Recorder
+from dina_rl.alignment.result import finished, why_not_longer
+from dina_rl.backbones.adapter_files import initial_state
+from dina_rl.backbones.base import Backbone
+from dina_rl.backbones.trained import check_targets, make_trainable, save_transformer
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun, DiNaScorerConfig, PipelineConfig
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.run_directory import run_directory
-from dina_rl.runtime import configure_process, open_pipeline
+from dina_rl.runtime import configure_process, image_size, open_pipeline, sized
 from dina_rl.scorers.clip import check_clip
+
+Run = TypeVar("Run", bound=AlignRun)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,9 +35,9 @@ def main(argv: Sequence[str]) -> None:
         return
     with ExitStack() as stack:
         try:
+            run = with_sizes(run)
             prompts = preflight(run)
-            directory = run_directory(run, run.run_dir, resume=run.resume, finished=partial(finished, run))
-            run_dir = stack.enter_context(directory)
+            run_dir = stack.enter_context(opened(run))
         except ValueError as error:
             fail(str(error))
         with interruptible(run_dir):
@@ -49,6 +55,17 @@ def main(argv: Sequence[str]) -> None:
     print(f"look at     tensorboard --logdir {run_dir}")
 
 
+def with_sizes(run: Run) -> Run:
+    """`run` with the sizes that it leaves to its pipeline. Raises ValueError where that cannot be read."""
+    return run.model_copy(update={"pipeline": sized(run.pipeline, open_pipeline(run.pipeline))})
+
+
+def opened(run: AlignRun) -> AbstractContextManager[Path]:
+    """The run's directory for the time of a block; the run in it may have been shorter."""
+    grows = {"iterations": partial(why_not_longer, run, run.run_dir.expanduser().resolve())}
+    return run_directory(run, run.run_dir, resume=run.resume, may_grow=grows, finished=partial(finished, run))
+
+
 def preflight(run: AlignRun) -> Prompts:
     """All that can be wrong with the inputs, found before anything starts.
 
@@ -56,13 +73,14 @@ def preflight(run: AlignRun) -> Prompts:
         ValueError: a missing pipeline, reward model or prompt file, or parts that do not fit together.
     """
     backbone = open_pipeline(run.pipeline)
-    latent_shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
-    check_targets(backbone.empty_transformer(), run.learner.lora)
+    latent_shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
+    check_adapter(run, backbone)
     if run.rewards.dina is not None:
-        _check_reward(run.rewards.dina, run.pipeline, backbone.width)
+        _check_reward(run.rewards.dina, run.pipeline, backbone)
     check_clip_models(run)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
+    check_captions(run.prompts, prompts, run.golden)
     print("".join(f"{line}\n" for line in cut_prompts(backbone, prompts)), end="", flush=True)
     if run.rollout.prompts_per_iteration > len(prompts.train):
         raise ValueError(
@@ -72,6 +90,15 @@ def preflight(run: AlignRun) -> Prompts:
     return prompts
 
 
+def check_adapter(run: AlignRun, backbone: Backbone) -> None:
+    """Raises ValueError where the transformer lacks layers to adapt, or the adapter to start from is another's."""
+    module, lora = backbone.empty_transformer(), run.learner.lora
+    check_targets(module, lora)
+    if lora is not None and lora.init is not None:
+        make_trainable(module, lora, targets=backbone.lora_targets, seed=run.seed)
+        initial_state(module, lora, backbone.convert_adapter)
+
+
 def check_clip_models(run: AlignRun) -> None:
     """Raises ValueError where a CLIP model of the rewards or of the golden metric cannot be read."""
     for model in (run.golden.clip_model, run.rewards.pickscore, run.rewards.clip_score):
@@ -79,12 +106,13 @@ def check_clip_models(run: AlignRun) -> None:
             check_clip(model)
 
 
-def _check_reward(dina: DiNaScorerConfig, pipeline: PipelineConfig, width: int) -> None:
+def _check_reward(dina: DiNaScorerConfig, pipeline: PipelineConfig, backbone: Backbone) -> None:
     card = read_card(dina.location)
-    if (card.width, card.max_sequence_length) != (width, pipeline.max_sequence_length):
+    if (card.width, card.max_sequence_length) != (backbone.width, backbone.max_sequence_length):
         raise ValueError(
             f"reward model {dina.path} was fitted on {card.pipeline} with width {card.width} and "
-            f"{card.max_sequence_length} text tokens; {pipeline.path} has {width} and {pipeline.max_sequence_length}"
+            f"{card.max_sequence_length} text tokens; {pipeline.path} has {backbone.width} "
+            f"and {backbone.max_sequence_length}; pipeline.max_sequence_length {card.max_sequence_length} is the fit's"
         )
 
 

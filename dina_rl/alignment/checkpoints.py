@@ -8,11 +8,19 @@ from pathlib import Path
 import torch
 
 from dina_rl.alignment.history import Entry
-from dina_rl.checkpoint import load_tensors, replaced_directory, save_tensors, write_json
+from dina_rl.checkpoint import load_part, load_tensors, replaced_directory, save_tensors, write_json
 from dina_rl.textfiles import read_text
 from dina_rl.types import PolicyWeights, Weights
 
 KEPT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptWeights:
+    """Trained weights that a run keeps, and which they are."""
+
+    title: str
+    tensors: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +47,40 @@ class Checkpoints:
         if not found:
             return None
         record = json.loads(read_text(found[-1] / "state.json"))
-        done = record["iteration"] if "iteration" in record else record["step"]  # its name before version 0.2
         state = load_tensors(found[-1] / "state.safetensors")
+        done = _iteration(found[-1])
         return Checkpoint(iteration=done, state=state, history=record["history"], seconds=record["seconds"])
+
+    def done(self) -> int:
+        """Iterations behind the newest checkpoint, 0 without one. Reads no weights."""
+        return max(map(_iteration, self._directories()), default=0)
+
+    def history(self) -> list[Entry]:
+        """That of the newest checkpoint. Reads no weights."""
+        found = self._directories()
+        entries: list[Entry] = json.loads(read_text(found[-1] / "state.json"))["history"] if found else []
+        return entries
+
+    def weights(self, which: str) -> KeptWeights:
+        """The trained weights `best`, `last`, `average` or of a checkpoint's iteration: see `ExportRun.which`.
+
+        Raises:
+            ValueError: the run does not keep them.
+        """
+        if which == "best":
+            if not self._best_weights.is_file():
+                raise ValueError(f"{self._best_weights} does not exist: the run has measured nothing yet")
+            best = self.best_weights()
+            return KeptWeights(title=f"best weights, averaged, after {best.version} updates", tensors=best.tensors)
+        kept = {_iteration(directory): directory for directory in self._directories()}
+        if not kept:
+            raise ValueError(f"{self._root} holds no checkpoint yet")
+        number = int(which) if which.isdigit() else max(kept)
+        if number not in kept:
+            raise ValueError(f"{self._root} keeps no checkpoint {number}: there are {', '.join(map(str, kept))}")
+        part = "policy/" if which == "last" else "ema/"
+        title = f"weights after iteration {number}, {'as trained' if which == 'last' else 'averaged'}"
+        return KeptWeights(title=title, tensors=load_part(kept[number] / "state.safetensors", part))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep it beside the one before it; older ones go."""
@@ -74,4 +113,9 @@ class Checkpoints:
     def _directories(self) -> list[Path]:
         """Oldest first. Before version 0.2 they were called step_*."""
         found = [*self._root.glob("iteration_*/state.json"), *self._root.glob("step_*/state.json")]
-        return sorted((file.parent for file in found), key=lambda directory: int(directory.name.rpartition("_")[2]))
+        return sorted((file.parent for file in found), key=_iteration)
+
+
+def _iteration(directory: Path) -> int:
+    """How many iterations are behind a checkpoint."""
+    return int(directory.name.rpartition("_")[2])

@@ -14,6 +14,7 @@ from dina_rl.backbones.base import Backbone
 from dina_rl.backbones.lora import trainable
 from dina_rl.backbones.trained import make_trainable
 from dina_rl.config import AlignRun
+from dina_rl.runtime import image_size
 from dina_rl.types import PromptEmbeds
 
 FP32 = 4  # bytes
@@ -62,7 +63,7 @@ def learner_footprint(run: AlignRun, backbone: Backbone) -> LearnerFootprint:
 def saved_bytes(module: nn.Module, backbone: Backbone, run: AlignRun) -> int:
     """Bytes of the tensors that autograd keeps of one micro-batch's forwards, each storage once, parameters apart."""
     size = run.learner.micro_batch_size
-    shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+    shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
     tokens, width, pooled = backbone.prompt_shape
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

@@ -7,13 +7,20 @@ from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.footprint import FP32, learner_footprint
 from dina_rl.config import AlignRun
 from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, on_disk, shown_bytes, sizes
-from dina_rl.runtime import open_pipeline
+from dina_rl.runtime import image_size, open_pipeline
 
 
 def describe(run: AlignRun) -> str:
     """Batch arithmetic, actors, memory and steps of `run`, as lines of text. Starts nothing and loads no weights."""
     work, width = open_algorithm(run).work(), 9
-    rows = [*_sampling(run, work), *_updates(run, work), *_actors(run), *_memory(run, work), *_measurements(run)]
+    rows = [
+        *_sampling(run, work),
+        *_sizes(run),
+        *_updates(run, work),
+        *_actors(run),
+        *_memory(run, work),
+        *_measurements(run),
+    ]
     return "\n".join(f"{name:<{width}} {text}" for name, text in rows)
 
 
@@ -47,6 +54,20 @@ def _sampling(run: AlignRun, work: Work) -> list[tuple[str, str]]:
     ]
 
 
+def _sizes(run: AlignRun) -> list[tuple[str, str]]:
+    """What is generated, and which of that is the pipeline's own choice."""
+    pipeline = run.pipeline
+    try:
+        backbone = open_pipeline(pipeline)
+    except ValueError:
+        return []  # told of under memory
+    height, width = image_size(pipeline, backbone)
+    own = {"size": None in (pipeline.height, pipeline.width), "text length": pipeline.max_sequence_length is None}
+    chosen = " and ".join(name for name, is_own in own.items() if is_own)
+    text = f"{pipeline.path}, {height} x {width} pixels, {backbone.max_sequence_length} text tokens"
+    return [("pipeline", f"{text}: its own {chosen}" if chosen else text)]
+
+
 def _updates(run: AlignRun, work: Work) -> list[tuple[str, str]]:
     rollout, learner, ranks = run.rollout, run.learner, run.workers.learner_ranks
     minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * rollout.group_size
@@ -59,6 +80,7 @@ def _updates(run: AlignRun, work: Work) -> list[tuple[str, str]]:
             f"{updates} update(s) an iteration, {run.updates} in all, "
             f"rate {learner.learning_rate:g} {warmup}{learner.schedule}",
         ),
+        *([("", f"begins at the {run.start}; the KL is to the base without it")] if run.start != "base" else []),
         (
             "",
             f"minibatch {minibatch} = {forwards} forwards x {learner.micro_batch_size} samples x {ranks} ranks; "
@@ -83,7 +105,7 @@ def _memory(run: AlignRun, work: Work) -> list[tuple[str, str]]:
     """Object store, and what each kind of actor holds."""
     try:
         backbone = open_pipeline(run.pipeline)
-        shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+        shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
         learner = learner_footprint(run, backbone)
     except ValueError as error:
         return [("memory", f"unknown: {error}")]

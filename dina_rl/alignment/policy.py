@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from dina_rl.alignment.engine import Engine
+from dina_rl.backbones.adapter_files import initial_state
 from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.backbones.lora import adapter_disabled
-from dina_rl.backbones.trained import make_trainable
+from dina_rl.backbones.trained import load_trained_state, make_trainable
 from dina_rl.config import AlignRun
 from dina_rl.runtime import open_pipeline
 from dina_rl.types import PromptEmbeds
@@ -41,6 +42,9 @@ class Policy:
         if whole:
             self._module.float()
         make_trainable(self._module, run.learner.lora, targets=self._backbone.lora_targets, seed=run.seed)
+        lora = run.learner.lora
+        if lora is not None and lora.init is not None:  # the samplers get it with the first weights published
+            load_trained_state(self._module, initial_state(self._module, lora, self._backbone.convert_adapter))
         self._mixed = whole and run.pipeline.dtype != "float32"
         if run.learner.gradient_checkpointing:
             self._module.enable_gradient_checkpointing()

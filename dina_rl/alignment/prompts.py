@@ -1,17 +1,19 @@
 """Where prompts come from: a file of prompts, or the records of a preference set."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from dina_rl.backbones.base import Backbone
-from dina_rl.config import PromptsConfig
+from dina_rl.config import GoldenConfig, PromptsConfig
 from dina_rl.config.fitting import SetKind
 from dina_rl.data.sets.prompt_files import without_bom
 from dina_rl.data.sets.registry import KINDS, open_set, prompts_of
 from dina_rl.errors import shown
 
+SHAPES = "shapes"
 _SET = re.compile(rf"({'|'.join(KINDS)}):(.+):([^:/]+)")
 
 
@@ -43,7 +45,7 @@ def load_prompts(config: PromptsConfig) -> Prompts:
 
 
 def _read(split: str, source: str) -> tuple[str, ...]:
-    if source == "shapes":
+    if source == SHAPES:
         from dina_rl.shapes import grammar
 
         return grammar.prompts(split)
@@ -72,6 +74,34 @@ def _read(split: str, source: str) -> tuple[str, ...]:
             flush=True,
         )
     return distinct
+
+
+def check_captions(config: PromptsConfig, prompts: Prompts, golden: GoldenConfig) -> None:
+    """Raises ValueError where the miniature world's captions or its metric meet prompts of another world."""
+    sources = {"train": config.train, "dev": config.dev, "test": config.test}
+    texts = {"train": prompts.train, "dev": prompts.dev, "test": prompts.test}
+    other = {split: first for split in sources if (first := _first_outside(texts[split])) is not None}
+    captions = [f"prompts.{split}" for split, source in sources.items() if source == SHAPES]
+    if other and captions:
+        split = next(iter(other))
+        raise ValueError(
+            f"prompts.{split} is {sources[split]}, but {' and '.join(captions)} left at the miniature world's captions "
+            f"({SHAPES}): give prompts.train, prompts.dev and prompts.test, with a golden.scorer for them"
+        )
+    for split in ("dev", "test"):
+        if split in other and golden.clip_model is None:
+            raise ValueError(
+                f"golden.scorer {golden.scorer} judges the miniature world's captions alone, and prompts.{split} holds "
+                f"{shown(other[split])}; set golden.scorer to pickscore or clip_score"
+            )
+
+
+def _first_outside(prompts: Sequence[str]) -> str | None:
+    """The first prompt that is no caption of the miniature world."""
+    from dina_rl.shapes import grammar
+
+    captions = {text for split in get_args(grammar.PromptSplit) for text in grammar.prompts(split)}
+    return next((prompt for prompt in prompts if prompt not in captions), None)
 
 
 def cut_prompts(backbone: Backbone, prompts: Prompts) -> list[str]:

@@ -16,6 +16,7 @@ from dina_rl.alignment.board import SHOWN_IMAGES, Board
 from dina_rl.alignment.checkpoints import Checkpoint, Checkpoints
 from dina_rl.alignment.history import History
 from dina_rl.alignment.measurement import Measurement
+from dina_rl.alignment.result import exported, keep_length, note_finished
 from dina_rl.alignment.watch import DivergenceWatch
 from dina_rl.checkpoint import load_tensors, save_tensors, write_json
 from dina_rl.config import AlignRun
@@ -23,18 +24,6 @@ from dina_rl.report import plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.textfiles import read_text
 from dina_rl.types import Weights
-
-ADAPTER, TRANSFORMER = "adapter", "transformer"
-
-
-def exported(run: AlignRun, run_dir: Path) -> Path:
-    """Where the result of a run lies: the adapter, or after full fine-tuning the transformer."""
-    return run_dir / (TRANSFORMER if run.learner.lora is None else ADAPTER)
-
-
-def finished(run: AlignRun, run_dir: Path) -> bool:
-    """Whether the run in a directory has exported its weights, the last thing it does."""
-    return any(exported(run, run_dir).glob("*.safetensors"))
 
 
 class Recorder:
@@ -75,6 +64,7 @@ class Recorder:
     def restore(self) -> tuple[int, dict[str, torch.Tensor] | None]:
         """`recall`, to go on from there. Opens TensorBoard."""
         done, state = self.recall()
+        keep_length(self.run, self.dir)
         self._opened = Board(self.run, self.dir / "tensorboard", done=done)
         return done, state
 
@@ -115,7 +105,11 @@ class Recorder:
             self._board.text("warnings", message, len(self.history.iterations()))
 
     def base(self, measurements: Sequence[Measurement]) -> None:
-        """The unaligned model on the test prompts, one measurement per guidance scale."""
+        """The model that the run starts from, on the test prompts, one measurement per guidance scale."""
+        if self.run.start != "base":
+            said = f"what is called base in measurements and charts is the {self.run.start}"
+            self._board.text("start", said, 0)
+            tqdm.write(f"  {said}")
         self._store("base", measurements)
         self._board.prompts("test", measurements[0].prompts, 0)
         self._images("base", measurements, 0)
@@ -164,7 +158,7 @@ class Recorder:
             self._board.prompts("dev", measurement.prompts, done)
         self._board.images("samples/dev", measurement.images, measurement.prompts, done)
         self.history.save(self.dir)
-        plot_curves(points, self.base_lines(), self.dir / "curves.png")
+        plot_curves(points, self.base_lines(), self.dir / "curves.png", start=self.run.start)
         tqdm.write(f"  iteration {done:4d}  golden {point['golden']:.3f}  proxy {point['proxy']:+.3f}")
 
     def iteration(
@@ -216,11 +210,12 @@ class Recorder:
         self._board.result(self.table("base"), self.table("aligned"), self.run.iterations)
         scale = self.run.rollout.guidance_scale
         before, after = self.stored("base", scale), self.stored("aligned", scale)
-        plot_samples(before["images"], after["images"], self.dir / "samples.png")
+        plot_samples(before["images"], after["images"], self.dir / "samples.png", start=self.run.start)
 
     def export(self, weights: Weights) -> None:
-        """Write the weights for stock diffusers and close TensorBoard."""
+        """Write the weights for stock diffusers, in place of those of a shorter run, and close TensorBoard."""
         self._export(self.exported, weights.tensors)
+        note_finished(self.run.iterations, self.dir)
         self._board.close()
 
     # --- what the report reads -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.backbones.trained import check_names, copy_in, make_trainable, trained_parameters
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import GuidedVelocity
-from dina_rl.runtime import open_pipeline
+from dina_rl.runtime import image_size, open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import PolicyWeights, PromptEmbeds, WorkItem
 
@@ -22,7 +22,8 @@ class PolicySampler:
         self.backbone = open_pipeline(run.pipeline)
         self.device = self.backbone.device
         self.text = self.backbone.load_text_encoder()
-        self.latent_shape = self.backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+        self._size = image_size(run.pipeline, self.backbone)
+        self.latent_shape = self.backbone.latent_shape(*self._size)
         self.sigmas = self._table(run.rollout.num_steps)
         self.evaluation_sigmas = self._table(run.golden.num_steps or run.rollout.num_steps)
         self.version = 0
@@ -34,7 +35,7 @@ class PolicySampler:
 
     def _table(self, num_steps: int) -> torch.Tensor:
         """Sigmas [N + 1] of the scheduler."""
-        return self.backbone.sigmas(num_steps, self.run.pipeline.height, self.run.pipeline.width)
+        return self.backbone.sigmas(num_steps, *self._size)
 
     def load_weights(self, weights: PolicyWeights) -> int:
         """Sample with `weights` from now on; they may come in parts, in order. Returns their version.

@@ -53,6 +53,8 @@ class Backbone(Protocol):
     width: int  # hidden width of a token
     time_width: int  # width of the timestep embedding that modulates the blocks
     prompt_shape: tuple[int, int, int]  # text tokens, their width, and that of the pooled embedding
+    max_sequence_length: int  # text tokens per prompt, as asked for or else the pipeline's own
+    image_size: tuple[int, int]  # height and width that the stock pipeline makes unless told otherwise
     lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
 
     def load_transformer(self) -> ModelMixin:
@@ -110,4 +112,8 @@ class Backbone(Protocol):
         self, directory: Path, state: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: Sequence[str]
     ) -> Path:
         """Write policy LoRA weights as the file that stock diffusers' `load_lora_weights` reads."""
+        ...
+
+    def convert_adapter(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An adapter's tensors under diffusers' names, from names that stock `load_lora_weights` converts."""
         ...

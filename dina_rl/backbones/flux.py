@@ -18,7 +18,7 @@ from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
-from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by
+from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by, own_text_length
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
@@ -26,6 +26,7 @@ from dina_rl.types import PromptEmbeds
 # An input of FLUX.1-dev, not a second forward: the stock pipeline's default, for generator and reward model alike.
 # The rollout's guidance scale is classifier-free guidance on top of it (the stock pipeline's `true_cfg_scale`).
 DISTILLED_GUIDANCE = 3.5
+DEFAULT_LATENTS = 128  # per side: the stock pipeline's `default_sample_size`
 
 
 class TruncatedFlux(nn.Module):
@@ -84,21 +85,21 @@ class Flux:
         "attn.to_add_out",
     )
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int) -> None:
+    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int | None) -> None:
         self.path = str(path)
         self.dtype = dtype
         self.device = device
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length = max_sequence_length or own_text_length(FluxPipeline, self.path, "tokenizer_2")
         config = FluxTransformer2DModel.load_config(self.path, subfolder="transformer")
         self.num_blocks = config["num_layers"]
         self.last_tap = self.num_blocks
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
         self.time_width = self.width
-        self.prompt_shape = max_sequence_length, config["joint_attention_dim"], config["pooled_projection_dim"]
+        self.prompt_shape = self.max_sequence_length, config["joint_attention_dim"], config["pooled_projection_dim"]
         self._guided = config["guidance_embeds"]
-        self._grid = LatentGrid(
-            path=self.path, channels=config["in_channels"] // 4, patch=2, pixels=pixels_per_latent(self.path)
-        )
+        pixels = pixels_per_latent(self.path)
+        self.image_size = (DEFAULT_LATENTS * pixels,) * 2
+        self._grid = LatentGrid(path=self.path, channels=config["in_channels"] // 4, patch=2, pixels=pixels)
 
     def load_transformer(self) -> FluxTransformer2DModel:
         transformer: FluxTransformer2DModel = load_frozen(FluxTransformer2DModel, self.path, self.dtype, self.device)
@@ -170,6 +171,10 @@ class Flux:
     ) -> Path:
         save = FluxPipeline.save_lora_weights
         return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=targets)
+
+    def convert_adapter(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converted: dict[str, torch.Tensor] = FluxPipeline.lora_state_dict(tensors)
+        return converted
 
     def _inputs(
         self, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds

@@ -14,7 +14,9 @@ from dina_rl.textfiles import read_text
 class Family(Protocol):
     """What opens a pipeline directory or hub id: the class of a backbone."""
 
-    def __call__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int) -> Backbone: ...
+    def __call__(
+        self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int | None
+    ) -> Backbone: ...
 
 
 def _flux() -> Family:
@@ -70,14 +72,14 @@ def pipeline_class(path: str | Path) -> str:
 
 
 def open_backbone(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", max_sequence_length: int = 256
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", max_sequence_length: int | None = None
 ) -> Backbone:
     """The backbone for the pipeline at `path` (local directory or hub id). Loads no weights yet.
 
     Args:
         dtype: parameter dtype of everything loaded through it.
         max_sequence_length: tokens per prompt (of T5, or of Z-Image's chat); the reward model and the policy must agree
-            on it.
+            on it. None: as many as the stock pipeline reads.
 
     Raises:
         ValueError: unknown path, a pipeline class without a backbone, or a length beyond what it can read.

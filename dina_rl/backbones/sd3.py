@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig
 from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
 from dina_rl.backbones.lora import export_adapter
-from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by
+from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by, own_text_length
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
@@ -67,11 +67,13 @@ class SD3:
         "attn2.to_out.0",
     )
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int) -> None:
+    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int | None) -> None:
         self.path = str(path)
         self.dtype = dtype
         self.device = device
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length = max_sequence_length or own_text_length(
+            StableDiffusion3Pipeline, self.path, "tokenizer_3"
+        )
         config = SD3Transformer2DModel.load_config(self.path, subfolder="transformer")
         self.num_blocks = config["num_layers"]
         self.last_tap = self.num_blocks - 1  # the last block has no text output
@@ -79,12 +81,14 @@ class SD3:
         self.time_width = self.width
         clip_tokens = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder").max_position_embeddings
         text_width, pooled_width = config["joint_attention_dim"], config["pooled_projection_dim"]
-        self.prompt_shape = clip_tokens + max_sequence_length, text_width, pooled_width
+        self.prompt_shape = clip_tokens + self.max_sequence_length, text_width, pooled_width
+        pixels = pixels_per_latent(self.path)
+        self.image_size = (config["sample_size"] * pixels,) * 2
         self._grid = LatentGrid(
             path=self.path,
             channels=config["in_channels"],
             patch=config["patch_size"],
-            pixels=pixels_per_latent(self.path),
+            pixels=pixels,
             largest=config["pos_embed_max_size"] * config["patch_size"],
         )
 
@@ -174,3 +178,7 @@ class SD3:
     ) -> Path:
         save = StableDiffusion3Pipeline.save_lora_weights
         return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=targets)
+
+    def convert_adapter(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converted: dict[str, torch.Tensor] = StableDiffusion3Pipeline.lora_state_dict(tensors)
+        return converted

@@ -2,9 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from dina_rl.types import PromptEmbeds
 
@@ -14,6 +17,13 @@ CACHED_PROMPTS = 4096
 
 CutPrompts = dict[str, list[str]]
 """Prompts that a text encoder does not read to their end, by its name and length."""
+
+
+def own_text_length(pipeline: type[DiffusionPipeline], path: str, tokenizer: str) -> int:
+    """Text tokens that a stock pipeline reads of a prompt unless told otherwise, or fewer if its tokenizer does."""
+    stock: int = signature(pipeline.__call__).parameters["max_sequence_length"].default
+    own: int = get_tokenizer_config(path, subfolder=tokenizer).get("model_max_length", stock)
+    return min(stock, own)
 
 
 class CachedTextEncoder:

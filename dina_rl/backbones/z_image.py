@@ -21,12 +21,13 @@ from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
-from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, longer
+from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, longer, own_text_length
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
 PATCH = 2  # latents per token and side; the one that the stock pipeline uses
+DEFAULT_SIZE = (1024, 1024)  # pixels, the stock pipeline's
 EMBEDDER = f"{PATCH}-1"  # of `all_x_embedder`: that patch, one frame
 
 
@@ -120,22 +121,23 @@ class ZImage:
 
     lora_targets: tuple[str, ...] = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int) -> None:
+    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int | None) -> None:
         self.path = str(path)
         self.dtype = dtype
         self.device = device
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length = max_sequence_length or own_text_length(ZImagePipeline, self.path, "tokenizer")
         config = ZImageTransformer2DModel.load_config(self.path, subfolder="transformer")
         self.num_blocks = config["n_layers"]
         self.last_tap = self.num_blocks
         self.width = config["dim"]
         self.time_width = min(config["dim"], ADALN_EMBED_DIM)
-        self.prompt_shape = max_sequence_length, config["cap_feat_dim"], 0
+        self.prompt_shape = self.max_sequence_length, config["cap_feat_dim"], 0
         positions, rows, columns = config["axes_lens"]
-        if _in_multiples(max_sequence_length) + 1 >= positions:  # captions start at 1, the image sits behind them
+        if _in_multiples(self.max_sequence_length) + 1 >= positions:  # captions start at 1, the image sits behind them
             raise ValueError(
-                f"max_sequence_length {max_sequence_length} is beyond the {positions} positions of {self.path}"
+                f"max_sequence_length {self.max_sequence_length} is beyond the {positions} positions of {self.path}"
             )
+        self.image_size = DEFAULT_SIZE
         self._grid = LatentGrid(
             path=self.path,
             channels=config["in_channels"],
@@ -228,6 +230,10 @@ class ZImage:
     ) -> Path:
         save = ZImagePipeline.save_lora_weights
         return export_adapter(save, directory, state, rank=rank, alpha=alpha, targets=targets)
+
+    def convert_adapter(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converted: dict[str, torch.Tensor] = ZImagePipeline.lora_state_dict(tensors)
+        return converted
 
 
 def _time(sigma: torch.Tensor) -> torch.Tensor:

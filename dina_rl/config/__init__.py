@@ -14,6 +14,7 @@ from dina_rl.config.alignment import (
 )
 from dina_rl.config.base import LoRAConfig, PipelineConfig, PolicyLoRAConfig
 from dina_rl.config.evaluation import EvaluateRun, EvaluationWorkersConfig, SetConfig
+from dina_rl.config.exporting import ExportRun
 from dina_rl.config.fitting import (
     DatasetConfig,
     FilterConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "DatasetConfig",
     "DiNaScorerConfig",
     "EvaluateRun",
+    "ExportRun",
     "FilterConfig",
     "FitConfig",
     "FitRun",

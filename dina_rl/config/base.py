@@ -65,17 +65,25 @@ class PipelineConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """parameter dtype of the frozen weights; adapters, schedules and log-probabilities are fp32 always"""
     # No float16: the policy loss's gradient at the velocity is about 1e-9 and would be flushed to 0.
-    height: Positive = 32
-    """image height in pixels"""
-    width: Positive = 32
-    """image width in pixels"""
-    max_sequence_length: Positive = 8
-    """text tokens per prompt (T5's; Z-Image's chat), for the generator and the reward model alike"""
+    height: Positive | None = None
+    """image height in pixels; None: the pipeline's own (1024 for SD3.5, FLUX.1 and Z-Image, 32 for the miniature)"""
+    width: Positive | None = None
+    """image width in pixels; None: the pipeline's own"""
+    max_sequence_length: Positive | None = None
+    """text tokens per prompt (T5's; Z-Image's chat), for the generator and the reward model alike; None: the pipeline's
+    own (256 for SD3.5, 512 for FLUX.1 and Z-Image, 8 for the miniature)"""
 
     @property
     def location(self) -> str:
         """`path`, with `shapes` replaced by the shipped pipeline's directory."""
         return str(SHIPPED_PIPELINE) if self.path == "shapes" else str(Path(self.path).expanduser())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a pipeline whose sizes are all given, as `runtime.sized` makes it."""
+        assert self.height is not None, "sizes left to the pipeline are filled in first"
+        assert self.width is not None, "sizes left to the pipeline are filled in first"
+        return self.height, self.width
 
     def absolute(self) -> Self:
         """The same pipeline for a process with another working directory: a local one by its absolute path."""
@@ -102,3 +110,6 @@ class PolicyLoRAConfig(LoRAConfig):
     """scale numerator: the update is (alpha / rank) B A"""
     targets: Texts | None = None
     """linear layers to adapt, by the ends of their diffusers names, e.g. attn.to_q; None: all attention projections"""
+    init: Path | None = None
+    """adapter to start from, of these layers and this rank: its directory or file, as `jobs.export`, diffusers or peft
+    write it; None: one that changes nothing"""

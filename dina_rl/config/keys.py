@@ -6,7 +6,7 @@ A mark stands on the field: `num_workers: Annotated[Positive, Mark.PROCESS] = 2`
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum, auto
 from types import NoneType
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -52,6 +52,12 @@ def covers(keys: Sequence[str], key: str) -> bool:
         len(pattern) <= len(parts) and all(ours in (NAME, theirs) for ours, theirs in zip(pattern, parts, strict=False))
         for pattern in (each.split(".") for each in keys)
     )
+
+
+def value_at(values: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key of a configuration's dump."""
+    first, _, rest = key.partition(".")
+    return value_at(values[first], rest) if rest else values[first]
 
 
 def dump_without(section: BaseModel, *marks: Mark) -> dict[str, object]:

@@ -128,6 +128,12 @@ class AlignRun(_Run):
         return self.iterations * self.learner.updates_per_iteration * self.learner.epochs
 
     @property
+    def start(self) -> str:
+        """What the run starts from, and what its measurements called base are of: the base, or an adapter on it."""
+        lora = self.learner.lora
+        return "base" if lora is None or lora.init is None else f"start ({lora.init})"
+
+    @property
     def kl_weight(self) -> float:
         """The algorithm's weight of the KL to the base."""
         return self.algorithm_section.kl_weight

@@ -34,6 +34,7 @@ from dina_rl.data.sets.registry import open_set
 from dina_rl.data.stores.files import write_lines
 from dina_rl.data.stores.latents import SPLITS, LatentStore, StoreInfo
 from dina_rl.data.stores.prompts import PromptsInfo, PromptStore
+from dina_rl.runtime import sized
 
 LATENTS = "latents"
 PLAN_FILE = "plan.sqlite"
@@ -84,12 +85,12 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
     """What can be wrong with the inputs, found before anything starts.
 
     Returns:
-        `run` with absolute paths: Ray's workers have working directories of their own.
+        `run` with absolute paths, for Ray's workers have working directories of their own, and all sizes given.
 
     Raises:
         ValueError: no such dataset or split, one without images, or an image size that the pipeline does not fit.
     """
-    dataset, pipeline = run.dataset, run.pipeline
+    dataset, pipeline = run.dataset, sized(run.pipeline, backbone)
     source = open_set(dataset.kind, dataset.location)
     for split in dataset.splits.values():
         records = source.records(split)

@@ -38,7 +38,7 @@ def bucketing(dataset: DatasetConfig, pipeline: PipelineConfig) -> Bucketing:
             raise ValueError(
                 "dataset.kind preprocessed holds latents, which have their sizes: set dataset.buckets to published"
             )
-        return Bucketing(buckets=((pipeline.height, pipeline.width),), stretch=True, min_area=min_area or 0)
+        return Bucketing(buckets=(pipeline.size,), stretch=True, min_area=min_area or 0)
     if dataset.buckets == "published":
         return Bucketing(
             buckets=PUBLISHED, stretch=False, min_area=PUBLISHED_MIN_AREA if min_area is None else min_area, exact=exact

@@ -14,6 +14,7 @@ from dina_rl.config import PipelineConfig, RewardModelConfig
 from dina_rl.data.buckets import Size
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.revision import pipeline_revision
+from dina_rl.runtime import image_size
 
 CARD_FILE = "config.json"
 LORA_DIRECTORY = "backbone_lora"
@@ -54,9 +55,9 @@ def make_card(model: LatentRewardModel, pipeline: PipelineConfig, buckets: Seque
         pipeline=pipeline.path,
         revision=pipeline_revision(pipeline.location),
         dtype=pipeline.dtype,
-        image_size=(pipeline.height, pipeline.width),
+        image_size=image_size(pipeline, model.backbone),
         buckets=buckets and tuple(buckets),
-        max_sequence_length=pipeline.max_sequence_length,
+        max_sequence_length=model.backbone.max_sequence_length,
         width=model.backbone.width,
         reward=model.config,
     )

@@ -12,17 +12,19 @@ from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.preprocessed import PreprocessedStore
 from dina_rl.data.stores.prompts import StoredPrompts, find_prompts
 from dina_rl.loading import TEXT, TRANSFORMER, Sizes, sizes
+from dina_rl.runtime import image_size, sized
 
 
 def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
-    """`run` with absolute paths: Ray's workers have working directories of their own.
+    """`run` with absolute paths, for Ray's workers have working directories of their own, and all sizes given.
 
     Raises:
         ValueError: no such dataset or latent store, nothing to train on or nothing held out, too many malformed
             records, latents or prompt embeddings of another pipeline, or a reward model that the pipeline does not fit.
     """
     held_out = {name: _absolute(directory) for name, directory in run.fit.held_out.items()}
-    run = run.model_copy(update={"fit": run.fit.model_copy(update={"held_out": held_out})})
+    fit = run.fit.model_copy(update={"held_out": held_out})
+    run = run.model_copy(update={"fit": fit, "pipeline": sized(run.pipeline, backbone)})
     check_fit(run, backbone)
     needed: tuple[Split, ...] = ("train",) if held_out else SPLITS
     if run.latents is None:
@@ -142,7 +144,7 @@ def _absolute(path: str | Path) -> str:
 
 def check_fit(run: FitRun, backbone: Backbone) -> None:
     """Raises ValueError if the image size or the reward model does not fit the pipeline."""
-    backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+    backbone.latent_shape(*image_size(run.pipeline, backbone))
     if run.reward.taps[-1] > backbone.last_tap:
         raise ValueError(
             f"reward.taps {run.reward.taps} do not fit {run.pipeline.path}: of its {backbone.num_blocks} blocks 1 to "

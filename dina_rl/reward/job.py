@@ -8,16 +8,21 @@ In one process and on Ray it is this same job; `Training` has a version for each
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol
 
+import torch
+
 from dina_rl.backbones.base import Backbone
 from dina_rl.checkpoint import write_json
-from dina_rl.config import FitRun
+from dina_rl.config import FitConfig, FitRun
 from dina_rl.data.encode import EncodeWork
+from dina_rl.data.stores.latents import LatentStore, PairStore
 from dina_rl.data.stores.open import open_store
-from dina_rl.reward.fit import METRICS_FILE, FitResult
+from dina_rl.data.stores.order import fit_order
+from dina_rl.reward.fit import METRICS_FILE, FitResult, rate_factor
 from dina_rl.reward.inputs import check_fit_inputs, encode_missing, training_latents, unseen_pairs, without_embeddings
 from dina_rl.reward.session import Outcome, result_of
 from dina_rl.run_directory import run_directory
@@ -54,14 +59,41 @@ def fit_reward(run: FitRun, open_work: Callable[[Backbone], FitWork]) -> FitResu
     begin = perf_counter()
     backbone = open_pipeline(run.pipeline)
     run = check_fit_inputs(run, backbone)
-    with run_directory(run, run.run_dir, resume=run.resume, finished=_finished) as run_dir:
-        if _finished(run_dir):
+    done = partial(_finished, run)
+    grows = {"fit.steps": partial(why_not_longer, run, run.run_dir.expanduser().resolve())}
+    with run_directory(run, run.run_dir, resume=run.resume, may_grow=grows, finished=done) as run_dir:
+        if done(run_dir):
             return FitResult(**json.loads(read_text(run_dir / METRICS_FILE)))
         return _fit(run, run_dir, backbone, open_work(backbone), begin)
 
 
-def _finished(run_dir: Path) -> bool:
-    return (run_dir / METRICS_FILE).is_file()
+def _finished(run: FitRun, run_dir: Path) -> bool:
+    """Whether the fit in a directory has measured what it reached, the last thing it does, after as many steps."""
+    file = run_dir / METRICS_FILE
+    return file.is_file() and int(json.loads(read_text(file))["steps"]) >= run.fit.steps
+
+
+def why_not_longer(run: FitRun, run_dir: Path, before: int) -> str | None:
+    """What speaks against making the fit of `before` steps in a directory the longer `run`; None: nothing.
+
+    What is done must be what the longer fit would have done.
+    """
+    shorter = run.fit.model_copy(update={"steps": before})
+    if any(rate_factor(step, shorter) != rate_factor(step, run.fit) for step in range(before)):
+        return f"with fit.decay_start {run.fit.decay_start:g} a step's learning rate depends on how many there are"
+    if run.fit.evaluate_every and before % run.fit.evaluate_every:
+        return f"its last evaluation was at no multiple of fit.evaluate_every ({run.fit.evaluate_every})"
+    latents = training_latents(run, run_dir)
+    store = open_store(latents) if latents.is_dir() else None
+    encoded = store is not None and (not isinstance(store, LatentStore) or store.complete())
+    if store is not None and encoded and not _same_order(store, run, shorter):
+        return "its pairs have several sizes, whose order depends on how many steps there are"
+    return None
+
+
+def _same_order(store: PairStore, run: FitRun, shorter: FitConfig) -> bool:
+    orders = (fit_order(store, config, seed=run.seed).batches for config in (shorter, run.fit))
+    return all(torch.equal(ours, theirs) for ours, theirs in zip(*orders, strict=False))
 
 
 def _fit(run: FitRun, run_dir: Path, backbone: Backbone, work: FitWork, begin: float) -> FitResult:

@@ -32,6 +32,7 @@ from dina_rl.reward.checkpoint import save_reward
 from dina_rl.reward.fit import REWARD, Accuracies, FitResult, RewardFit, StepReport, fit
 from dina_rl.reward.held_out import pairwise_accuracy, score_pairs, store_ceiling
 from dina_rl.reward.model import LatentRewardModel
+from dina_rl.runtime import image_size
 from dina_rl.textfiles import read_text
 
 LOG_FILE = "fit.jsonl"
@@ -107,7 +108,7 @@ def run_fit(
     config = run.fit
     ranks = OneRank() if ranks is None else ranks
     sets = HeldOutSets(store, config.held_out)
-    sizes = None if store.buckets == ((run.pipeline.height, run.pipeline.width),) else store.buckets
+    sizes = None if store.buckets == (image_size(run.pipeline, progress.model.backbone),) else store.buckets
     log = FitLog(run, run_dir, first_step=progress.step, ranks=ranks)
 
     def save(model: LatentRewardModel, name: str) -> None:

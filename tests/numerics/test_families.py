@@ -28,7 +28,7 @@ PROMPTS = ("a small red circle on blue", "", "a large green cross on red")
 def pipeline(request: pytest.FixtureRequest) -> PipelineConfig:
     lengths = {"flux": 8, "z_image": 64}  # T5 words; bytes of the chat
     path = request.getfixturevalue(f"tiny_{request.param}")
-    return PipelineConfig(path=str(path), max_sequence_length=lengths[request.param])
+    return PipelineConfig(path=str(path), height=32, width=32, max_sequence_length=lengths[request.param])
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import ScoredGroup, align, plan
+from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
+from dina_rl.alignment.result import finished as is_finished
 from dina_rl.checkpoint import load_tensors, open_run_dir
-from jobs.align import exporter
+from jobs.align import exporter, opened, preflight
+from jobs.export import main as export
 from tests.tensors import assert_same_tensors
-from tests.tiny_run import tiny_run
+from tests.tiny_run import TINY, tiny_run
+
+LORA = TINY["learner"]["lora"]
 
 RATES = {"learning_rate": 1e-3, "warmup_updates": 2, "schedule": "linear"}
 
@@ -105,6 +111,86 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
     assert [event.step for event in events.Scalars("train/reward_mean")] == [1, 2, 3]
     rates = [event.value for event in events.Scalars("learner/learning_rate")]
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.25e-3]), "of updates 2, 4 and 6"
+
+
+def test_a_finished_run_that_is_made_longer_equals_the_one_that_was_longer(
+    tmp_path, tiny_pipeline, tiny_reward, finished, capsys
+):
+    whole, recorder = finished
+    shorter = tiny_run(tmp_path, tiny_pipeline, tiny_reward, iterations=2)
+    with opened(shorter):
+        perform(shorter)
+    (tmp_path / "result.json").unlink()  # as version 0.1 left it
+    of_the_shorter = adapter_of(shorter)
+    assert is_finished(shorter, tmp_path)
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, resume=True)
+    assert not is_finished(run, tmp_path)
+    with opened(run), pytest.raises(Killed):
+        perform(run, DiesAt(run, iteration=2))
+    assert_same_tensors(adapter_of(run), of_the_shorter)
+    assert not is_finished(run, tmp_path)
+    with opened(run):
+        longer = perform(run)
+    assert is_finished(run, tmp_path)
+    assert_same_tensors(adapter_of(run), adapter_of(whole))
+    assert longer.history.entries == recorder.history.entries
+    with (
+        pytest.raises(ValueError, match="iterations 2: it has 3, which can only grow"),
+        opened(run.model_copy(update={"iterations": 2})),
+    ):
+        pass
+    exports_are_what_the_run_keeps(run, longer, capsys)
+
+
+def exports_are_what_the_run_keeps(run, recorder, capsys):
+    """All in the form of the run's own export; what there is not is one line."""
+    state = recorder.checkpoints.last().state
+    kept = {"best": recorder.checkpoints.best_weights().tensors}
+    kept |= {"average": part(state, "ema/"), "last": part(state, "policy/"), "3": part(state, "ema/")}
+    for which, tensors in kept.items():
+        out = run.run_dir / "exports" / which
+        export([str(run.run_dir), "--which", which, "--out", str(out)])
+        exporter(run)(run.run_dir / "expected", tensors)
+        name = "pytorch_lora_weights.safetensors"
+        found, expected = (safe_open(place / name, "pt") for place in (out, run.run_dir / "expected"))
+        assert found.metadata() == expected.metadata()
+        assert_same_tensors(load_tensors(out / name), load_tensors(run.run_dir / "expected" / name))
+    assert_same_tensors(load_tensors(run.run_dir / "exports" / "average" / name), adapter_of(run))
+    export([str(run.run_dir), "--which", "2"])
+    assert str(run.run_dir / "adapter_iteration_000002" / name) in capsys.readouterr().out
+    assert not torch.equal(state["ema/" + next(iter(tensors))], state["policy/" + next(iter(tensors))])
+    for words, line in (
+        ([str(run.run_dir), "--which", "1"], "keeps no checkpoint 1: there are 2, 3"),
+        ([str(run.run_dir), "--which", "worst"], "which: 'worst' is none of best, last, average"),
+        ([str(run.run_dir), "--out", str(out)], "is there already; name a new or empty directory"),
+        ([str(run.run_dir / "adapter")], "holds no run: it has no config.yaml"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            export(words)
+        error = capsys.readouterr().err
+        assert line in error
+        assert len(error.splitlines()) == 1
+
+
+def part(state, prefix):
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def test_a_run_may_start_from_the_adapter_of_another(tmp_path, tiny_pipeline, tiny_reward, finished, capsys):
+    """What is called base is of that adapter, and says so; the KL is to the base without it."""
+    before, recorder = finished
+    init = before.run_dir / "adapter"
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, iterations=1, learner={"lora": {**LORA, "init": init}})
+    preflight(run)
+    assert_same_tensors(InlineLearner(run).policy().tensors, part(recorder.checkpoints.last().state, "ema/"))
+    following = perform(run)
+    assert following.table("base")[2.0] == recorder.table("aligned")[2.0]
+    assert f"called base in measurements and charts is the start ({init})" in capsys.readouterr().out
+    assert following.history.iterations()[0]["kl"] > recorder.history.iterations()[0]["kl"] > 0
+    assert f"begins at the start ({init}); the KL is to the base without it" in describe(run)
+    other = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner={"lora": {"rank": 4, "alpha": 4, "init": init}})
+    with pytest.raises(ValueError, match=r"has rank 2, learner\.lora\.rank is 4"):
+        preflight(other)
 
 
 def test_another_seed_is_another_run(tmp_path, tiny_pipeline, tiny_reward, finished):

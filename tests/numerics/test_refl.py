@@ -10,7 +10,8 @@ from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.prompts import load_prompts
-from dina_rl.alignment.record import Recorder, finished
+from dina_rl.alignment.record import Recorder
+from dina_rl.alignment.result import finished
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.backbones.guidance import guided_velocity

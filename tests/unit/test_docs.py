@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 import dina_rl
 from dina_rl.cli import NAME, known_keys
-from dina_rl.config import AlignRun, EvaluateRun, FitRun, LocalRun, ScoreRun
+from dina_rl.config import AlignRun, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -26,6 +26,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "jobs.fit_reward": FitRun,
     "jobs.align": AlignRun,
     "jobs.evaluate": EvaluateRun,
+    "jobs.export": ExportRun,
     "jobs.score": ScoreRun,
 }
 RUNS = set(PROGRAMS.values())

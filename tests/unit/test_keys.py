@@ -10,6 +10,7 @@ from dina_rl.config import (
     DatasetConfig,
     EvaluateRun,
     EvaluationWorkersConfig,
+    ExportRun,
     FitConfig,
     FitRun,
     LearnerConfig,
@@ -22,7 +23,7 @@ from dina_rl.config.base import Section
 from dina_rl.config.evaluation import BootstrapConfig, SetConfig
 from dina_rl.config.keys import Mark, covers, dump_without, marked, section_of
 
-RUNS: tuple[type[BaseModel], ...] = (FitRun, AlignRun, LocalRun, EvaluateRun, ScoreRun)
+RUNS: tuple[type[BaseModel], ...] = (FitRun, AlignRun, LocalRun, EvaluateRun, ScoreRun, ExportRun)
 DECIDES = None
 PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     FitRun: {Mark.PROCESS: "inline", Mark.PLACE: "run_dir resume", DECIDES: "seed latents"},

@@ -55,7 +55,7 @@ class PromptsInfo:
         nbytes = (tokens * width + pooled) * getattr(torch, pipeline.dtype).itemsize
         return PromptsInfo(
             pipeline=pipeline.path,
-            max_sequence_length=pipeline.max_sequence_length,
+            max_sequence_length=backbone.max_sequence_length,
             dtype=pipeline.dtype,
             shape=backbone.prompt_shape,
             prompts_per_shard=max(1, min(SHARD_PROMPTS, SHARD_BYTES // nbytes)),

@@ -45,6 +45,9 @@ def sd35_medium(directory):
     return {"path": str(directory), "dtype": "bfloat16", "height": 512, "width": 512, "max_sequence_length": 256}
 
 
+SMALL = {"height": 32, "width": 32, "max_sequence_length": 8}
+
+
 def run_of(pipeline, **learner):
     learner = {"micro_batch_size": 9, **learner}
     return AlignRun.model_validate({"pipeline": pipeline, "learner": learner, "workers": {"learner_ranks": 2}})
@@ -52,7 +55,7 @@ def run_of(pipeline, **learner):
 
 @pytest.mark.parametrize("pipeline", ["tiny_pipeline", "tiny_flux", "tiny_z_image"])
 def test_a_counted_step_keeps_what_the_estimate_says(pipeline, request):
-    run = run_of({"path": str(request.getfixturevalue(pipeline))})
+    run = run_of({"path": str(request.getfixturevalue(pipeline)), **SMALL})
     backbone = open_pipeline(run.pipeline)
     module = backbone.load_transformer()
     make_trainable(module, run.learner.lora, targets=backbone.lora_targets, seed=0)

@@ -1,10 +1,12 @@
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
-from dina_rl.config import PipelineConfig, PromptsConfig
+from dina_rl.alignment.prompts import Prompts, check_captions, cut_prompts, load_prompts
+from dina_rl.config import GoldenConfig, PipelineConfig, PromptsConfig
 from dina_rl.runtime import open_pipeline
 
 
@@ -83,3 +85,37 @@ def test_prompts_that_are_cut_are_counted(tiny_pipeline: Path) -> None:
         *("prompts.train: 2 of 3 prompts", "prompts.train: 2 of 3 prompts"),
         *("prompts.test: 1 of 1 prompts", "prompts.test: 1 of 1 prompts"),
     ]
+
+
+OTHER = ("a photo of a cat", "a city at night")
+WORLD = load_prompts(PromptsConfig())
+LEFT = "left at the miniature world's captions (shapes): give prompts.train, prompts.dev and prompts.test"
+
+
+@pytest.mark.parametrize(
+    ("own", "golden", "line"),
+    [
+        ("train", "shapes", f"prompts.train is own.txt, but prompts.dev and prompts.test {LEFT}"),
+        ("dev", "pickscore", f"prompts.dev is own.txt, but prompts.train and prompts.test {LEFT}"),
+        (
+            "train dev test",
+            "shapes",
+            "golden.scorer shapes judges the miniature world's captions alone",
+        ),
+        ("train dev test", "pickscore", None),
+        ("", "shapes", None),
+        ("", "clip_score", None),
+    ],
+)
+def test_the_miniature_world_is_not_mixed_with_another(own: str, golden: str, line: str | None) -> None:
+    config = PromptsConfig(**dict.fromkeys(own.split(), "own.txt"))
+    prompts = replace(WORLD, **dict.fromkeys(own.split(), OTHER))
+    if line is None:
+        check_captions(config, prompts, GoldenConfig(scorer=golden))
+        return
+    with pytest.raises(ValueError, match=re.escape(line)):
+        check_captions(config, prompts, GoldenConfig(scorer=golden))
+
+
+def test_own_files_may_hold_the_worlds_captions() -> None:
+    check_captions(PromptsConfig(train="own.txt"), replace(WORLD, train=WORLD.train[:9]), GoldenConfig())

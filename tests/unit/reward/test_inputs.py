@@ -27,7 +27,8 @@ def test_paths_become_absolute(run: FitRun, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     relative = {"path": os.path.relpath(run.pipeline.path)}
     ready = checked(run, latents="store", fit={"held_out": {"again": "store"}}, pipeline=relative)
-    assert ready.pipeline == run.pipeline
+    sizes = {"height": 32, "width": 32, "max_sequence_length": 8}
+    assert ready.pipeline == run.pipeline.model_copy(update=sizes)
     assert ready.latents == tmp_path / "store"
     assert ready.fit.held_out == {"again": str(tmp_path / "store")}
 

@@ -64,7 +64,9 @@ def test_stored_is_encoded_bit_for_bit(request, family: str, dtype: str, tmp_pat
 def test_a_large_prompt_is_a_row_group_of_its_own(tmp_path: Path) -> None:
     """At SD3.5's size, which also bounds the files."""
     shape = 333, 4096, 2048
-    info = PromptsInfo.of(PipelineConfig(dtype="bfloat16"), SimpleNamespace(prompt_shape=shape))
+    info = PromptsInfo.of(
+        PipelineConfig(dtype="bfloat16"), SimpleNamespace(prompt_shape=shape, max_sequence_length=256)
+    )
     assert info.prompts_per_shard * info.values * 2 <= SHARD_BYTES < (info.prompts_per_shard + 1) * info.values * 2
 
     def encoder(prompts: Sequence[str]) -> PromptEmbeds:
@@ -99,7 +101,7 @@ def test_nothing_half_written_is_left_and_the_rest_is_written_once(tmp_path: Pat
     with pytest.raises(
         ValueError, match=r"are not complete \(1 files missing\); finish them with jobs.encode --resume"
     ):
-        find_prompts(tmp_path / "a", PipelineConfig(path="p"))
+        find_prompts(tmp_path / "a", PipelineConfig(path="p", max_sequence_length=8))
     again = PromptStore.create(tmp_path / "a", INFO, iter(["a", "bb", "ccc"]))
     assert again.missing_shards() == [1]
     again.write_shard(1, counted)
@@ -120,10 +122,10 @@ def test_embeddings_of_other_prompts_are_refused(tmp_path: Path, prompts: list[s
 @pytest.mark.parametrize("other", [{"path": "q"}, {"dtype": "bfloat16"}, {"max_sequence_length": 16}])
 def test_other_settings_are_refused(tmp_path: Path, other: dict) -> None:
     filled(tmp_path)
-    assert find_prompts(tmp_path, PipelineConfig(path="p")).num_prompts == 3
+    assert find_prompts(tmp_path, PipelineConfig(path="p", max_sequence_length=8)).num_prompts == 3
     key, value = next(iter(other.items()))
     with pytest.raises(ValueError, match=rf"were made with pipeline.{key} \w+, this run's is {value}; "):
-        find_prompts(tmp_path, PipelineConfig(**{"path": "p", **other}))
+        find_prompts(tmp_path, PipelineConfig(**{"path": "p", "max_sequence_length": 8, **other}))
 
 
 def test_a_prompt_of_no_store_is_named(tmp_path: Path) -> None:
