@@ -34,7 +34,9 @@ class GRPOConfig(AlgorithmConfig):
     advantage_clip: Rate = 5.0
     """bound on |advantage|"""
     clip_range: Rate = 1e-4
-    """bound on |ratio - 1| of the mean log-probability per latent dimension"""
+    """bound on |ratio - 1| of the mean log-probability per latent dimension. Released: 1e-4 over all steps, 1e-5 over a
+    window, 3e-6 with cps (DiNa-LRM), 2e-6 or 4e-6 with the guard. Ratios of cps and the guard have units of their own:
+    see the table in docs/alignment.md"""
     kl_weight: Annotated[float, Field(ge=0)] = 0.01
     """weight of the KL to the base: the adapter switched off, or a second transformer when all weights are trained"""
     kl: Literal["exact", "released"] = "exact"
@@ -42,7 +44,8 @@ class GRPOConfig(AlgorithmConfig):
     and dance exact times -dt (at SD3's shift of 3 and 10 steps 1 / 25.1, 21.4, 18.0, 14.9, 12.0, 9.5, 7.3, 5.4, 3.7 of
     it at steps 0 to 8), for cps the same number"""
     guard: bool = False
-    """GRPO-Guard's regulated clipping: ratios normalised per step and freed of their bias (flow_sde and dance)"""
+    """GRPO-Guard's regulated clipping: ratios normalised per step and freed of their bias (flow_sde and dance).
+    They are smaller than plain ones: set clip_range with it, to 2e-6 as released"""
     old_log_probs: Literal["auto", "rollout", "recompute"] = "auto"
     """whose old log-probabilities: the rollout's, or recomputed by the learner at its own forward geometry before the
     first update; auto recomputes below float32 and for the guard, which needs the old means too"""
