@@ -1,13 +1,16 @@
 """Pairs per second of a training step of the reward model: `python -m benchmarks.reward_step`, half a minute on a CPU.
 
 Ours scores a pair's two images in one forward, encodes a prompt once, and keys noise by pair; its step averages the
-weights too. The plain loop has the design of the paper's released code: two forwards, the batch's prompts encoded at
-every step, one draw of noise for the batch, no averaging. Both train the same model on the same latents with the same
-precision and optimizer; the kinds take turns, and a ratio is of neighbours. New prompts cost us more: they are encoded
-one at a time, so that an embedding does not depend on its batch. That weighs more in the miniature than in SD3.5, so
-the plain loop runs with given embeddings too. With SD3.5-medium on a GPU:
+weights too. In groups it scores every image once for all pairs of its group. The plain loop has the design of the
+paper's released code: two forwards, the batch's prompts encoded at every step, one draw of noise for the batch, no
+averaging. All train the same model on the same pairs with the same precision and optimizer; the kinds take turns, and
+a ratio is of neighbours. New prompts cost us more: they are encoded one at a time, so that an embedding does not depend
+on its batch. That weighs more in the miniature than in SD3.5, so the plain loop runs with given embeddings too.
 
-    python -m benchmarks.reward_step --pairs 4 --reward.taps 4 8 12 --reward.num_heads 8 --reward.lora.rank 64 \\
+An image of the miniature set is in 3 pairs (4 images, 6 pairs, the defaults), one of HPDv3 in 2.17 on average:
+`--group-images 6 --group-pairs 6` is a little less than that. With SD3.5-medium on a GPU:
+
+    python -m benchmarks.reward_step --groups 1 --reward.taps 4 8 12 --reward.num_heads 8 --reward.lora.rank 64 \\
         --reward.lora.alpha 128 --fit.autocast --pipeline.path stabilityai/stable-diffusion-3.5-medium \\
         --pipeline.dtype bfloat16 --pipeline.height 1024 --pipeline.width 1024 --pipeline.max_sequence_length 128
 """
@@ -16,9 +19,11 @@ import sys
 from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
+from typing import Annotated, Self
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from pydantic import Field, model_validator
 from torch import nn
 
 from dina_rl.backbones.base import TextEncoder
@@ -27,6 +32,7 @@ from dina_rl.cli import fail, load
 from dina_rl.config import FitConfig, LoRAConfig, PipelineConfig, RewardModelConfig
 from dina_rl.config.base import Positive, Section
 from dina_rl.data.stores.latents import PairBatch
+from dina_rl.data.stores.units import GROUP_IMAGES, Unit, training_batch
 from dina_rl.flow.process import add_noise
 from dina_rl.reward.fit import RewardFit, fit
 from dina_rl.reward.model import LatentRewardModel
@@ -36,15 +42,30 @@ from dina_rl.seeding import normal
 from dina_rl.types import PromptEmbeds
 
 OURS_NEW, OURS_SEEN = "ours, new prompts", "ours, prompts seen before"
+GROUPS_NEW, GROUPS_SEEN = "ours in groups, new prompts", "ours in groups, prompts seen before"
 PLAIN, PLAIN_GIVEN = "two forwards", "two forwards, embeddings given"
-RATIOS = ((OURS_NEW, PLAIN), (OURS_SEEN, PLAIN), (OURS_SEEN, PLAIN_GIVEN))
+RATIOS = (
+    (OURS_NEW, PLAIN),
+    (OURS_SEEN, PLAIN),
+    (OURS_SEEN, PLAIN_GIVEN),
+    (GROUPS_NEW, PLAIN),
+    (GROUPS_SEEN, PLAIN),
+    (GROUPS_SEEN, PLAIN_GIVEN),
+)
+
+
+Groups = list[Unit]
 
 
 class BenchmarkRun(Section):
     """Speed of a training step of the reward model."""
 
-    pairs: Positive = 24
-    """pairs per step"""
+    groups: Positive = 4
+    """groups per step"""
+    group_images: Annotated[int, Field(ge=2, le=GROUP_IMAGES)] = 4
+    """images of a group"""
+    group_pairs: Positive = 6
+    """pairs between the images of a group: neighbours in a ring first, then the others"""
     steps: Positive = 3
     """steps of each kind in a repeat"""
     repeats: Positive = 5
@@ -54,6 +75,13 @@ class BenchmarkRun(Section):
     pipeline: PipelineConfig = PipelineConfig()
     reward: RewardModelConfig = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=16, alpha=32))
     fit: FitConfig = FitConfig()
+
+    @model_validator(mode="after")
+    def _so_many_pairs_exist(self) -> Self:
+        most = self.group_images * (self.group_images - 1) // 2
+        if self.group_pairs > most:
+            raise ValueError(f"group_pairs ({self.group_pairs}): {self.group_images} images make {most} pairs")
+        return self
 
 
 class BatchTextEncoder:
@@ -110,6 +138,40 @@ def plain_step(progress: RewardFit, batch: PairBatch, encoder: TextEncoder) -> f
     return loss.item()
 
 
+def group(run: BenchmarkRun, number: int, prompt: str, shape: tuple[int, int, int]) -> Unit:
+    """A group of images and its pairs."""
+    count = run.group_images
+    ring = [(first, (first + step) % count) for step in range(1, count // 2 + 1) for first in range(count)]
+    pairs = list({tuple(sorted(pair)): pair for pair in ring}.values())[: run.group_pairs]
+    return Unit(
+        key=number * run.group_pairs,
+        prompt=prompt,
+        latents=normal((count, *shape), "group", number),
+        chosen=tuple(first for first, _ in pairs),
+        rejected=tuple(second for _, second in pairs),
+    )
+
+
+def one_by_one(groups: Groups) -> list[Unit]:
+    """Every pair of the groups as a unit of its own."""
+    return [
+        Unit(key=each.key + n, prompt=each.prompt, latents=each.latents[[chosen, rejected]], chosen=(0,), rejected=(1,))
+        for each in groups
+        for n, (chosen, rejected) in enumerate(zip(each.chosen, each.rejected, strict=True))
+    ]
+
+
+def as_pairs(groups: Groups) -> PairBatch:
+    """The pairs of the groups as the plain loop takes them."""
+    pairs = one_by_one(groups)
+    return PairBatch(
+        pair_ids=torch.tensor([pair.key for pair in pairs]),
+        chosen=torch.stack([pair.latents[0] for pair in pairs]),
+        rejected=torch.stack([pair.latents[1] for pair in pairs]),
+        prompts=tuple(pair.prompt for pair in pairs),
+    )
+
+
 def measure(run: BenchmarkRun) -> dict[str, list[float]]:
     """Pairs per second of every repeat, by kind of step.
 
@@ -123,45 +185,48 @@ def measure(run: BenchmarkRun) -> dict[str, list[float]]:
     ours, plain = (RewardFit(LatentRewardModel(backbone, run.reward, seed=0), run.fit) for _ in range(2))
     encoder, batch_encoder = backbone.load_text_encoder(), BatchTextEncoder(sized(run.pipeline, backbone))
 
-    def batch(number: int, prompt: str) -> PairBatch:
-        return PairBatch(
-            pair_ids=torch.arange(run.pairs) + number * run.pairs,
-            chosen=normal((run.pairs, *shape), "chosen", number),
-            rejected=normal((run.pairs, *shape), "rejected", number),
-            prompts=tuple(f"{prompt} number {index}" for index in range(run.pairs)),
-        )
+    def groups(number: int, prompt: str) -> Groups:
+        return [
+            group(run, number * run.groups + index, f"{prompt} number {index}", shape) for index in range(run.groups)
+        ]
 
-    def our_steps(batches: list[PairBatch]) -> None:
-        for _ in fit(ours, batches, encoder, seed=0):
+    def our_steps(steps: list[list[Unit]]) -> None:
+        pairs = run.groups * run.group_pairs
+        for _ in fit(ours, (training_batch(units, step_pairs=pairs) for units in steps), encoder, seed=0):
             pass
 
-    def plain_steps(batches: list[PairBatch]) -> None:
-        for each in batches:
-            plain_step(plain, each, batch_encoder)
+    def our_pairs(steps: list[Groups]) -> None:
+        our_steps([one_by_one(each) for each in steps])
 
-    given = batch_encoder(batch(0, "a familiar scene").prompts)
+    def plain_steps(steps: list[Groups]) -> None:
+        for each in steps:
+            plain_step(plain, as_pairs(each), batch_encoder)
 
-    def plain_steps_of_given(batches: list[PairBatch]) -> None:
-        for each in batches:
-            plain_step(plain, each, lambda prompts: given)
+    given = batch_encoder(as_pairs(groups(0, "a familiar scene")).prompts)
 
-    kinds: dict[str, tuple[Callable[[list[PairBatch]], None], bool]] = {
-        OURS_NEW: (our_steps, True),
+    def plain_steps_of_given(steps: list[Groups]) -> None:
+        for each in steps:
+            plain_step(plain, as_pairs(each), lambda prompts: given)
+
+    kinds: dict[str, tuple[Callable[[list[Groups]], None], bool]] = {
+        OURS_NEW: (our_pairs, True),
         PLAIN: (plain_steps, True),
-        OURS_SEEN: (our_steps, False),
+        GROUPS_NEW: (our_steps, True),
+        OURS_SEEN: (our_pairs, False),
         PLAIN_GIVEN: (plain_steps_of_given, False),
+        GROUPS_SEEN: (our_steps, False),
     }
     speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for repeat in range(run.repeats + 1):
         for kind, (steps, new) in kinds.items():
             prompt = f"a scene of {kind} in {repeat}" if new else "a familiar scene"
-            batches = [
-                batch(repeat * run.steps + step, f"{prompt} at {step}" if new else prompt) for step in range(run.steps)
+            given_steps = [
+                groups(repeat * run.steps + step, f"{prompt} at {step}" if new else prompt) for step in range(run.steps)
             ]
             begin = perf_counter()
-            steps(batches)
+            steps(given_steps)
             if repeat:  # the first one warms up
-                speeds[kind].append(run.pairs * run.steps / (perf_counter() - begin))
+                speeds[kind].append(run.groups * run.group_pairs * run.steps / (perf_counter() - begin))
     return speeds
 
 
@@ -186,7 +251,10 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         fail(str(error))
     where = torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {run.threads} threads"
-    print(f"{where}; {run.pairs} pairs a step, {run.steps} steps a repeat, {run.repeats} repeats")
+    print(
+        f"{where}; {run.groups} groups of {run.group_images} images and {run.group_pairs} pairs a step, "
+        f"{run.steps} steps a repeat, {run.repeats} repeats"
+    )
     print(table(speeds))
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import LoRAConfig, RewardModelConfig
 from dina_rl.data.stores.latents import SPLITS, LatentStore, PairBatch, StoredPair, StoreInfo
+from dina_rl.data.stores.units import TrainingBatch, Unit, training_batch
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.seeding import generator, normal
 
@@ -43,6 +44,22 @@ def pair_batch(count: int, step: int) -> PairBatch:
         rejected=rejected,
         prompts=tuple(PROMPTS[index % len(PROMPTS)] for index in range(count)),
     )
+
+
+def fit_batch(count: int, step: int) -> TrainingBatch:
+    """`pair_batch` as a fit takes it, the whole step."""
+    return as_step(pair_batch(count, step))
+
+
+def as_step(pairs: PairBatch, *, step_pairs: int | None = None) -> TrainingBatch:
+    """Pairs as a fit takes them."""
+    units = [
+        Unit(key=key, prompt=prompt, latents=torch.stack([chosen, rejected]), chosen=(0,), rejected=(1,))
+        for key, prompt, chosen, rejected in zip(
+            pairs.pair_ids.tolist(), pairs.prompts, pairs.chosen, pairs.rejected, strict=True
+        )
+    ]
+    return training_batch(units, step_pairs=len(pairs) if step_pairs is None else step_pairs)
 
 
 def write_store(directory: Path, pipeline: str, *, train: tuple[int, int], test: tuple[int, int]) -> LatentStore:

@@ -24,6 +24,9 @@ from dina_rl.config.keys import Mark
 OWN_TEST = "test"
 """Among a fit's held-out sets, the test pairs of the store that it trains on."""
 
+BatchOf = Literal["pairs", "groups"]
+"""What a training step is made of."""
+
 Split = Literal["train", "test"]
 """The parts of a latent store."""
 
@@ -159,12 +162,14 @@ class FitConfig(Section):
 
     steps: Positive = 12500
     """optimizer steps (HPDv3's 0.8M pairs at batch 64: one epoch)"""
+    batch_of: BatchOf = "pairs"
+    """groups: pairs of a prompt that share images share noise too, and each image goes through the model once a step"""
     batch_size: Positive = 64
-    """pairs per step over all workers, after accumulation"""
+    """pairs, or groups of them, per step over all workers, after accumulation"""
     bucket_batch: Literal["constant", "tokens"] = "constant"
     """constant: batch_size in every step; tokens: floor(largest area / its area) x batch_size in a bucket's steps"""
     micro_batch_size: Annotated[int | None, Field(gt=0), Mark.PROCESS] = None
-    """pairs of the largest bucket in one forward of one worker; gradients accumulate over a step; None: all at once"""
+    """pairs of images of the largest bucket in a forward of one worker; gradients accumulate over a step; None: all"""
     learning_rate: Rate = 5e-5
     """AdamW's peak rate"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

@@ -1,7 +1,8 @@
 """Fitting the reward model: the paper's Algorithm 1 as one loop, whoever feeds it and however many ranks run it.
 
 Noise levels and noise are keyed by (seed, step, pair), so a pair sees the same ones on whichever rank it lands, and a
-restarted fit repeats them.
+restarted fit repeats them. Pairs that share images may form a group (`fit.batch_of`), which then takes a pair's place:
+one noise level and one noise for all its images, each of which is scored once for all its pairs.
 """
 
 import math
@@ -18,7 +19,7 @@ from dina_rl.adamw import MOMENTS
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.backbones.lora import trainable
 from dina_rl.config import FitConfig, TimestepConfig
-from dina_rl.data.stores.latents import PairBatch
+from dina_rl.data.stores.units import TrainingBatch
 from dina_rl.errors import RunStopped
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.thurstone import comparison_variance, fidelity_loss
@@ -66,8 +67,8 @@ class StepReport:
 
     step: int  # steps done, this one included
     loss: float
-    pairs: int
-    accuracy: float  # share of pairs ranked right, at their training noise level
+    pairs: int  # of the whole step
+    accuracy: float  # pairs ranked right, at their training noise level, over a rank's mean number of pairs
     grad_norm: float  # before clipping
     learning_rate: float
 
@@ -142,7 +143,7 @@ class RewardFit:
 
 def fit(
     progress: RewardFit,
-    batches: Iterable[PairBatch],
+    batches: Iterable[TrainingBatch],
     encoder: TextEncoder,
     *,
     seed: int,
@@ -152,7 +153,7 @@ def fit(
 ) -> Iterator[StepReport]:
     """One optimizer step per batch (Algorithm 1); yields after each, when `progress` may be saved.
 
-    The loss is the mean over the whole step's batch, however many ranks and micro-batches share it.
+    The loss is the mean over the pairs of the whole step, however many ranks and micro-batches share it.
 
     Args:
         batches: this rank's share of each step's batch, from step `progress.step` on.
@@ -171,12 +172,13 @@ def fit(
             group["lr"] = rate
         progress.optimizer.zero_grad()
         parts = micro_batches(batch, config, world_size=world_size)
+        mean_pairs = batch.step_pairs / world_size  # ranks' gradients are averaged, whatever their shares of pairs
         losses: list[torch.Tensor] = []
         margins: list[torch.Tensor] = []
         for part in parts:
             with nullcontext() if part is parts[-1] else no_sync():
                 margin, loss = _forward(forward, part, encoder, progress, seed=seed)
-                loss = loss * (len(part) / len(batch))
+                loss = loss * (len(part) / mean_pairs)
                 loss.backward()
             losses.append(loss.detach())
             margins.append(margin.detach())
@@ -193,46 +195,48 @@ def fit(
         yield StepReport(
             step=progress.step,
             loss=loss_of_step,
-            pairs=len(batch),
-            accuracy=(torch.cat(margins) > 0).float().mean().item(),
+            pairs=batch.step_pairs,
+            accuracy=((torch.cat(margins) > 0).float().sum() / mean_pairs).item(),
             grad_norm=grad_norm,
             learning_rate=rate,
         )
 
 
 def _forward(
-    forward: nn.Module, batch: PairBatch, encoder: TextEncoder, progress: RewardFit, *, seed: int
+    forward: nn.Module, batch: TrainingBatch, encoder: TextEncoder, progress: RewardFit, *, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(margins [B], mean fidelity loss) of pairs at the noise levels and noise of the current step."""
     model, config = progress.model, progress.config
     device = next(model.head.parameters()).device
     t, noise = training_noise(batch, model.config.timestep, seed=seed, step=progress.step)
-    t, noise = t.to(device), noise.to(device)
+    t, noise, unit = t.to(device), noise.to(device), batch.unit.to(device)
     prompt = encoder(batch.prompts).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.autocast):
-        preferred, other = forward(batch.chosen.to(device), batch.rejected.to(device), t, prompt, noise)
-    margin = preferred.float() - other.float()
-    variance = comparison_variance(t, model.config.thurstone)
+        scores = forward(batch.latents.to(device), unit, t, prompt, noise).float()
+    chosen = batch.chosen.to(device)
+    margin = scores[chosen] - scores[batch.rejected.to(device)]
+    variance = comparison_variance(t[unit[chosen]], model.config.thurstone)
     return margin, fidelity_loss(margin, variance, torch.ones_like(margin)).mean()  # y = 1: chosen is preferred
 
 
-def micro_batches(batch: PairBatch, config: FitConfig, *, world_size: int) -> list[PairBatch]:
-    """A rank's share of a step in parts of `micro_batch_size` pairs, in order.
+def micro_batches(batch: TrainingBatch, config: FitConfig, *, world_size: int) -> list[TrainingBatch]:
+    """A rank's share of a step in parts of whole units and at most 2 x `micro_batch_size` images, in order.
 
-    Where a bucket's steps hold k times `batch_size` pairs, so do its parts: all parts cost about the same memory.
+    A unit of more images is a part of its own. Where a bucket's steps hold k times `batch_size` units, parts hold k
+    times as many images: all parts cost about the same memory.
     """
     if config.micro_batch_size is None:
         return [batch]
-    size = config.micro_batch_size * max(1, len(batch) * world_size // config.batch_size)
-    return [
-        PairBatch(
-            pair_ids=batch.pair_ids[start : start + size],
-            chosen=batch.chosen[start : start + size],
-            rejected=batch.rejected[start : start + size],
-            prompts=batch.prompts[start : start + size],
-        )
-        for start in range(0, len(batch), size)
-    ]
+    units = len(batch.keys)
+    most = 2 * config.micro_batch_size * max(1, units * world_size // config.batch_size)
+    images = batch.unit.bincount(minlength=units).tolist()
+    parts, first, held = [], 0, 0
+    for unit, count in enumerate(images):
+        if unit > first and held + count > most:
+            parts.append(batch.part(first, unit))
+            first, held = unit, 0
+        held += count
+    return [*parts, batch.part(first, units)]
 
 
 def checkpoint_blocks(truncated: nn.Module) -> None:
@@ -247,14 +251,14 @@ def checkpoint_blocks(truncated: nn.Module) -> None:
 
 
 def training_noise(
-    batch: PairBatch, config: TimestepConfig, *, seed: int, step: int
+    batch: TrainingBatch, config: TimestepConfig, *, seed: int, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """t [B] ~ q(t) and noise [B, C, H, W] of every pair; a pair's two images share both."""
+    """t [U] ~ q(t) and noise [U, C, H, W] of every unit; a pair's two images share both."""
     levels, noise = [], []
-    for pair_id in batch.pair_ids.tolist():
-        draws = generator(seed, "fit", step, pair_id)
+    for key in batch.keys:
+        draws = generator(seed, "fit", step, key)
         levels.append(draw_timestep(config, draws))
-        noise.append(torch.randn(batch.chosen.shape[1:], generator=draws))
+        noise.append(torch.randn(batch.latents.shape[1:], generator=draws))
     return torch.stack(levels), torch.stack(noise)
 
 

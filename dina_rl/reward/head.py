@@ -150,7 +150,7 @@ def _fuse(
     time_embedding = time_embedding.float()
     adapted = [adapter(tap.float(), time_embedding) for adapter, tap in zip(adapters, taps, strict=True)]
     fused: torch.Tensor = aggregate(torch.cat(adapted, dim=-1))
-    return fused
+    return fused.float()  # autocast makes it bfloat16, for which RMSNorm's fp32 weights have no fused kernel
 
 
 def _gate(width: int) -> nn.Sequential:

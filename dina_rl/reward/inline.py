@@ -12,9 +12,10 @@ from tqdm import tqdm
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import FitRun
 from dina_rl.data.encode import EncodingHere
-from dina_rl.data.stores.latents import PairBatch, PairStore
+from dina_rl.data.stores.latents import PairStore
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
+from dina_rl.data.stores.units import TrainingBatch, fit_units, read_units
 from dina_rl.reward.fit import FitResult, RewardFit, StepReport
 from dina_rl.reward.inputs import open_encoder
 from dina_rl.reward.job import FitWork, fit_reward
@@ -50,7 +51,9 @@ def work_here(backbone: Backbone) -> FitWork:
     return EncodingHere(backbone), TrainingHere(backbone)
 
 
-def training_batches(run: FitRun, store: PairStore) -> Iterator[PairBatch]:
+def training_batches(run: FitRun, store: PairStore) -> Iterator[TrainingBatch]:
     """Every step's whole batch."""
     pairs = store.pairs("train")
-    return (store.batch(pairs, index) for index in fit_order(store, run.fit, seed=run.seed).batches)
+    units = fit_units(pairs, run.fit.batch_of)
+    order = fit_order(units, store.latent_shapes, run.fit, seed=run.seed)
+    return (read_units(store, pairs, units, index) for index in order.batches)

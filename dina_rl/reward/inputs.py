@@ -11,6 +11,7 @@ from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.preprocessed import PreprocessedStore
 from dina_rl.data.stores.prompts import StoredPrompts, find_prompts
+from dina_rl.data.stores.units import fit_units
 from dina_rl.loading import TEXT, TRANSFORMER, Sizes, sizes
 from dina_rl.runtime import image_size, sized
 
@@ -130,7 +131,9 @@ def unseen_pairs(run: FitRun, store: PairStore) -> list[str]:
         for split in splits
         if each.left_out(split)
     ]
-    left_out = fit_order(store, run.fit, seed=run.seed).left_out(store.pairs("train").bucket)
+    pairs = store.pairs("train")
+    units = fit_units(pairs, run.fit.batch_of)
+    left_out = fit_order(units, store.latent_shapes, run.fit, seed=run.seed).left_out(pairs.bucket)
     sizes = {bucket: "{}x{}".format(*store.buckets[bucket]) for bucket in left_out}
     return unusable + [
         f"{count} training pairs of size {sizes[bucket]} are not seen: too few for one of {run.fit.steps} steps"

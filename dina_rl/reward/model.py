@@ -70,33 +70,25 @@ class LatentRewardModel(nn.Module):
         noisy = add_noise(latents.repeat_interleave(count, 0), noise.repeat_interleave(count, 0), t)
         return self._score(noisy, t, prompt.repeat(count), num_levels=count)
 
-    def pair_scores(
-        self,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-        t: torch.Tensor,
-        prompt: PromptEmbeds,
-        noise: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores [B], [B] of two clean latents per pair [B, C, H, W], both noised to t [B] by the same noise (Alg. 1).
+    def unit_scores(
+        self, latents: torch.Tensor, unit: torch.Tensor, t: torch.Tensor, prompt: PromptEmbeds, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores [B] of clean latents [B, C, H, W] in one forward, those of a unit noised alike (Alg. 1: a pair's two).
 
-        One forward of 2 B samples.
+        Args:
+            unit: of every latent [B] int64; U of them.
+            t: of every unit [U].
+            prompt: of every unit.
+            noise: of every unit [U, C, H, W].
         """
-        noisy = torch.cat([add_noise(chosen, noise, t), add_noise(rejected, noise, t)])
-        scores = self.score(noisy, torch.cat([t, t]), PromptEmbeds.cat([prompt, prompt]))
-        first, second = scores.chunk(2)
-        return first, second
+        levels = t[unit]
+        return self.score(add_noise(latents, noise[unit], levels), levels, prompt.select(unit))
 
     def forward(
-        self,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-        t: torch.Tensor,
-        prompt: PromptEmbeds,
-        noise: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`pair_scores` under the name that wrappers such as DistributedDataParallel call."""
-        return self.pair_scores(chosen, rejected, t, prompt, noise)
+        self, latents: torch.Tensor, unit: torch.Tensor, t: torch.Tensor, prompt: PromptEmbeds, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """`unit_scores` under the name that wrappers such as DistributedDataParallel call."""
+        return self.unit_scores(latents, unit, t, prompt, noise)
 
     def _score(
         self, noisy_latents: torch.Tensor, t: torch.Tensor, prompt: PromptEmbeds, *, num_levels: int

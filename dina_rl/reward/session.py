@@ -24,9 +24,10 @@ from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import FitRun
 from dina_rl.config.fitting import OWN_TEST
 from dina_rl.data.encode import SKIPPED_FILE
-from dina_rl.data.stores.latents import LatentStore, PairBatch, PairStore
+from dina_rl.data.stores.latents import LatentStore, PairStore
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import evaluation_batches
+from dina_rl.data.stores.units import TrainingBatch
 from dina_rl.markdown import grid, settings
 from dina_rl.reward.checkpoint import save_reward
 from dina_rl.reward.fit import REWARD, Accuracies, FitResult, RewardFit, StepReport, fit
@@ -82,7 +83,7 @@ class Outcome:
 
 def run_fit(
     progress: RewardFit,
-    batches: Iterable[PairBatch],
+    batches: Iterable[TrainingBatch],
     encoder: TextEncoder,
     store: PairStore,
     run: FitRun,
@@ -130,7 +131,7 @@ def run_fit(
     for report in fit(
         progress, batches, encoder, seed=run.seed, forward=forward, no_sync=no_sync, world_size=ranks.world_size
     ):
-        pairs += report.pairs * ranks.world_size
+        pairs += report.pairs
         log.add(report)
         on_step(report)
         if progress.step == config.steps:
@@ -240,7 +241,7 @@ class FitLog:
             "accuracy": accuracy,
             "grad_norm": sum(r.grad_norm for r in self._reports) / len(self._reports),
             "learning_rate": report.learning_rate,
-            "pairs_per_second": self._ranks.world_size * sum(r.pairs for r in self._reports) / (now - self._since),
+            "pairs_per_second": sum(r.pairs for r in self._reports) / (now - self._since),
         }
         self._reports, self._since = [], now
         self._write(report.step, scalars, scalars)

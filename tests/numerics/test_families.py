@@ -42,9 +42,10 @@ def latents(model: LatentRewardModel, name: str) -> torch.Tensor:
 
 def test_a_fit_step_reaches_all_trainable_weights(model: LatentRewardModel) -> None:
     prompt = model.backbone.load_text_encoder()(PROMPTS)
-    chosen, rejected = model.pair_scores(
-        latents(model, "chosen"), latents(model, "rejected"), torch.tensor([0.1, 0.5, 0.9]), prompt, latents(model, "e")
-    )
+    images = torch.cat([latents(model, "chosen"), latents(model, "rejected")])
+    levels = torch.tensor([0.1, 0.5, 0.9])
+    scores = model.unit_scores(images, torch.arange(3).repeat(2), levels, prompt, latents(model, "e"))
+    chosen, rejected = scores.chunk(2)
     (rejected - chosen).exp().sum().backward()
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"truncated", "head"}

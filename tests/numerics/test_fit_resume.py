@@ -8,21 +8,21 @@ import pytest
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.checkpoint import load_tensors, save_tensors
 from dina_rl.config import FitConfig
-from dina_rl.data.stores.latents import PairBatch
+from dina_rl.data.stores.units import TrainingBatch
 from dina_rl.reward.fit import RewardFit, fit
 from dina_rl.reward.model import LatentRewardModel
 from tests.tensors import assert_same_tensors
-from tests.tiny_reward import TINY_REWARD, pair_batch
+from tests.tiny_reward import TINY_REWARD, fit_batch
 
 CONFIG = FitConfig(steps=8, batch_size=4, learning_rate=1e-3, warmup_steps=2, decay_start=0.5, ema_decay=0.9)
 
 
-def bucketed_batch(step: int) -> PairBatch:
+def bucketed_batch(step: int) -> TrainingBatch:
     """4 pairs of square latents in even steps, 8 of half their width in odd ones."""
     if step % 2 == 0:
-        return pair_batch(4, step)
-    batch = pair_batch(8, step)
-    return replace(batch, chosen=batch.chosen[..., :4].contiguous(), rejected=batch.rejected[..., :4].contiguous())
+        return fit_batch(4, step)
+    batch = fit_batch(8, step)
+    return replace(batch, latents=batch.latents[..., :4].contiguous())
 
 
 @pytest.mark.parametrize(

@@ -85,16 +85,19 @@ def test_ensemble_is_not_the_mean_of_single_levels(model, prompt) -> None:
     assert (model.score_clean(x, prompt, LEVELS, noise) - mean).abs().max() > 1e-4
 
 
-def test_a_pair_in_one_forward_scores_as_two_images(model, prompt) -> None:
-    chosen, rejected, noise = latents(3, 0), latents(3, 2), latents(3, 1)
+def test_units_in_one_forward_score_as_images_by_themselves(model, prompt) -> None:
+    """Images of a unit share its noise level, noise and prompt."""
+    x, noise = latents(5, 0), latents(3, 1)
     t = torch.tensor([0.1, 0.4, 0.9])
-    together = model.pair_scores(chosen, rejected, t, prompt, noise)
-    for scores, x in zip(together, (chosen, rejected), strict=True):
-        torch.testing.assert_close(scores, model.score(add_noise(x, noise, t), t, prompt), **TOLERANCE)
+    unit = torch.tensor([0, 1, 2, 0, 0])
+    together = model.unit_scores(x, unit, t, prompt, noise)
+    for position, number in enumerate(unit.tolist()):
+        image, of_unit = slice(position, position + 1), slice(number, number + 1)
+        alone = model.score(add_noise(x[image], noise[of_unit], t[of_unit]), t[of_unit], prompt.select(of_unit))
+        torch.testing.assert_close(together[image], alone, **TOLERANCE)
 
 
-def test_pairs_share_their_noise(model, prompt) -> None:
-    """The same latent on both sides ties at any noise level."""
-    x, noise = latents(3, 0), latents(3, 1)
-    first, second = model.pair_scores(x, x, torch.tensor([0.1, 0.4, 0.9]), prompt, noise)
-    torch.testing.assert_close(first, second, **TOLERANCE)
+def test_the_same_latent_ties_with_itself_in_a_unit(model, prompt) -> None:
+    x, noise, unit = latents(3, 0), latents(3, 1), torch.arange(3)
+    scores = model.unit_scores(torch.cat([x, x]), unit.repeat(2), torch.tensor([0.1, 0.4, 0.9]), prompt, noise)
+    torch.testing.assert_close(scores[:3], scores[3:], **TOLERANCE)

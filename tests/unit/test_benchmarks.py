@@ -9,7 +9,7 @@ from benchmarks import reward_step
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitConfig, PipelineConfig
 from dina_rl.reward.fit import RewardFit, fit, training_noise
-from tests.tiny_reward import pair_batch, stirred_model
+from tests.tiny_reward import as_step, pair_batch, stirred_model
 
 CONFIG = FitConfig(steps=4, batch_size=6, max_grad_norm=1e9)
 
@@ -18,9 +18,10 @@ def test_two_forwards_have_the_gradient_of_one(tiny_pipeline: Path) -> None:
     backbone = open_backbone(tiny_pipeline, max_sequence_length=8)
     batch = pair_batch(6, 0)
     ours = RewardFit(stirred_model(backbone), CONFIG)
-    report = next(fit(ours, [batch], backbone.load_text_encoder(), seed=0))
+    step = as_step(batch)
+    report = next(fit(ours, [step], backbone.load_text_encoder(), seed=0))
     plain = stirred_model(backbone)
-    t, noise = training_noise(batch, plain.config.timestep, seed=0, step=0)
+    t, noise = training_noise(step, plain.config.timestep, seed=0, step=0)
     config = PipelineConfig(path=str(tiny_pipeline), max_sequence_length=8)
     prompt = reward_step.BatchTextEncoder(config)(batch.prompts)
     loss = reward_step.plain_loss(plain, batch, t, noise, prompt)
@@ -33,7 +34,22 @@ def test_two_forwards_have_the_gradient_of_one(tiny_pipeline: Path) -> None:
 
 def test_the_command_prints_both_speeds_and_their_ratio(tiny_pipeline: Path, capsys: pytest.CaptureFixture) -> None:
     reward_step.main(
-        ["--pairs", "2", "--steps", "1", "--repeats", "2", "--threads", "1", "--pipeline.path", str(tiny_pipeline)]
+        [
+            "--groups",
+            "1",
+            "--group-images",
+            "3",
+            "--group-pairs",
+            "3",
+            "--steps",
+            "1",
+            "--repeats",
+            "2",
+            "--threads",
+            "1",
+            "--pipeline.path",
+            str(tiny_pipeline),
+        ]
     )
     lines = capsys.readouterr().out.splitlines()
     speeds = {
@@ -41,6 +57,7 @@ def test_the_command_prints_both_speeds_and_their_ratio(tiny_pipeline: Path, cap
         for name, *values in (line.rsplit(maxsplit=3) for line in lines[2:])
     }
     kinds = {"ours, new prompts", "ours, prompts seen before", "two forwards", "two forwards, embeddings given"}
+    kinds |= {"ours in groups, new prompts", "ours in groups, prompts seen before"}
     assert {f"{kind}, pairs/s" for kind in kinds} <= set(speeds)
     assert {tuple(name.split(" / ")) for name in speeds if "pairs/s" not in name} == set(reward_step.RATIOS)
     assert all(len(values) == 3 and 0 < values[0] <= values[1] <= values[2] for values in speeds.values())

@@ -1,16 +1,16 @@
 """Which pairs every step of a fit sees: one bucket per step, whoever runs the fit and wherever it was interrupted.
 
-A step's batch is one tensor, so its latents have one shape: all its pairs come from one bucket, and all ranks share it.
-Shapes: N pairs, S steps.
+A step's batch is one tensor, so its latents have one shape: all its units (`units.py`: pairs, or groups of them) come
+from one bucket, and all ranks share it. Shapes: N units, S steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dina_rl.config import FitConfig
-from dina_rl.data.stores.latents import PairStore
+from dina_rl.data.stores.units import Units
 from dina_rl.seeding import generator
 
 
@@ -19,7 +19,7 @@ class TrainingOrder:
     """The batches of a whole fit."""
 
     bucket: tuple[int, ...]  # S of them, the bucket of every step
-    batches: tuple[torch.Tensor, ...]  # S times [pairs of the step] int64, positions in the pair table
+    batches: tuple[torch.Tensor, ...]  # S times [units of the step] int64
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -30,19 +30,30 @@ class TrainingOrder:
         return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(self)], strict=True)]
 
     def left_out(self, buckets: torch.Tensor) -> dict[int, int]:
-        """bucket -> pairs, of the buckets that make too few batches to be allotted a step; no pair of them is seen."""
+        """bucket -> pairs, of the buckets that make too few batches to be allotted a step; no pair of them is seen.
+
+        Args:
+            buckets: the bucket of every pair.
+        """
         counts = {bucket: int((buckets == bucket).sum()) for bucket in buckets.unique().tolist()}
         return {bucket: count for bucket, count in counts.items() if bucket not in set(self.bucket)}
 
 
-def fit_order(store: PairStore, config: FitConfig, *, seed: int) -> TrainingOrder:
-    """The batches of a fit on the training pairs of `store`."""
-    buckets = store.pairs("train").bucket
+def fit_order(
+    units: Units, latent_shapes: Sequence[tuple[int, int, int]], config: FitConfig, *, seed: int
+) -> TrainingOrder:
+    """The batches of a fit.
+
+    Args:
+        latent_shapes: (C, h, w) of every bucket.
+    """
     multiples = None
     if config.bucket_batch == "tokens":
-        shapes = {bucket: store.latent_shapes[bucket] for bucket in buckets.unique().tolist()}
+        shapes = {bucket: latent_shapes[bucket] for bucket in units.bucket.unique().tolist()}
         multiples = token_multiples({bucket: height * width for bucket, (_, height, width) in shapes.items()})
-    return training_order(buckets, steps=config.steps, batch_size=config.batch_size, seed=seed, multiples=multiples)
+    return training_order(
+        units.bucket, steps=config.steps, batch_size=config.batch_size, seed=seed, multiples=multiples
+    )
 
 
 def training_order(
@@ -54,8 +65,8 @@ def training_order(
     proportion to the batches that one epoch of them makes (largest remainder), and then shuffled.
 
     Args:
-        buckets: the bucket of every pair [N] int64, N > 0.
-        batch_size: pairs per step over all ranks.
+        buckets: the bucket of every unit [N] int64, N > 0.
+        batch_size: units per step over all ranks.
         multiples: bucket -> how many times `batch_size` its steps hold (`token_multiples`); 1 for every bucket if None.
     """
     present = buckets.unique().tolist()  # ascending
@@ -63,20 +74,20 @@ def training_order(
     counts = [int((buckets == bucket).sum()) for bucket in present]
     allotted = _largest_remainder([count / size for count, size in zip(counts, sizes, strict=True)], steps)
     needed = [share * size for share, size in zip(allotted, sizes, strict=True)]
-    epochs = max(-(-pairs // count) for pairs, count in zip(needed, counts, strict=True))
-    # One permutation of all pairs per epoch; a bucket's epoch is its pairs in that order.
+    epochs = max(-(-units // count) for units, count in zip(needed, counts, strict=True))
+    # One permutation of all units per epoch; a bucket's epoch is its units in that order.
     shuffled = [torch.randperm(len(buckets), generator=generator(seed, "epoch", epoch)) for epoch in range(epochs)]
     queues = {}
-    for bucket, pairs, size in zip(present, needed, sizes, strict=True):
+    for bucket, units, size in zip(present, needed, sizes, strict=True):
         epochs_of_bucket = torch.cat([order[buckets[order] == bucket] for order in shuffled])
-        queues[bucket] = iter(epochs_of_bucket[:pairs].split(size))
+        queues[bucket] = iter(epochs_of_bucket[:units].split(size))
     in_order = torch.tensor(present).repeat_interleave(torch.tensor(allotted))
     schedule = in_order[torch.randperm(steps, generator=generator(seed, "bucket-of-step"))].tolist()
     return TrainingOrder(bucket=tuple(schedule), batches=tuple(next(queues[bucket]) for bucket in schedule))
 
 
 def token_multiples(areas: Mapping[int, int]) -> dict[int, int]:
-    """How many times more pairs of a bucket fit into a step than pairs of the largest one, rounded down.
+    """How many times more units of a bucket fit into a step than units of the largest one, rounded down.
 
     Args:
         areas: bucket -> latent pixels of one of its images, of the buckets that occur.

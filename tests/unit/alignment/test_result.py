@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dina_rl.alignment.result import finished, note_finished, why_not_longer
-from dina_rl.config import AlignRun, GoldenConfig, WatchConfig
+from dina_rl.config import AlignRun, GoldenConfig, LearnerConfig, WatchConfig
 
 
 def with_result(run_dir: Path, *, checkpoint: int | None) -> None:
@@ -48,4 +48,10 @@ def test_a_watch_that_acts_must_not_have_seen_more_than_it_would(
     tmp_path: Path, action: str, every: int, grows: bool
 ) -> None:
     run = AlignRun(iterations=300, golden=GoldenConfig(every=every), watch=WatchConfig(action=action))
+    assert (why_not_longer(run, tmp_path, 200) is None) == grows
+
+
+@pytest.mark.parametrize(("schedule", "grows"), [("constant", True), ("cosine", False)])
+def test_a_schedule_that_ends_with_the_run_binds_its_length(tmp_path: Path, schedule: str, grows: bool) -> None:
+    run = AlignRun(iterations=300, learner=LearnerConfig(schedule=schedule, warmup_updates=5))
     assert (why_not_longer(run, tmp_path, 200) is None) == grows

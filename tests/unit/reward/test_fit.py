@@ -6,11 +6,14 @@ import torch
 
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitConfig, TimestepConfig
+from dina_rl.data.stores.units import Unit, training_batch
 from dina_rl.errors import RunStopped
-from dina_rl.reward.fit import RewardFit, fit, micro_batches, rate_factor, training_noise
+from dina_rl.flow.process import add_noise
+from dina_rl.reward.fit import RewardFit, StepReport, fit, micro_batches, rate_factor, training_noise
 from dina_rl.reward.model import LatentRewardModel
+from dina_rl.reward.thurstone import comparison_variance, fidelity_loss
 from tests.tensors import assert_same_tensors
-from tests.tiny_reward import TINY_REWARD, pair_batch, stirred_model
+from tests.tiny_reward import PROMPTS, TINY_REWARD, fit_batch, latents, stirred_model
 
 CONFIG = FitConfig(steps=12, batch_size=8, learning_rate=3e-3, ema_decay=0.5)
 
@@ -27,7 +30,7 @@ def encoder(backbone):
 
 def test_loss_falls_on_pairs_that_can_be_learned(backbone, encoder) -> None:
     progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), CONFIG)
-    reports = list(fit(progress, (pair_batch(8, step) for step in range(12)), encoder, seed=0))
+    reports = list(fit(progress, (fit_batch(8, step) for step in range(12)), encoder, seed=0))
     assert [report.step for report in reports] == list(range(1, 13))
     assert sum(r.loss for r in reports[-4:]) < sum(r.loss for r in reports[:4])
     assert all(report.grad_norm > 0 for report in reports)
@@ -36,7 +39,7 @@ def test_loss_falls_on_pairs_that_can_be_learned(backbone, encoder) -> None:
 def test_only_trainable_weights_move(backbone, encoder) -> None:
     model = LatentRewardModel(backbone, TINY_REWARD, seed=0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    list(fit(RewardFit(model, CONFIG), [pair_batch(8, 0), pair_batch(8, 1)], encoder, seed=0))
+    list(fit(RewardFit(model, CONFIG), [fit_batch(8, 0), fit_batch(8, 1)], encoder, seed=0))
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -48,9 +51,9 @@ def test_a_latent_that_is_not_finite_stops_the_fit_and_changes_nothing(
 ) -> None:
     config = CONFIG.model_copy(update={"micro_batch_size": micro_batch_size})
     progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), config)
-    spoilt = pair_batch(8, 1)
-    spoilt.rejected[0, 0, 0, 0] = value
-    steps = fit(progress, [pair_batch(8, 0), spoilt, pair_batch(8, 2)], encoder, seed=0)
+    spoilt = fit_batch(8, 1)
+    spoilt.latents[int(spoilt.rejected[0]), 0, 0, 0] = value
+    steps = fit(progress, [fit_batch(8, 0), spoilt, fit_batch(8, 2)], encoder, seed=0)
     next(steps)
     before = progress.state()
     with pytest.raises(RunStopped, match="gradient norm of step 2 is nan"):
@@ -63,7 +66,7 @@ def test_averages_follow_the_recursion_and_are_swapped_in_and_out(backbone, enco
     progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), CONFIG)
     name = "head.head.weight"
     expected = progress.parameters[name].detach().clone()
-    for n, _ in enumerate(fit(progress, (pair_batch(8, step) for step in range(8)), encoder, seed=0)):
+    for n, _ in enumerate(fit(progress, (fit_batch(8, step) for step in range(8)), encoder, seed=0)):
         decay = min((1 + n) / (10 + n), 0.5)  # 0.1, 0.18, ... until 0.5 is reached at n = 8
         expected = decay * expected + (1 - decay) * progress.parameters[name].detach()
     torch.testing.assert_close(progress.averages[name], expected)
@@ -75,8 +78,8 @@ def test_averages_follow_the_recursion_and_are_swapped_in_and_out(backbone, enco
 
 
 def test_a_pairs_noise_does_not_depend_on_its_neighbours() -> None:
-    whole = pair_batch(4, 0)
-    part = pair_batch(2, 0)
+    whole = fit_batch(4, 0)
+    part = fit_batch(2, 0)
     t, noise = training_noise(whole, TimestepConfig(), seed=3, step=5)
     t_part, noise_part = training_noise(part, TimestepConfig(), seed=3, step=5)
     assert torch.equal(t[:2], t_part)
@@ -103,7 +106,7 @@ def state_after(backbone, encoder, config: FitConfig, *, batches: int = 2, dtype
     model = stirred_model(backbone)
     assert next(model.truncated.parameters()).dtype == dtype
     progress = RewardFit(model, config)
-    losses = [report.loss for report in fit(progress, (pair_batch(8, n) for n in range(batches)), encoder, seed=0)]
+    losses = [report.loss for report in fit(progress, (fit_batch(8, n) for n in range(batches)), encoder, seed=0)]
     gradients = {name: parameter.grad.clone() for name, parameter in progress.parameters.items()}
     return losses, gradients, progress
 
@@ -131,20 +134,94 @@ def test_gradients_travel_between_ranks_once_per_step(backbone, encoder) -> None
 
     config = FitConfig(steps=4, batch_size=8, micro_batch_size=3)
     progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), config)
-    list(fit(progress, [pair_batch(8, 0)], encoder, seed=0, no_sync=no_sync))
+    list(fit(progress, [fit_batch(8, 0)], encoder, seed=0, no_sync=no_sync))
     assert len(entered) == 2  # 3 + 3 inside, 2 outside
 
 
 def test_micro_batches_grow_with_the_bucket_and_keep_the_order() -> None:
     config = FitConfig(steps=4, batch_size=4, num_workers=2, micro_batch_size=1)
-    largest = micro_batches(pair_batch(2, 0), config, world_size=2)  # a rank's share of a step of the largest images
+    largest = micro_batches(fit_batch(2, 0), config, world_size=2)  # a rank's share of a step of the largest images
     assert [len(part) for part in largest] == [1, 1]
-    smaller = micro_batches(pair_batch(6, 0), config, world_size=2)  # three times as many of a third of the area
+    smaller = micro_batches(fit_batch(6, 0), config, world_size=2)  # three times as many of a third of the area
     assert [len(part) for part in smaller] == [3, 3]
-    assert torch.equal(torch.cat([part.pair_ids for part in smaller]), pair_batch(6, 0).pair_ids)
-    assert sum((part.prompts for part in smaller), ()) == pair_batch(6, 0).prompts
-    whole = pair_batch(6, 0)
+    assert sum((part.keys for part in smaller), ()) == fit_batch(6, 0).keys
+    assert sum((part.prompts for part in smaller), ()) == fit_batch(6, 0).prompts
+    whole = fit_batch(6, 0)
     assert micro_batches(whole, config.model_copy(update={"micro_batch_size": None}), world_size=2) == [whole]
+
+
+def groups(count: int) -> list[Unit]:
+    """Groups of 3 images and 3 pairs, of 2 and 1, and so on."""
+    sides = [((0, 1), (1, 2), (0, 2)), ((0, 1),)]
+    return [
+        Unit(
+            key=number,
+            prompt=PROMPTS[number % 3],
+            latents=latents(3 if number % 2 == 0 else 2, "group", number),
+            chosen=tuple(chosen for chosen, _ in sides[number % 2]),
+            rejected=tuple(rejected for _, rejected in sides[number % 2]),
+        )
+        for number in range(count)
+    ]
+
+
+def test_a_group_is_its_pairs_at_one_noise(backbone, encoder) -> None:
+    """The gradient of a step of groups is that of the mean over all their pairs, each scored by itself (Eq. 9)."""
+    batch = training_batch(groups(3), step_pairs=7)
+    progress = RewardFit(stirred_model(backbone), CONFIG.model_copy(update={"max_grad_norm": 1e9}))
+    report = next(fit(progress, [batch], encoder, seed=0))
+    model = stirred_model(backbone)
+    t, noise = training_noise(batch, TINY_REWARD.timestep, seed=0, step=0)
+    prompt = encoder(batch.prompts)
+    losses = []
+    for chosen, rejected in zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True):
+        number = int(batch.unit[chosen])
+        assert number == int(batch.unit[rejected])
+        one = slice(number, number + 1)
+        sides = [
+            model.score(add_noise(batch.latents[image : image + 1], noise[one], t[one]), t[one], prompt.select(one))
+            for image in (chosen, rejected)
+        ]
+        margin = sides[0] - sides[1]
+        losses.append(fidelity_loss(margin, comparison_variance(t[one], TINY_REWARD.thurstone), torch.ones(1)))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    assert len(losses) == report.pairs == 7
+    assert report.loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in progress.parameters.items():
+        expected = model.get_parameter(name).grad
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_shares_of_a_step_of_groups_average_to_the_whole(backbone, encoder) -> None:
+    """Ranks have other numbers of pairs and of images; their gradients' mean is the whole step's, in parts too."""
+    config = CONFIG.model_copy(update={"max_grad_norm": 1e9, "batch_size": 4})
+
+    def gradients(units: list[Unit], world_size: int, **portions: int) -> tuple[StepReport, dict[str, torch.Tensor]]:
+        progress = RewardFit(stirred_model(backbone), config.model_copy(update=portions))
+        batch = training_batch(units, step_pairs=8)
+        report = next(fit(progress, [batch], encoder, seed=0, world_size=world_size))
+        return report, {name: parameter.grad for name, parameter in progress.parameters.items()}
+
+    units = groups(4)
+    units = [units[0], units[2], units[1], units[3]]  # 6 pairs on the first rank, 2 on the second
+    whole, expected = gradients(units, 1)
+    shares = [gradients(units[:2], 2), gradients(units[2:], 2, micro_batch_size=1)]
+    assert {report.pairs for report, _ in shares} == {whole.pairs} == {8}
+    for value in ("loss", "accuracy"):
+        assert sum(getattr(report, value) for report, _ in shares) / 2 == pytest.approx(getattr(whole, value), rel=1e-5)
+    for name, gradient in expected.items():
+        mean = (shares[0][1][name] + shares[1][1][name]) / 2
+        torch.testing.assert_close(mean, gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_micro_batches_are_bounded_by_their_images() -> None:
+    config = FitConfig(steps=4, batch_size=4, micro_batch_size=2)
+    parts = micro_batches(training_batch(groups(4), step_pairs=8), config, world_size=1)
+    assert [part.keys for part in parts] == [(0,), (1,), (2,), (3,)]  # 3 + 2 images are more than 4
+    config = config.model_copy(update={"micro_batch_size": 4})
+    parts = micro_batches(training_batch(groups(4), step_pairs=8), config, world_size=1)
+    assert [part.keys for part in parts] == [(0, 1, 2), (3,)]
 
 
 def test_checkpointed_blocks_give_the_same_gradients(backbone, encoder) -> None:
@@ -181,7 +258,7 @@ def test_autocast_computes_the_head_in_bfloat16_and_keeps_the_gradient(tiny_pipe
             lambda module, inputs, output, autocast=autocast: dtypes.__setitem__(autocast, output.dtype)
         )
         progress = RewardFit(model, FitConfig(steps=4, batch_size=8, autocast=autocast))
-        list(fit(progress, [pair_batch(8, 0)], encoder, seed=0))
+        list(fit(progress, [fit_batch(8, 0)], encoder, seed=0))
         gradients[autocast] = torch.cat([parameter.grad.flatten() for parameter in progress.parameters.values()])
     assert (dtypes[False], dtypes[True]) == (torch.float32, torch.bfloat16)
     similarity = torch.cosine_similarity(gradients[False], gradients[True], dim=0)
@@ -190,5 +267,5 @@ def test_autocast_computes_the_head_in_bfloat16_and_keeps_the_gradient(tiny_pipe
 
 def test_without_averaging_the_saved_weights_are_the_last_ones(backbone, encoder) -> None:
     progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), CONFIG.model_copy(update={"ema_decay": 0.0}))
-    list(fit(progress, (pair_batch(8, step) for step in range(3)), encoder, seed=0))
+    list(fit(progress, (fit_batch(8, step) for step in range(3)), encoder, seed=0))
     assert_same_tensors(progress.averages, progress.parameters)

@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dina_rl.config import FitRun
 from dina_rl.data.stores.open import open_store
-from dina_rl.data.stores.order import fit_order
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.fit import REWARD, RewardFit
+from dina_rl.reward.inline import training_batches
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD, Outcome, run_fit
 from dina_rl.runtime import open_pipeline
@@ -24,10 +24,9 @@ def fitted(directory: Path, pipeline: Path, run_dir: Path, **fit: object) -> Out
     run = FitRun(run_dir=run_dir, pipeline={"path": str(pipeline)}, reward=TINY_REWARD, fit=config)
     run_dir.mkdir()
     backbone, store = open_pipeline(run.pipeline), open_store(directory)
-    table = store.pairs("train")
     return run_fit(
         RewardFit(LatentRewardModel(backbone, run.reward, seed=0), run.fit),
-        (store.batch(table, index) for index in fit_order(store, run.fit, seed=0).batches),
+        training_batches(run, store),
         backbone.load_text_encoder(),
         store,
         run,
