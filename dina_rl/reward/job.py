@@ -22,6 +22,7 @@ from dina_rl.data.encode import EncodeWork
 from dina_rl.data.stores.latents import LatentStore, PairStore
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
+from dina_rl.data.stores.units import fit_units
 from dina_rl.reward.fit import METRICS_FILE, FitResult, rate_factor
 from dina_rl.reward.inputs import check_fit_inputs, encode_missing, training_latents, unseen_pairs, without_embeddings
 from dina_rl.reward.session import Outcome, result_of
@@ -92,7 +93,8 @@ def why_not_longer(run: FitRun, run_dir: Path, before: int) -> str | None:
 
 
 def _same_order(store: PairStore, run: FitRun, shorter: FitConfig) -> bool:
-    orders = (fit_order(store, config, seed=run.seed).batches for config in (shorter, run.fit))
+    units = fit_units(store.pairs("train"), run.fit.batch_of)
+    orders = (fit_order(units, store.latent_shapes, fit, seed=run.seed).batches for fit in (shorter, run.fit))
     return all(torch.equal(ours, theirs) for ours, theirs in zip(*orders, strict=False))
 
 
