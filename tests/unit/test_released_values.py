@@ -1,7 +1,5 @@
 """Presets of released code have its values, those too that they leave to our defaults."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -9,8 +7,8 @@ from diffusers import SD3Transformer2DModel
 from dina_rl.backbones.lora import trainable
 from dina_rl.backbones.trained import make_trainable
 from dina_rl.cli import read_yaml
-from dina_rl.config import AlignRun, FitRun
-from tests.sources import CONFIGS, OFFICIAL, PUBLISHED_REWARD, PUBLISHED_TEXT_TOKENS
+from dina_rl.config import AlignRun
+from tests.sources import CONFIGS, OFFICIAL
 
 ROWS = [(preset, key, value, source) for preset, table in OFFICIAL.items() for key, (value, source) in table.items()]
 
@@ -48,24 +46,3 @@ def test_the_released_adapter_has_its_published_size() -> None:
         )
     make_trainable(transformer, load("sd35m_refl_official_code").learner.lora, targets=(), seed=0)
     assert sum(parameter.numel() for parameter in trainable(transformer).values()) == 18_776_064
-
-
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_an_alignment_preset_fits_the_reward_that_its_own_chain_fits(file: Path) -> None:
-    """Encode, fit and align presets hang together: same pipeline, same text length."""
-    values = read_yaml(file)
-    if "rollout" not in values or "rewards" not in values:
-        return  # no alignment, or the local run, which fits its own
-    run = AlignRun.model_validate(values)
-    assert run.rewards.dina is not None
-    if run.rewards.dina.path == PUBLISHED_REWARD:
-        assert run.pipeline.max_sequence_length == PUBLISHED_TEXT_TOKENS
-        return
-    fits = [FitRun.model_validate(read_yaml(each)) for each in CONFIGS.glob("*reward*.yaml")]
-    made = [fit for fit in fits if str(fit.run_dir / "reward") == run.rewards.dina.path]
-    assert made, f"no preset fits {run.rewards.dina.path}"
-    for fit in made:
-        assert (fit.pipeline.path, fit.pipeline.max_sequence_length) == (
-            run.pipeline.path,
-            run.pipeline.max_sequence_length,
-        )
