@@ -34,7 +34,7 @@ def ray_local() -> Iterator[None]:
     ray.init(
         address="local",
         include_dashboard=False,
-        num_cpus=8,
+        num_cpus=4,  # no more than that many workers at once import what a task needs
         object_store_memory=256 * 1024**2,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
