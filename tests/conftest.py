@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dina_rl.runtime import configure_process
-
 ROOT = Path(__file__).parent.parent
+# Before anything imports torch, and inherited by xdist's workers, Ray's and all other processes that a test starts.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray's 30 s are short where both cores are busy
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -17,19 +18,23 @@ def pytest_runtest_setup() -> None:
 
     One thread: the models are so small that two spend their time waiting for each other.
     """
+    from dina_rl.runtime import configure_process  # here: xdist's controller runs no test and needs no torch
+
     configure_process(threads=1)
 
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """One Ray instance on the loopback interface for the whole session; its CPUs are logical."""
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray's 30 s are short on a loaded machine
+    """One Ray instance of this worker's own, on the loopback interface, for the whole session; its CPUs are logical.
+
+    Nothing of it is shared: `local` joins no other, the ports are free ones, and its directory bears the process' id.
+    """
     import ray
 
     ray.init(
         address="local",
         include_dashboard=False,
-        num_cpus=8,
+        num_cpus=4,  # no more than that many workers at once import what a task needs
         object_store_memory=256 * 1024**2,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,27 +22,42 @@ from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD
 from dina_rl.runtime import open_pipeline
 from jobs import encode, fit_reward, training
+from tests.processes import title_of
 from tests.tensors import assert_same_tensors
 from tests.tiny_reward import TINY_REWARD, write_preferences, write_store
 
 
-def tiny_fit(run_dir: Path, dataset: Path, pipeline: Path, *, resume: bool = False, **fit_values: float) -> FitRun:
-    values = {"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2, "ema_decay": 0.9}
+def tiny_fit(run_dir: Path, dataset: Path, pipeline: Path, other: Path, **fit_values: int | None) -> FitRun:
+    """Two buckets of different batch sizes, accumulation, evaluations and a second held-out set."""
     return FitRun(
         run_dir=run_dir,
-        resume=resume,
         pipeline={"path": str(pipeline)},
-        dataset={"path": str(dataset), "max_skipped": 0.2, "encode_batch_size": 8},
+        dataset={"path": str(dataset), "max_skipped": 0.2, "encode_batch_size": 8, "buckets": [(32, 32), (32, 16)]},
         reward=TINY_REWARD,
-        fit={**values, **fit_values},
+        fit={
+            "steps": 6,
+            "batch_size": 4,
+            "bucket_batch": "tokens",
+            "micro_batch_size": 1,
+            "learning_rate": 1e-3,
+            "checkpoint_every": 2,
+            "ema_decay": 0.9,
+            "evaluate_every": 1,
+            "held_out": {"other": str(other)},
+            **fit_values,
+        },
     )
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 training pairs, one malformed and one with an unreadable image, and 6 test pairs."""
+    """24 training pairs, one malformed and one with an unreadable image, and 6 test pairs; every third is narrow."""
     directory = tmp_path_factory.mktemp("preferences") / "tiny"
-    write_preferences(directory, train=20, test=6)
+    write_preferences(directory, train=24, test=6)
+    for path in directory.glob("images/*.png"):
+        if int(path.name.split("-")[1]) % 3 == 0:
+            with Image.open(path) as image:
+                image.crop((0, 0, 16, 32)).save(path)
     records = json.loads((directory / "train.json").read_text())
     records[3]["path2"] = None
     (directory / "train.json").write_text(json.dumps(records))
@@ -50,34 +66,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def other(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latent store of two buckets, to be held out."""
+    directory = tmp_path_factory.mktemp("stores") / "other"
+    write_store(directory, str(tiny_pipeline), train=(4, 4), test=(1, 2))
+    return directory
+
+
+@pytest.fixture(scope="module")
 def finished(
-    ray_local, dataset: Path, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_local, dataset: Path, other: Path, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[FitRun, FitResult]:
-    run = tiny_fit(tmp_path_factory.mktemp("fit") / "run", dataset, tiny_pipeline)
-    return run, fit_reward.fit_reward_model(run)
-
-
-@pytest.fixture(scope="module")
-def stores(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Latent stores of two buckets each: one to fit on, one held out."""
-    directory = tmp_path_factory.mktemp("stores")
-    write_store(directory / "train", str(tiny_pipeline), train=(12, 20), test=(3, 4))
-    write_store(directory / "other", str(tiny_pipeline), train=(1, 1), test=(1, 2))
-    return directory / "train", directory / "other"
-
-
-def bucketed_fit(run_dir: Path, stores: tuple[Path, Path], pipeline: Path, **values: object) -> FitRun:
-    """Two buckets of different batch sizes, accumulation, evaluations and a second held-out set."""
-    fit = {"bucket_batch": "tokens", "micro_batch_size": 1, "evaluate_every": 1, "held_out": {"other": str(stores[1])}}
-    run = tiny_fit(run_dir, run_dir / "no-dataset", pipeline, **fit)
-    return run.model_copy(update={"latents": stores[0], **values})
-
-
-@pytest.fixture(scope="module")
-def bucketed(
-    ray_local, stores: tuple[Path, Path], tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[FitRun, FitResult]:
-    run = bucketed_fit(tmp_path_factory.mktemp("bucketed") / "run", stores, tiny_pipeline)
+    run = tiny_fit(tmp_path_factory.mktemp("fit") / "run", dataset, tiny_pipeline, other)
     return run, fit_reward.fit_reward_model(run)
 
 
@@ -91,7 +91,8 @@ def log_of(run: FitRun) -> tuple[list[dict], dict[int, dict]]:
 def losses_of_one_process(run: FitRun) -> list[float]:
     """Every step's loss of the plain loop, without Ray, on the same data."""
     backbone = open_pipeline(run.pipeline)
-    progress = RewardFit(LatentRewardModel(backbone, run.reward, seed=run.seed), run.fit)
+    whole = run.fit.model_copy(update={"micro_batch_size": None})
+    progress = RewardFit(LatentRewardModel(backbone, run.reward, seed=run.seed), whole)
     batches = training_batches(run, LatentStore(run.run_dir / LATENTS))
     return [report.loss for report in fit(progress, batches, backbone.load_text_encoder(), seed=run.seed)]
 
@@ -102,20 +103,26 @@ def test_bad_records_are_skipped_and_listed(finished) -> None:
     assert [(line["file"], line["index"]) for line in lines] == [("train.json", 3), ("train.json", 5)]
     assert lines[0]["reason"].startswith("path2 must be")
     assert "unreadable image" in lines[1]["reason"]
-    assert (result.skipped, result.train_pairs, result.test_pairs) == (2, 18, 6)
+    assert (result.skipped, result.train_pairs, result.test_pairs) == (2, 22, 6)
 
 
 def test_every_image_is_encoded_once(finished, dataset: Path) -> None:
     run, _ = finished
     store = LatentStore(run.run_dir / LATENTS)
-    assert len(store.images) == len(set(store.images)) == 2 * 24  # no images of the two unusable pairs
-    image = torch.tensor(load_image((dataset / store.images[0]).read_bytes(), height=32, width=32))
-    expected = open_pipeline(run.pipeline).load_codec().encode(image.permute(2, 0, 1)[None].float() / 255)
-    torch.testing.assert_close(store.latents(torch.tensor([0])), expected, rtol=1e-4, atol=1e-5)
+    assert len(store.images) == len(set(store.images)) == 2 * 28  # no images of the two unusable pairs
+    assert store.info.rows == (2 * 19, 2 * 9)
+    codec = open_pipeline(run.pipeline).load_codec()
+    for row, (height, width) in ((0, (32, 32)), (2 * 19, (32, 16))):
+        image = torch.tensor(load_image((dataset / store.images[row]).read_bytes(), height=height, width=width))
+        expected = codec.encode(image.permute(2, 0, 1)[None].float() / 255)
+        torch.testing.assert_close(store.latents(torch.tensor([row])), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_two_workers_fit_what_one_process_fits(finished) -> None:
-    """Same batches, same noise: losses differ by rounding alone (Adam would blow that up in the weights)."""
+    """A step holds 4 pairs of 32x32 or 8 of 32x16: on two ranks in parts of one, in the plain loop whole.
+
+    Same batches, same noise: losses differ by rounding alone (Adam would blow that up in the weights).
+    """
     run, _ = finished
     logged = log_of(run)[0][-1]
     losses = losses_of_one_process(run)
@@ -123,36 +130,26 @@ def test_two_workers_fit_what_one_process_fits(finished) -> None:
     assert logged["loss"] == pytest.approx(sum(losses) / 6, rel=1e-5)
 
 
-def test_the_fit_without_ray_is_a_complete_one(finished, dataset: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
-    run = tiny_fit(tmp_path / "run", dataset, tiny_pipeline)
+def test_the_fit_without_ray_is_a_complete_one(
+    finished, dataset: Path, other: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    run = tiny_fit(tmp_path / "run", dataset, tiny_pipeline, other, micro_batch_size=None)
     ours, theirs = fit_inline(run), finished[1]
     for name in ("label_ceiling", "train_pairs", "test_pairs", "skipped", "steps"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert ours.accuracy_single == pytest.approx(theirs.accuracy_single, abs=1 / 6 + 1e-9)  # one pair of the six
+    assert set(ours.held_out) == set(theirs.held_out) == {"test", "other"}
+    (our_line,), our_accuracies = log_of(run)
+    (their_line,), their_accuracies = log_of(finished[0])
+    assert our_line["step"] == their_line["step"] == 6
+    assert our_line["loss"] == pytest.approx(their_line["loss"], rel=1e-5)
+    assert set(our_accuracies) == set(their_accuracies) == set(range(1, 7))
     assert (Path(ours.reward) / "head.safetensors").is_file()
     assert fit_inline(run.model_copy(update={"resume": True})) == ours
 
 
-def test_buckets_accumulation_and_two_workers_change_nothing(
-    bucketed, stores, tiny_pipeline: Path, tmp_path: Path
-) -> None:
-    """A step holds 4 pairs of 32x32 or 8 of 32x16: on two ranks in parts of one or two, in one process whole."""
-    run, result = bucketed
-    alone = bucketed_fit(tmp_path / "run", stores, tiny_pipeline)
-    alone = alone.model_copy(update={"fit": alone.fit.model_copy(update={"micro_batch_size": None})})
-    inline = fit_inline(alone)
-    (ours,), held_out = log_of(run)
-    (theirs,), others = log_of(alone)
-    assert ours["step"] == theirs["step"] == 6
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    assert set(held_out) == set(others) == set(range(1, 7))
-    assert set(result.held_out) == set(inline.held_out) == {"test", "other"}
-    assert (result.train_pairs, result.test_pairs, result.steps) == (32, 7, 6)
-    assert not (run.run_dir / LATENTS).exists()
-
-
-def test_the_best_and_the_last_weights_are_kept(bucketed) -> None:
-    run, result = bucketed
+def test_the_best_and_the_last_weights_are_kept(finished) -> None:
+    run, result = finished
     _, held_out = log_of(run)
     accuracies = {step: sets["test"]["accuracy_single"] for step, sets in held_out.items()}
     best = max(accuracies, key=lambda step: (accuracies[step], -step))  # the first of the best
@@ -172,8 +169,8 @@ def test_result_is_written_and_bounded_by_the_ceiling(finished) -> None:
     assert result.steps == 6
 
 
-def test_curves_are_in_tensorboard(bucketed) -> None:
-    run, result = bucketed
+def test_curves_are_in_tensorboard(finished) -> None:
+    run, result = finished
     events = EventAccumulator(str(run.run_dir / TENSORBOARD)).Reload()
     tags = set(events.Tags()["scalars"])
     curves = {"loss", "accuracy", "grad_norm", "learning_rate", "pairs_per_second"}
@@ -185,10 +182,10 @@ def test_curves_are_in_tensorboard(bucketed) -> None:
 
 
 def test_the_command_fits_without_ray_on_a_shared_store(
-    small_config, stores, tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_config, other: Path, tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = small_config + arguments(tmp_path / "run", tmp_path / "no-dataset", tiny_pipeline)
-    argv += ["--inline", "--latents", str(stores[0]), "--fit.held_out", f"{{other: {stores[1]}}}"]
+    argv += ["--inline", "--latents", str(other), "--fit.held_out", f"{{other: {other}}}"]
     argv += ["--fit.num_workers", "1", "--reward.lora.rank", "4"]
     fit_reward.main([*argv, "--fit.evaluate_every", "1"])
     lines = capsys.readouterr().out.splitlines()
@@ -198,10 +195,10 @@ def test_the_command_fits_without_ray_on_a_shared_store(
     assert "holds a run already; add --resume" in refused(fit_reward.main, argv, capsys)
 
 
-def test_a_fit_that_cannot_go_on_ends_with_one_line(small_config, stores, tiny_pipeline, tmp_path, capsys) -> None:
+def test_a_fit_that_cannot_go_on_ends_with_one_line(small_config, other, tiny_pipeline, tmp_path, capsys) -> None:
     """After a first step as large as this no score is a number."""
     argv = small_config + arguments(tmp_path / "run", tmp_path / "no-dataset", tiny_pipeline)
-    argv += ["--inline", "--latents", str(stores[0]), "--fit.num_workers", "1", "--fit.learning_rate", "1e30"]
+    argv += ["--inline", "--latents", str(other), "--fit.num_workers", "1", "--fit.learning_rate", "1e30"]
     with pytest.raises(SystemExit) as ending:
         fit_reward.main(argv)
     assert ending.value.code == 1
@@ -215,16 +212,21 @@ def test_a_finished_run_returns_its_result(finished) -> None:
     assert fit_reward.fit_reward_model(run.model_copy(update={"resume": True})) == result
 
 
-def test_a_killed_worker_changes_nothing(bucketed, stores, tiny_pipeline: Path, tmp_path: Path) -> None:
-    """The group restarts from its last checkpoint and ends, bit for bit, with the weights of the run left alone."""
-    run = bucketed_fit(tmp_path / "run", stores, tiny_pipeline)
+def test_a_killed_worker_changes_nothing(finished, other: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The group restarts from its last checkpoint and ends, bit for bit, with the weights of the run left alone.
+
+    It is fitted on that run's latents as a store that fits share, and encodes none itself.
+    """
+    encoded = finished[0].run_dir / LATENTS
+    run = tiny_fit(tmp_path / "run", tmp_path / "no-dataset", tiny_pipeline, other)
+    run = run.model_copy(update={"latents": encoded})
     killed = []
 
     def kill_after_the_first_checkpoint() -> None:
         snapshot = run.run_dir / training.TRAIN / training.RAY_SNAPSHOT
         while not snapshot.exists():
             time.sleep(0.02)
-        victim = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
+        victim = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in title_of(p))
         victim.kill()
         killed.append(victim.pid)
 
@@ -232,12 +234,14 @@ def test_a_killed_worker_changes_nothing(bucketed, stores, tiny_pipeline: Path, 
     killer.start()
     result = fit_reward.fit_reward_model(run)
     assert killed
-    undisturbed = bucketed[1]
+    assert not (run.run_dir / LATENTS).exists()
+    undisturbed = finished[1]
+    assert (result.train_pairs, result.test_pairs, result.steps) == (22, 6, 6)
     assert result.held_out == undisturbed.held_out
     assert result.best_step == undisturbed.best_step
     for directory in (REWARD, REWARD_BEST):
         for file in ("head.safetensors", "backbone_lora/adapter_model.safetensors"):
-            expected, actual = (load_file(r.run_dir / directory / file) for r in (bucketed[0], run))
+            expected, actual = (load_file(r.run_dir / directory / file) for r in (finished[0], run))
             assert_same_tensors(actual, expected)
 
 
@@ -292,7 +296,7 @@ def test_taps_beyond_the_pipeline(small_config, tmp_path, dataset, tiny_pipeline
 def test_too_many_malformed_records(small_config, tmp_path, dataset, tiny_pipeline, capsys) -> None:
     argv = small_config + arguments(tmp_path / "run", dataset, tiny_pipeline)
     message = refused(fit_reward.main, argv, capsys)
-    assert "1 of 26 records" in message
+    assert "1 of 30 records" in message
     assert "dataset.max_skipped = 0.01" in message
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,10 +161,9 @@ def plain() -> Run:
 Call = Callable[..., object]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
-def ranks(request, ray_local) -> Iterator[Call]:
-    """`ranks(method, *args)` calls all ranks of a gang and returns rank 0's value."""
-    size = request.param
+@contextmanager
+def open_gang(size: int) -> Iterator[Call]:
+    """`call(method, *args)` calls all ranks of a gang and returns rank 0's value."""
 
     def spawn(rank: int) -> ray.actor.ActorHandle:
         options = actor_options(WorkersConfig(), num_gpus=0)
@@ -179,8 +179,15 @@ def ranks(request, ray_local) -> Iterator[Call]:
 
 
 @pytest.fixture(scope="module")
+def ranks(ray_local) -> Iterator[Call]:
+    """Two ranks, which all tests but one share: between two there is something to split and to sum."""
+    with open_gang(2) as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
 def trained(ranks) -> Callable[[int], Run]:
-    """Runs of a gang by ZeRO stage, made on first use."""
+    """The ranks' runs by ZeRO stage, made on first use."""
     runs: dict[int, Run] = {}
 
     def run(stage: int) -> Run:
@@ -264,10 +271,9 @@ def test_training_all_weights_equals_plain_torch(stage, plain_whole, ranks):
 
 @pytest.fixture(scope="module")
 def nft(tiny_pipeline) -> tuple[AlignRun, list[TrainingGroup]]:
-    settings = {"algorithm": "nft", "nft": {"levels": 3, "old_rate": 0.1}}
-    run = tiny_run(
-        Path("unused"), tiny_pipeline, tiny_pipeline, learner={"learning_rate": 1e-4, "schedule": "linear"}, **settings
-    )
+    settings = {"algorithm": "nft", "nft": {"levels": 2, "old_rate": 0.1}}
+    learner = {"learning_rate": 1e-4, "schedule": "linear"}
+    run = tiny_run(Path("unused"), tiny_pipeline, tiny_pipeline, learner=learner, **settings)
     items = [WorkItem(iteration=0, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
     worth = torch.tensor([0.9, 0.2, 0.4])
     return run, [TrainingGroup(rollout=each, advantages=worth) for each in RolloutWorker(run).rollout(items)]
@@ -282,7 +288,17 @@ def test_nft_and_its_sampling_copy_equal_plain_torch(stage, whole, nft, ranks):
     assert_close(ranks("train_nft", run, groups), expected)
 
 
-def test_metrics_are_reduced_over_ranks(ranks, request):
+def test_metrics_are_reduced_over_ranks(ranks):
     ranks("build", 0)
-    size = request.node.callspec.params["ranks"]
-    assert ranks("reduce") == [[sum(range(1, size + 1)), -sum(range(size))], [size, 0]]
+    assert ranks("reduce") == [[1 + 2, 0 - 1], [2, 0]]
+
+
+def test_a_rank_alone_equals_plain_torch_too(plain, ray_local):
+    """The laptop's gang, at the default stage: nothing is split, and a sum over ranks has one term."""
+    with open_gang(1) as alone:
+        alone("build", LearnerConfig().zero_stage)
+        assert alone("train", range(STEPS)) == pytest.approx(plain.norms, abs=1e-5)
+        adapter, optimizer = alone("state")
+        assert alone("reduce") == [[1, 0], [1, 0]]
+    assert_close(adapter, plain.adapter)
+    assert_close(optimizer, plain.optimizer)
