@@ -6,7 +6,7 @@ In one process and on Ray it is this same job; `Training` has a version for each
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,10 @@ from dina_rl.backbones.base import Backbone
 from dina_rl.checkpoint import write_json
 from dina_rl.config import FitConfig, FitRun
 from dina_rl.data.encode import EncodeWork
-from dina_rl.data.stores.latents import LatentStore, PairStore
+from dina_rl.data.stores.latents import LatentStore
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
-from dina_rl.data.stores.units import fit_units
+from dina_rl.data.stores.units import Units, fit_units
 from dina_rl.reward.fit import METRICS_FILE, FitResult, rate_factor
 from dina_rl.reward.inputs import check_fit_inputs, encode_missing, training_latents, unseen_pairs, without_embeddings
 from dina_rl.reward.session import Outcome, result_of
@@ -87,14 +87,16 @@ def why_not_longer(run: FitRun, run_dir: Path, before: int) -> str | None:
     latents = training_latents(run, run_dir)
     store = open_store(latents) if latents.is_dir() else None
     encoded = store is not None and (not isinstance(store, LatentStore) or store.complete())
-    if store is not None and encoded and not _same_order(store, run, shorter):
+    if store is None or not encoded:
+        return None
+    units = fit_units(store.pairs("train"), run.fit.batch_of)
+    if not _same_order(units, store.latent_shapes, run, shorter):
         return "its pairs have several sizes, whose order depends on how many steps there are"
     return None
 
 
-def _same_order(store: PairStore, run: FitRun, shorter: FitConfig) -> bool:
-    units = fit_units(store.pairs("train"), run.fit.batch_of)
-    orders = (fit_order(units, store.latent_shapes, fit, seed=run.seed).batches for fit in (shorter, run.fit))
+def _same_order(units: Units, latent_shapes: Sequence[tuple[int, int, int]], run: FitRun, shorter: FitConfig) -> bool:
+    orders = (fit_order(units, latent_shapes, fit, seed=run.seed).batches for fit in (shorter, run.fit))
     return all(torch.equal(ours, theirs) for ours, theirs in zip(*orders, strict=False))
 
 

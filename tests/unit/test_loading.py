@@ -21,7 +21,7 @@ def large(monkeypatch) -> None:
 
 
 def load_all(path: Path) -> None:
-    backbone = open_pipeline(PipelineConfig(path=str(path)))
+    backbone = open_pipeline(PipelineConfig(path=str(path), max_sequence_length=8))
     backbone.load_text_encoder()
     backbone.load_transformer()
     backbone.load_codec()

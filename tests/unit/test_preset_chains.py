@@ -150,8 +150,8 @@ def fitted(place: Place) -> Callable[[str], Fitted]:
 def test_a_preset_can_be_encoded_and_fitted(fitted: Callable[[str], Fitted], preset: str) -> None:
     """What encode and fit check, and a forward of one sample: taps, head, text length and sizes go together."""
     fit = fitted(preset)
-    check_fit_inputs(fit.run, fit.backbone)
-    pipeline, (tokens, width, pooled) = fit.run.pipeline, fit.backbone.prompt_shape
+    pipeline = check_fit_inputs(fit.run, fit.backbone).pipeline
+    tokens, width, pooled = fit.backbone.prompt_shape
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16, enabled=fit.run.fit.autocast):
         latents = torch.empty(1, *fit.backbone.latent_shape(pipeline.height, pipeline.width))
         prompt = PromptEmbeds(

@@ -1,7 +1,6 @@
 """When a fit may be given more steps: what is done must be what the longer fit would have done."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import yaml
 
 from dina_rl.checkpoint import resumed_values
 from dina_rl.config import FitConfig, FitRun
+from dina_rl.data.stores.units import Units
 from dina_rl.reward import job
 from dina_rl.reward.job import why_not_longer
 
@@ -31,9 +31,10 @@ def test_the_schedules_of_a_fit(tmp_path: Path, fit: dict[str, float], reason: s
 @pytest.mark.parametrize(("buckets", "same"), [([0] * 40, True), ([0, 1] * 20, False)])
 def test_the_order_of_a_fit(buckets: list[int], same: bool) -> None:
     """Pairs of one size come in the same order whatever the length, those of several do not."""
-    store = SimpleNamespace(pairs=lambda split: SimpleNamespace(bucket=torch.tensor(buckets)))
+    places = torch.arange(41)
+    units = Units(pairs=places[:40], starts=places, bucket=torch.tensor(buckets))
     shorter, run = FitConfig(steps=8, batch_size=4), FitRun(fit=FitConfig(steps=12, batch_size=4))
-    assert job._same_order(store, run, shorter) == same
+    assert job._same_order(units, [(16, 8, 8), (16, 8, 4)], run, shorter) == same
 
 
 @pytest.mark.parametrize(
