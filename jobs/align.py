@@ -15,8 +15,8 @@ from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
 from dina_rl.alignment.record import Recorder, finished
 from dina_rl.backbones.trained import check_targets, save_transformer
 from dina_rl.cli import fail, interruptible, load
-from dina_rl.config import AlignRun, DiNaScorerConfig, PipelineConfig
-from dina_rl.reward.checkpoint import read_card
+from dina_rl.config import AlignRun
+from dina_rl.reward.home import check_home
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
 from dina_rl.scorers.clip import check_clip
@@ -58,12 +58,11 @@ def preflight(run: AlignRun) -> Prompts:
     backbone = open_pipeline(run.pipeline)
     latent_shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
     check_targets(backbone.empty_transformer(), run.learner.lora)
-    if run.rewards.dina is not None:
-        _check_reward(run.rewards.dina, run.pipeline, backbone.width)
+    notes = () if run.rewards.dina is None else check_home(run.rewards.dina, run.pipeline, backbone)
     check_clip_models(run)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
-    print("".join(f"{line}\n" for line in cut_prompts(backbone, prompts)), end="", flush=True)
+    print("".join(f"{line}\n" for line in (*notes, *cut_prompts(backbone, prompts))), end="", flush=True)
     if run.rollout.prompts_per_iteration > len(prompts.train):
         raise ValueError(
             f"rollout.prompts_per_iteration ({run.rollout.prompts_per_iteration}) exceeds the {len(prompts.train)} "
@@ -77,15 +76,6 @@ def check_clip_models(run: AlignRun) -> None:
     for model in (run.golden.clip_model, run.rewards.pickscore, run.rewards.clip_score):
         if model is not None:
             check_clip(model)
-
-
-def _check_reward(dina: DiNaScorerConfig, pipeline: PipelineConfig, width: int) -> None:
-    card = read_card(dina.location)
-    if (card.width, card.max_sequence_length) != (width, pipeline.max_sequence_length):
-        raise ValueError(
-            f"reward model {dina.path} was fitted on {card.pipeline} with width {card.width} and "
-            f"{card.max_sequence_length} text tokens; {pipeline.path} has {width} and {pipeline.max_sequence_length}"
-        )
 
 
 def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:

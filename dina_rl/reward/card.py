@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dina_rl.backbones.lora import load_lora_state, lora_state, peft_config
 from dina_rl.config import PipelineConfig, RewardModelConfig
 from dina_rl.data.buckets import Size
+from dina_rl.fingerprint import Fingerprint, pipeline_fingerprint
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.revision import pipeline_revision
 
@@ -29,12 +30,14 @@ class RewardCard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["dina_rl.reward"] = "dina_rl.reward"
-    version: Literal[1, 2] = 2
-    """1 had no revision, dtype, image_size and buckets"""
+    version: Literal[1, 2, 3] = 3
+    """1 had no revision, dtype, image_size and buckets; 2 no fingerprint"""
     pipeline: str
     """pipeline whose transformer is the backbone: a directory or a hub id"""
     revision: str | None = None
     """which weights that pipeline had, see `revision.pipeline_revision`; None: unknown"""
+    fingerprint: Fingerprint | None = None
+    """what its transformer, VAE and text encoders held; None: unknown"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """of the backbone's weights during the fit; None: unknown"""
     image_size: Size | None = None
@@ -53,6 +56,7 @@ def make_card(model: LatentRewardModel, pipeline: PipelineConfig, buckets: Seque
     return RewardCard(
         pipeline=pipeline.path,
         revision=pipeline_revision(pipeline.location),
+        fingerprint=pipeline_fingerprint(pipeline.location),
         dtype=pipeline.dtype,
         image_size=(pipeline.height, pipeline.width),
         buckets=buckets and tuple(buckets),
