@@ -7,7 +7,7 @@ layers; an edit by hand of a few numbers may go unnoticed.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -17,6 +17,7 @@ BLOCK = 2**16  # bytes of a large file read at one place
 BLOCKS = 64  # such places
 WHOLE_BYTES = 64 * 2**20  # files up to this size are read in full
 TENSOR_BYTES = 2**14  # of a tensor that are read, its middle ones
+STORE_FILES = 64  # of a store of encoded pairs that are looked into
 MAX_HEADER = 10**8  # bytes, safetensors' own limit
 _PLAIN_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors")
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
@@ -43,6 +44,9 @@ class Fingerprint(BaseModel):
         return [PARTS[name] for name, ours, theirs in pairs if None not in (ours, theirs) and ours != theirs]
 
 
+Parts = dict[str, str | None]
+"""Digests of what an input is made of, by name; None: unknown."""
+
 PARTS = {"transformer": "transformer", "vae": "VAE", "text": "text encoders"}
 
 
@@ -58,6 +62,54 @@ def pipeline_fingerprint(location: str) -> Fingerprint:
         vae=_vae_digest(directory / "vae"),
         text=None if None in text or not text else _digest_of(*text),
     )
+
+
+def same_part(ours: str | None, theirs: str | None, *, called_alike: bool) -> bool:
+    """Whether two parts hold the same; where one of them is unknown, their pipeline's name stands for them."""
+    return called_alike if None in (ours, theirs) else ours == theirs
+
+
+def pipeline_parts(location: str) -> Parts:
+    """Everything in a pipeline that decides a number: its fingerprint, and the small files of the other parts."""
+    found = {PARTS[name]: value for name, value in pipeline_fingerprint(location)}
+    directory = local_directory(location, "model_index.json")
+    for name, pattern in (("scheduler", "scheduler"), ("tokenizers", "tokenizer*")):
+        parts = [] if directory is None else sorted(part for part in directory.glob(pattern) if part.is_dir())
+        found[name] = _digest_of(*map(files_digest, parts)) if parts else None
+    return found
+
+
+def repository_parts(path: str, known_file: str) -> Parts:
+    """The files of a directory, or the commit of a hub id."""
+    directory = Path(path).expanduser()
+    return {"content": files_digest(directory) if directory.is_dir() else cached_commit(path, known_file)}
+
+
+def store_parts(directory: Path) -> Parts:
+    """The files of a store of encoded pairs, of which there may be ten thousand: all by size, some by content."""
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    read = {files[number * (len(files) - 1) // (STORE_FILES - 1)] for number in range(STORE_FILES)} if files else set()
+    lines = [
+        f"{file.relative_to(directory)} {file.stat().st_size} {_ends(file) if file in read else ''}" for file in files
+    ]
+    return {"content": _digest_of(*lines)}
+
+
+def records_parts(files: Sequence[Path]) -> Parts:
+    """The files of a preference set's records. Its images are trusted not to change under their names."""
+    return {"records": _digest_of(*(f"{file.name} {file_digest(file)}" for file in files if file.is_file()))}
+
+
+def text_parts(texts: Sequence[str]) -> Parts:
+    return {"content": _digest_of(json.dumps(list(texts)))}
+
+
+def _ends(file: Path) -> str:
+    """Of the beginning and the end of a file: parquet has its statistics there."""
+    with file.open("rb") as stream:
+        content = stream.read(BLOCK)
+        stream.seek(max(0, file.stat().st_size - BLOCK))
+        return blake2b(content + stream.read(BLOCK), digest_size=16).hexdigest()
 
 
 def local_directory(location: str, known_file: str) -> Path | None:

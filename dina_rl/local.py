@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TypedDict
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
+from dina_rl.alignment.inputs import align_inputs
 from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
@@ -175,7 +176,8 @@ def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:
     align_run = run.align_run(run_dir / "fit" / "reward", run_dir / "align")
     prompts = align.preflight(align_run)  # the reward model is there only now
     title = open_algorithm(run).work().title
-    with run_directory(align_run, align_run.run_dir, resume=run.resume) as align_dir:
+    inputs = align_inputs(align_run, prompts)
+    with run_directory(align_run, align_run.run_dir, resume=run.resume, inputs=inputs) as align_dir:
         stages.start("align", f"{title}, {run.iterations} iterations of {run.rollout.prompts_per_iteration} groups")
         recorder = align.align_generator(align_run, prompts, align_dir)
     points = recorder.history.points()

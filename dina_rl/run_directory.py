@@ -13,9 +13,19 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from dina_rl.checkpoint import CONFIG_FILE, LOCK_FILE, REPORTS, VERSIONS_FILE, check_place, open_run_dir, resumed_values
+from dina_rl.checkpoint import (
+    CONFIG_FILE,
+    INPUTS_FILE,
+    LOCK_FILE,
+    REPORTS,
+    VERSIONS_FILE,
+    Input,
+    check_place,
+    open_run_dir,
+    resumed_values,
+)
 
-BEFORE_ANY_WORK = (CONFIG_FILE, VERSIONS_FILE, LOCK_FILE, *REPORTS, "tensorboard")
+BEFORE_ANY_WORK = (CONFIG_FILE, VERSIONS_FILE, INPUTS_FILE, LOCK_FILE, *REPORTS, "tensorboard")
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -31,6 +41,7 @@ def run_directory(
     resume: bool,
     may_change: Sequence[str] = (),
     unread: Sequence[str] = (),
+    inputs: Sequence[Input] = (),
     finished: Callable[[Path], bool] = _never,
 ) -> Iterator[Path]:
     """`open_run_dir` for the time of a block, in which no other process can open the directory.
@@ -46,7 +57,7 @@ def run_directory(
     """
     run_dir = run_dir.expanduser().resolve()
     if resume and finished(run_dir):
-        resumed_values(config, run_dir, may_change=may_change, unread=unread)
+        resumed_values(config, run_dir, may_change=may_change, unread=unread, inputs=inputs)
         yield run_dir
         return
     check_place(run_dir, resume=resume)
@@ -55,7 +66,8 @@ def run_directory(
     with _held(run_dir):
         fresh = not (run_dir / CONFIG_FILE).is_file()
         try:
-            yield open_run_dir(config, run_dir, resume=resume, may_change=may_change, unread=unread)
+            opened = open_run_dir(config, run_dir, resume=resume, may_change=may_change, unread=unread, inputs=inputs)
+            yield opened
         except BaseException:
             if fresh:
                 _withdraw(run_dir)

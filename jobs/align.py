@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
+from dina_rl.alignment.inputs import align_inputs
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
@@ -30,7 +31,10 @@ def main(argv: Sequence[str]) -> None:
     with ExitStack() as stack:
         try:
             prompts = preflight(run)
-            directory = run_directory(run, run.run_dir, resume=run.resume, finished=partial(finished, run))
+            inputs = align_inputs(run, prompts)
+            directory = run_directory(
+                run, run.run_dir, resume=run.resume, inputs=inputs, finished=partial(finished, run)
+            )
             run_dir = stack.enter_context(directory)
         except ValueError as error:
             fail(str(error))

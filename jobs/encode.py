@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dina_rl.backbones.base import Backbone
 from dina_rl.cli import fail, load
 from dina_rl.config import FitRun
-from dina_rl.data.encode import EncodeWork, EncodingHere, check_inputs, encode_dataset
+from dina_rl.data.encode import EncodeWork, EncodingHere, check_inputs, encode_dataset, encode_inputs
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
 
@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         backbone = open_pipeline(run.pipeline)
         run = check_inputs(run, backbone)
-        with run_directory(run, run.run_dir, resume=run.resume, unread=UNREAD) as run_dir:
+        inputs = encode_inputs(run)
+        with run_directory(run, run.run_dir, resume=run.resume, unread=UNREAD, inputs=inputs) as run_dir:
             store = encode_dataset(run, run_dir, backbone, open_work(run, backbone))
     except ValueError as error:
         fail(str(error))

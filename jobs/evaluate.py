@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dina_rl.checkpoint import write_text
+from dina_rl.checkpoint import Input, write_text
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import EvaluateRun
 from dina_rl.config.keys import Mark, marked
 from dina_rl.evaluation.audit import audit, audit_jobs, write_report
+from dina_rl.evaluation.inputs import evaluation_inputs
 from dina_rl.evaluation.named_scorers import NamedScorer, named_scorer
 from dina_rl.evaluation.paper import Plan, plan_table
 from dina_rl.evaluation.requests import Workers
@@ -50,6 +51,7 @@ class Inputs:
     sets: tuple[EvaluationSet, ...]
     plan: Plan | None  # None: an audit
     notes: tuple[str, ...]  # on what the rows of the table are
+    made_from: tuple[Input, ...]  # what a resumed run must find again
 
 
 def preflight(run: EvaluateRun) -> Inputs:
@@ -75,6 +77,7 @@ def preflight(run: EvaluateRun) -> Inputs:
         sets=tuple(read_sets(run.sets, seed=run.seed)),
         plan=None if run.paper is None else plan_table(run, others, runs),
         notes=() if run.paper is None else notes_on(runs),
+        made_from=tuple(evaluation_inputs(run, runs)),
     )
 
 
@@ -176,7 +179,9 @@ def main(argv: Sequence[str]) -> None:
         inputs = preflight(run)
         told_anew = tuple(marked(EvaluateRun, Mark.REPORT))  # from the scores that are kept
         with (
-            run_directory(run, run.run_dir, resume=run.resume, may_change=told_anew) as run_dir,
+            run_directory(
+                run, run.run_dir, resume=run.resume, may_change=told_anew, inputs=inputs.made_from
+            ) as run_dir,
             interruptible(run_dir),
         ):
             shown = evaluate(run, inputs, run_dir)

@@ -18,7 +18,14 @@ from dina_rl.config import FitRun
 from dina_rl.data.encode import EncodeWork
 from dina_rl.data.stores.open import open_store
 from dina_rl.reward.fit import METRICS_FILE, FitResult
-from dina_rl.reward.inputs import check_fit_inputs, encode_missing, training_latents, unseen_pairs, without_embeddings
+from dina_rl.reward.inputs import (
+    check_fit_inputs,
+    encode_missing,
+    fit_inputs,
+    training_latents,
+    unseen_pairs,
+    without_embeddings,
+)
 from dina_rl.reward.session import Outcome, result_of
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import open_pipeline
@@ -54,7 +61,7 @@ def fit_reward(run: FitRun, open_work: Callable[[Backbone], FitWork]) -> FitResu
     begin = perf_counter()
     backbone = open_pipeline(run.pipeline)
     run = check_fit_inputs(run, backbone)
-    with run_directory(run, run.run_dir, resume=run.resume, finished=_finished) as run_dir:
+    with run_directory(run, run.run_dir, resume=run.resume, inputs=fit_inputs(run), finished=_finished) as run_dir:
         if _finished(run_dir):
             return FitResult(**json.loads(read_text(run_dir / METRICS_FILE)))
         return _fit(run, run_dir, backbone, open_work(backbone), begin)
