@@ -26,6 +26,7 @@ from dina_rl.runtime import configure_process, open_pipeline
 from dina_rl.textfiles import read_text
 from jobs import align
 from jobs.fit_reward import fit_reward_model
+from jobs.submitted import check_results
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "local.yaml"
 SUMMARY = "summary.json"
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     if run.plan:
         print(describe(run))
         return
+    check_results(run_dir=run.run_dir)
     try:
         check_fit(run.fit_run(run.run_dir, run.run_dir), open_pipeline(run.pipeline))
         load_prompts(run.prompts)

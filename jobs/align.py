@@ -21,6 +21,7 @@ from dina_rl.reward.home import check_home
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
 from dina_rl.scorers.clip import check_clip
+from jobs.submitted import check_results
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     if run.plan:
         print(describe(run))
         return
+    check_results(run_dir=run.run_dir)
     with ExitStack() as stack:
         try:
             prompts = preflight(run)

@@ -39,6 +39,7 @@ from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, check_malformed, open_source, read_sets
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process
+from jobs.submitted import check_results
 
 DROPPED_FILE = "dropped.jsonl"
 
@@ -175,6 +176,7 @@ def open_workers(run: EvaluateRun) -> Iterator[Workers]:
 
 def main(argv: Sequence[str]) -> None:
     run = load(EvaluateRun, argv, program="python -m jobs.evaluate")
+    check_results(run_dir=run.run_dir, cache=run.cache)
     try:
         inputs = preflight(run)
         told_anew = tuple(marked(EvaluateRun, Mark.REPORT))  # from the scores that are kept
