@@ -26,7 +26,7 @@ from dina_rl.config.keys import Mark, dump_without
 from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.copy import copy_latents
 from dina_rl.data.filters import bucketing, max_per_prompt
-from dina_rl.data.images import load_image
+from dina_rl.data.images import READING, load_image
 from dina_rl.data.plan import CHUNK, EncodePlan, Measured, SplitRetention
 from dina_rl.data.sets.preprocessed import PreprocessedSet
 from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
@@ -263,6 +263,7 @@ def _open_store(run: FitRun, run_dir: Path, plan: EncodePlan, sizes: Bucketing, 
         rows_per_shard=run.dataset.encode_batch_size * run.dataset.batches_per_shard,
         dtype=run.dataset.latent_dtype,
         vae=_vae(run),
+        pictures=None if run.dataset.kind == "preprocessed" else READING,
     )
     return LatentStore.create(run_dir / LATENTS, info, plan.row_images())
 

@@ -31,7 +31,7 @@ class RewardCard(BaseModel):
 
     format: Literal["dina_rl.reward"] = "dina_rl.reward"
     version: Literal[1, 2, 3] = 3
-    """1 had no revision, dtype, image_size and buckets; 2 no fingerprint"""
+    """1 had no revision, dtype, image_size and buckets; 2 no fingerprint and pictures"""
     pipeline: str
     """pipeline whose transformer is the backbone: a directory or a hub id"""
     revision: str | None = None
@@ -44,6 +44,8 @@ class RewardCard(BaseModel):
     """(height, width) in pixels to which the images of the fit were stretched; None: unknown"""
     buckets: tuple[Size, ...] | None = None
     """sizes by aspect that they had instead, image_size being nominal; None: all were stretched"""
+    pictures: str | None = None
+    """how they were read from their files (see `data/images.py`), and should be to be scored; None: unknown"""
     max_sequence_length: int
     """T5 tokens per prompt during the fit; scoring with another number is scoring another input"""
     width: int
@@ -51,7 +53,12 @@ class RewardCard(BaseModel):
     reward: RewardModelConfig
 
 
-def make_card(model: LatentRewardModel, pipeline: PipelineConfig, buckets: Sequence[Size] | None) -> RewardCard:
+def make_card(
+    model: LatentRewardModel,
+    pipeline: PipelineConfig,
+    buckets: Sequence[Size] | None,
+    pictures: str | None = None,
+) -> RewardCard:
     """The card of a model on the backbone that `pipeline` opens; `buckets` are the sizes of its fit, if several."""
     return RewardCard(
         pipeline=pipeline.path,
@@ -60,6 +67,7 @@ def make_card(model: LatentRewardModel, pipeline: PipelineConfig, buckets: Seque
         dtype=pipeline.dtype,
         image_size=(pipeline.height, pipeline.width),
         buckets=buckets and tuple(buckets),
+        pictures=pictures,
         max_sequence_length=pipeline.max_sequence_length,
         width=model.backbone.width,
         reward=model.config,

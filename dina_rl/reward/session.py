@@ -107,11 +107,12 @@ def run_fit(
     ranks = OneRank() if ranks is None else ranks
     sets = HeldOutSets(store, config.held_out)
     sizes = None if store.buckets == ((run.pipeline.height, run.pipeline.width),) else store.buckets
+    pictures = store.info.pictures if isinstance(store, LatentStore) else None
     log = FitLog(run_dir, steps=config.steps, first_step=progress.step, ranks=ranks)
 
     def save(model: LatentRewardModel, name: str) -> None:
         if ranks.rank == 0:
-            save_reward(model, run_dir / name, pipeline=run.pipeline, buckets=sizes)
+            save_reward(model, run_dir / name, pipeline=run.pipeline, buckets=sizes, pictures=pictures)
 
     def evaluate() -> Accuracies:
         """Accuracies of the averaged weights now; the best so far, by the first set's single level, are saved."""

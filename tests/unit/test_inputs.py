@@ -13,8 +13,9 @@ from dina_rl.alignment.inputs import align_inputs
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.checkpoint import INPUTS_FILE, Input, open_run_dir
 from dina_rl.config import AlignRun, EvaluateRun, FitRun
+from dina_rl.data.images import READING
 from dina_rl.evaluation.inputs import evaluation_inputs
-from dina_rl.fingerprint import BLOCK, records_parts, store_parts
+from dina_rl.fingerprint import BLOCK, pipeline_fingerprint, records_parts, store_parts
 from dina_rl.reward.inputs import check_fit_inputs, fit_inputs
 from dina_rl.runtime import open_pipeline
 from jobs import encode
@@ -128,6 +129,9 @@ def test_encoding_and_a_fit_go_on_with_what_has_moved(
 
     options = ["--inline", "--run-dir", str(tmp_path / "run"), "--reward.taps", "1", "2", "--reward.num-heads", "4"]
     encode.main([*options, *words("a"), "--dataset.prompt-embeddings"])
+    info = json.loads((tmp_path / "run" / "latents" / "store.json").read_text())
+    assert info["pictures"] == READING
+    assert info["vae"] == pipeline_fingerprint(str(tmp_path / "a" / "pipeline")).vae
     (tmp_path / "a").rename(tmp_path / "b")
     next((tmp_path / "run" / "latents").glob("shard-*")).unlink()
     encode.main([*options, *words("b"), "--resume"])

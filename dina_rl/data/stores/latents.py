@@ -12,7 +12,7 @@ small, so that a row costs little to read. A row whose image could not be read h
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -63,11 +63,15 @@ class StoreInfo:
     rows_per_shard: int
     dtype: LatentDtype = "float32"  # as stored; they are read as fp32
     vae: str | None = None  # its fingerprint; None: unknown, the pipeline's name stands for it
+    pictures: str | None = None  # how they were read, `images.READING` when it was begun; None: unknown
 
     def same_latents(self, other: "StoreInfo") -> bool:
-        """Whether the two are alike but for where pipeline and images lie."""
-        alike = replace(self, dataset=other.dataset, pipeline=other.pipeline, vae=other.vae) == other
-        return alike and same_part(self.vae, other.vae, called_alike=self.pipeline == other.pipeline)
+        """Whether the two are alike but for where pipeline and images lie, and for what an older store does not say."""
+        alike = asdict(self) | {"dataset": other.dataset, "pipeline": other.pipeline, "vae": other.vae}
+        if self.pictures is None:
+            alike["pictures"] = other.pictures
+        same = same_part(self.vae, other.vae, called_alike=self.pipeline == other.pipeline)
+        return same and alike == asdict(other)
 
     @property
     def num_rows(self) -> int:

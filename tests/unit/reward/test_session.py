@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dina_rl.config import FitRun
+from dina_rl.data.images import READING
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
 from dina_rl.reward.checkpoint import read_card
@@ -48,7 +49,8 @@ def test_the_authors_files_are_fitted_on_and_measured_on(tiny_pipeline: Path, tm
     assert right == pytest.approx(round(right))  # of five test pairs
     assert set(held_out_lines(tmp_path / "run")) == {2, 4, 5}
     for name in (REWARD, REWARD_BEST):
-        assert read_card(tmp_path / "run" / name).buckets == ((16, 48), (32, 32))
+        card = read_card(tmp_path / "run" / name)
+        assert (card.buckets, card.pictures) == (((16, 48), (32, 32)), None)
 
 
 def test_without_test_pairs_the_first_other_set_decides_what_is_best(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -76,3 +78,7 @@ def test_without_periodic_evaluation_only_the_last_weights_are_kept(
     assert set(held_out_lines(tmp_path / "run")) == {5}
     assert not (tmp_path / "run" / REWARD_BEST).exists()
     assert load_file(tmp_path / "run" / REWARD / "head.safetensors")
+    card = read_card(tmp_path / "run" / REWARD)
+    assert card.pictures == READING
+    assert "upright" in READING
+    assert "transparency on white" in READING
