@@ -151,7 +151,7 @@ def test_encoding_and_a_fit_go_on_with_what_has_moved(
         check_fit_inputs(fit, open_pipeline(fit.pipeline))
 
 
-def test_an_evaluation_knows_its_scorers_and_sets(tmp_path: Path, tiny_reward: Path) -> None:
+def test_an_evaluation_knows_its_scorers_and_sets(tmp_path: Path, tiny_pipeline: Path, tiny_reward: Path) -> None:
     write_preferences(tmp_path / "set", train=1, test=2)
     shutil.copytree(tiny_reward, tmp_path / "reward")
     values = {
@@ -172,8 +172,13 @@ def test_an_evaluation_knows_its_scorers_and_sets(tmp_path: Path, tiny_reward: P
             open_run_dir(run, tmp_path / "run", resume=True, inputs=evaluation_inputs(run, ()))
         file.write_bytes(before)
     (tmp_path / "set").rename(tmp_path / "elsewhere")
-    moved = values | {"sets": {"ours": {"path": str(tmp_path / "elsewhere")}}, "training": None}
-    run = EvaluateRun.model_validate({**moved, "training": {"path": str(tmp_path / "elsewhere"), "split": "train"}})
+    shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    moved = {
+        "scorers": {"mine": {"path": str(tmp_path / "reward"), "pipeline": str(tmp_path / "pipeline")}},
+        "sets": {"ours": {"path": str(tmp_path / "elsewhere")}},
+        "training": {"path": str(tmp_path / "elsewhere"), "split": "train"},
+    }
+    run = EvaluateRun.model_validate(moved)
     open_run_dir(run, tmp_path / "run", resume=True, inputs=evaluation_inputs(run, ()))
 
 
