@@ -8,10 +8,11 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -21,10 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from dina_rl import __version__
 from dina_rl.config.keys import Mark, covers, explain, marked, value_at, with_todays_names
+from dina_rl.fingerprint import Parts
 from dina_rl.textfiles import parse_yaml, read_text
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
+INPUTS_FILE = "inputs.json"
 LOCK_FILE = "run.lock"
 REPORTS = ("skipped.jsonl", "retention.json", "dropped.jsonl")
 """What the message of a start that fails may point to; of such a start nothing else stays."""
@@ -39,6 +42,15 @@ Growth = Mapping[str, Callable[[int], str | None]]
 """Dotted key of a count that a resumed run may raise -> given what it was, why not this time; None: it may."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """Something that a run is made from."""
+
+    key: str  # dotted, of the setting that says where it lies
+    path: str
+    parts: Parts
+
+
 def open_run_dir(
     config: BaseModel,
     run_dir: Path,
@@ -47,6 +59,7 @@ def open_run_dir(
     may_change: Sequence[str] = (),
     may_grow: Growth | None = None,
     unread: Sequence[str] = (),
+    inputs: Sequence[Input] = (),
 ) -> Path:
     """Create `run_dir` (or, with `resume`, continue the run in it) and save the resolved config and versions there.
 
@@ -57,21 +70,26 @@ def open_run_dir(
         may_grow: how long the run is: what is done must be what the longer run would have done.
         unread: sections that this job never reads: they may differ, and stay as they are saved, for another job of the
             same directory goes by them.
+        inputs: what the run is made from. They may lie elsewhere than before, but must hold the same.
 
     Raises:
-        ValueError: the directory holds a run already and `resume` is off, or the resumed run has another configuration.
+        ValueError: the directory holds a run already and `resume` is off, or the resumed run has another configuration
+            or other inputs.
     """
     run_dir = run_dir.expanduser().resolve()
     check_place(run_dir, resume=resume)
     values = config.model_dump(mode="json")
     if (run_dir / CONFIG_FILE).is_file():
-        values = resumed_values(config, run_dir, may_change=may_change, may_grow=may_grow, unread=unread)
+        if inputs and not (run_dir / INPUTS_FILE).is_file():
+            print(f"{run_dir} was begun without digests of its inputs: they are compared by path, and kept from now on")
+        values = resumed_values(config, run_dir, may_change=may_change, may_grow=may_grow, unread=unread, inputs=inputs)
     else:
         for report in REPORTS:
             (run_dir / report).unlink(missing_ok=True)  # of a start that failed
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False))
     write_json(run_dir / VERSIONS_FILE, versions())
+    _save_inputs(run_dir, inputs)
     return run_dir
 
 
@@ -88,13 +106,20 @@ def check_place(run_dir: Path, *, resume: bool) -> None:
 
 
 def resumed_values(
-    config: BaseModel, run_dir: Path, *, may_change: Sequence[str], may_grow: Growth | None, unread: Sequence[str]
+    config: BaseModel,
+    run_dir: Path,
+    *,
+    may_change: Sequence[str],
+    may_grow: Growth | None,
+    unread: Sequence[str],
+    inputs: Sequence[Input] = (),
 ) -> dict[str, object]:
     """The configuration with which the run in `run_dir` goes on. Raises ValueError if that is another run's."""
     before = saved_config(type(config), run_dir / CONFIG_FILE).model_dump(mode="json")
     values = config.model_dump(mode="json")
     values |= {name: before[name] for name in unread if name in before}
-    allowed = (*marked(type(config), Mark.PROCESS, Mark.PLACE), *may_change, *(may_grow or {}))
+    same = _unchanged(run_dir, inputs)
+    allowed = (*marked(type(config), Mark.PROCESS, Mark.PLACE), *may_change, *(may_grow or {}), *same)
     forbidden = [key for key in _differences(before, values) if not covers(allowed, key)]
     if forbidden:
         raise ValueError(f"cannot resume {run_dir} with other values of: {', '.join(forbidden)}")
@@ -110,6 +135,49 @@ def _check_growth(run_dir: Path, key: str, before: int, now: int, objection: Cal
     reason = objection(before) if now > before else None
     if reason is not None:
         raise ValueError(f"cannot resume {run_dir} with {key} {now} where it had {before}: {reason}")
+
+
+def _unchanged(run_dir: Path, inputs: Sequence[Input]) -> list[str]:
+    """Keys of the inputs that are known to hold what they held when the run began, wherever they lie now.
+
+    Raises:
+        ValueError: one holds something else.
+    """
+    saved, same = _saved_inputs(run_dir), []
+    for each in inputs:
+        before: Parts = saved[each.key]["parts"] if each.key in saved else {}
+        pairs = [(name, before.get(name), now) for name, now in each.parts.items()]
+        others = [name for name, old, now in pairs if None not in (old, now) and old != now]
+        if others:
+            raise ValueError(
+                f"cannot resume {run_dir}: {each.key} {each.path} has changed since the run began "
+                f"({', '.join(others)}); put back what it held then, or begin another run"
+            )
+        if all(old is not None and old == now for _, old, now in pairs):
+            same.append(each.key)
+    return same
+
+
+def _save_inputs(run_dir: Path, inputs: Sequence[Input]) -> None:
+    """Beside those that another job of the same directory has. What is unknown now may have been known before."""
+    if not inputs:
+        return
+    saved = _saved_inputs(run_dir)
+    for each in inputs:
+        before: Parts = saved[each.key]["parts"] if each.key in saved else {}
+        known = {name: value for name, value in each.parts.items() if value is not None}
+        saved[each.key] = {"path": each.path, "parts": {**each.parts, **before, **known}}
+    write_json(run_dir / INPUTS_FILE, saved)
+
+
+def _saved_inputs(run_dir: Path) -> dict[str, Any]:
+    """Empty where an earlier version, which kept none, began the run."""
+    file = run_dir / INPUTS_FILE
+    try:
+        saved: dict[str, Any] = json.loads(read_text(file)) if file.is_file() else {}
+        return {key: {"path": value["path"], "parts": dict(value["parts"])} for key, value in saved.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} holds no inputs; was it edited?") from error
 
 
 def versions() -> dict[str, str | None]:

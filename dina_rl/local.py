@@ -27,6 +27,7 @@ from dina_rl.runtime import configure_process, open_pipeline
 from dina_rl.textfiles import read_text
 from jobs import align
 from jobs.fit_reward import fit_reward_model
+from jobs.submitted import check_results
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "local.yaml"
 SUMMARY = "summary.json"
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     if run.plan:
         print(describe(run))
         return
+    check_results(run_dir=run.run_dir)
     try:
         run, backbone = align.with_sizes(run), open_pipeline(run.pipeline)
         check_fit(run.fit_run(run.run_dir, run.run_dir), backbone)
@@ -183,7 +185,7 @@ def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:
     align_run = run.align_run(run_dir / "fit" / "reward", run_dir / ALIGN)
     prompts = align.preflight(align_run)  # the reward model is there only now
     title = open_algorithm(run).work().title
-    with align.opened(align_run) as align_dir:
+    with align.opened(align_run, prompts) as align_dir:
         stages.start("align", f"{title}, {run.iterations} iterations of {run.rollout.prompts_per_iteration} groups")
         recorder = align.align_generator(align_run, prompts, align_dir)
     points = recorder.history.points()

@@ -15,16 +15,18 @@ from pydantic import BaseModel
 
 from dina_rl.checkpoint import (
     CONFIG_FILE,
+    INPUTS_FILE,
     LOCK_FILE,
     REPORTS,
     VERSIONS_FILE,
     Growth,
+    Input,
     check_place,
     open_run_dir,
     resumed_values,
 )
 
-BEFORE_ANY_WORK = (CONFIG_FILE, VERSIONS_FILE, LOCK_FILE, *REPORTS, "tensorboard")
+BEFORE_ANY_WORK = (CONFIG_FILE, VERSIONS_FILE, INPUTS_FILE, LOCK_FILE, *REPORTS, "tensorboard")
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -41,6 +43,7 @@ def run_directory(
     may_change: Sequence[str] = (),
     may_grow: Growth | None = None,
     unread: Sequence[str] = (),
+    inputs: Sequence[Input] = (),
     finished: Callable[[Path], bool] = _never,
 ) -> Iterator[Path]:
     """`open_run_dir` for the time of a block, in which no other process can open the directory.
@@ -56,7 +59,7 @@ def run_directory(
     """
     run_dir = run_dir.expanduser().resolve()
     if resume and finished(run_dir):
-        resumed_values(config, run_dir, may_change=may_change, may_grow=may_grow, unread=unread)
+        resumed_values(config, run_dir, may_change=may_change, may_grow=may_grow, unread=unread, inputs=inputs)
         yield run_dir
         return
     check_place(run_dir, resume=resume)
@@ -65,7 +68,9 @@ def run_directory(
     with _held(run_dir):
         fresh = not (run_dir / CONFIG_FILE).is_file()
         try:
-            yield open_run_dir(config, run_dir, resume=resume, may_change=may_change, may_grow=may_grow, unread=unread)
+            yield open_run_dir(
+                config, run_dir, resume=resume, may_change=may_change, may_grow=may_grow, unread=unread, inputs=inputs
+            )
         except BaseException:
             if fresh:
                 _withdraw(run_dir)

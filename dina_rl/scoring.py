@@ -25,6 +25,7 @@ from dina_rl.data.images import MAX_PIXELS, image_size, load_image
 from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, on_disk
 from dina_rl.pictures import LATENTS_SUFFIX
 from dina_rl.reward.checkpoint import RewardCard, read_card
+from dina_rl.reward.home import check_fingerprint
 from dina_rl.reward.revision import pipeline_revision
 from dina_rl.scorers.base import Conditions, Scorer, Space
 from dina_rl.scorers.dina import DiNaScorer, open_dina
@@ -310,8 +311,9 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
         ) from error
     for size in sizes:
         backbone.latent_shape(*size)
+    check_fingerprint(str(config.dina.path), card, pipeline, "pipeline")
     revision = pipeline_revision(pipeline.location)
-    if None not in (card.revision, revision) and revision != card.revision:
+    if card.fingerprint is None and None not in (card.revision, revision) and revision != card.revision:
         log.warning(
             "reward model %s was fitted on revision %s of %s, %s has %s",
             config.dina.path, card.revision, card.pipeline, pipeline.path, revision,

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
+from dina_rl.alignment.inputs import align_inputs
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import Prompts, check_captions, cut_prompts, load_prompts
@@ -19,11 +20,12 @@ from dina_rl.backbones.adapter_files import initial_state
 from dina_rl.backbones.base import Backbone
 from dina_rl.backbones.trained import check_targets, make_trainable, save_transformer
 from dina_rl.cli import fail, interruptible, load
-from dina_rl.config import AlignRun, DiNaScorerConfig, PipelineConfig
-from dina_rl.reward.checkpoint import read_card
+from dina_rl.config import AlignRun
+from dina_rl.reward.home import check_home
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, image_size, open_pipeline, sized
 from dina_rl.scorers.clip import check_clip
+from jobs.submitted import check_results
 
 Run = TypeVar("Run", bound=AlignRun)
 
@@ -33,11 +35,12 @@ def main(argv: Sequence[str]) -> None:
     if run.plan:
         print(describe(run))
         return
+    check_results(run_dir=run.run_dir)
     with ExitStack() as stack:
         try:
             run = with_sizes(run)
             prompts = preflight(run)
-            run_dir = stack.enter_context(opened(run))
+            run_dir = stack.enter_context(opened(run, prompts))
         except ValueError as error:
             fail(str(error))
         with interruptible(run_dir):
@@ -60,10 +63,17 @@ def with_sizes(run: Run) -> Run:
     return run.model_copy(update={"pipeline": sized(run.pipeline, open_pipeline(run.pipeline))})
 
 
-def opened(run: AlignRun) -> AbstractContextManager[Path]:
+def opened(run: AlignRun, prompts: Prompts) -> AbstractContextManager[Path]:
     """The run's directory for the time of a block; the run in it may have been shorter."""
     grows = {"iterations": partial(why_not_longer, run, run.run_dir.expanduser().resolve())}
-    return run_directory(run, run.run_dir, resume=run.resume, may_grow=grows, finished=partial(finished, run))
+    return run_directory(
+        run,
+        run.run_dir,
+        resume=run.resume,
+        may_grow=grows,
+        inputs=align_inputs(run, prompts),
+        finished=partial(finished, run),
+    )
 
 
 def preflight(run: AlignRun) -> Prompts:
@@ -75,13 +85,12 @@ def preflight(run: AlignRun) -> Prompts:
     backbone = open_pipeline(run.pipeline)
     latent_shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
     check_adapter(run, backbone)
-    if run.rewards.dina is not None:
-        _check_reward(run.rewards.dina, run.pipeline, backbone)
+    notes = () if run.rewards.dina is None else check_home(run.rewards.dina, run.pipeline, backbone)
     check_clip_models(run)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
     check_captions(run.prompts, prompts, run.golden)
-    print("".join(f"{line}\n" for line in cut_prompts(backbone, prompts)), end="", flush=True)
+    print("".join(f"{line}\n" for line in (*notes, *cut_prompts(backbone, prompts))), end="", flush=True)
     if run.rollout.prompts_per_iteration > len(prompts.train):
         raise ValueError(
             f"rollout.prompts_per_iteration ({run.rollout.prompts_per_iteration}) exceeds the {len(prompts.train)} "
@@ -104,16 +113,6 @@ def check_clip_models(run: AlignRun) -> None:
     for model in (run.golden.clip_model, run.rewards.pickscore, run.rewards.clip_score):
         if model is not None:
             check_clip(model)
-
-
-def _check_reward(dina: DiNaScorerConfig, pipeline: PipelineConfig, backbone: Backbone) -> None:
-    card = read_card(dina.location)
-    if (card.width, card.max_sequence_length) != (backbone.width, backbone.max_sequence_length):
-        raise ValueError(
-            f"reward model {dina.path} was fitted on {card.pipeline} with width {card.width} and "
-            f"{card.max_sequence_length} text tokens; {pipeline.path} has {backbone.width} "
-            f"and {backbone.max_sequence_length}; pipeline.max_sequence_length {card.max_sequence_length} is the fit's"
-        )
 
 
 def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dina_rl.backbones.base import Backbone
 from dina_rl.cli import fail, load
 from dina_rl.config import FitRun
-from dina_rl.data.encode import EncodeWork, EncodingHere, check_inputs, encode_dataset
+from dina_rl.data.encode import EncodeWork, EncodingHere, check_inputs, encode_dataset, encode_inputs
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
+from jobs.submitted import check_results
 
 DEFAULT_CONFIG = "configs/shapes_reward.yaml"
 UNREAD = ("latents", "reward", "fit")
@@ -36,10 +37,12 @@ def open_work(run: FitRun, backbone: Backbone) -> EncodeWork:
 
 def main(argv: Sequence[str]) -> None:
     run = load(FitRun, argv, program="python -m jobs.encode", default_config=DEFAULT_CONFIG)
+    check_results(run_dir=run.run_dir)
     try:
         backbone = open_pipeline(run.pipeline)
         run = check_inputs(run, backbone)
-        with run_directory(run, run.run_dir, resume=run.resume, unread=UNREAD) as run_dir:
+        inputs = encode_inputs(run)
+        with run_directory(run, run.run_dir, resume=run.resume, unread=UNREAD, inputs=inputs) as run_dir:
             store = encode_dataset(run, run_dir, backbone, open_work(run, backbone))
     except ValueError as error:
         fail(str(error))

@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dina_rl.checkpoint import write_text
+from dina_rl.checkpoint import Input, write_text
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import EvaluateRun
 from dina_rl.config.keys import Mark, marked
 from dina_rl.evaluation.audit import audit, audit_jobs, write_report
+from dina_rl.evaluation.inputs import evaluation_inputs
 from dina_rl.evaluation.named_scorers import NamedScorer, named_scorer
 from dina_rl.evaluation.paper import Plan, plan_table
 from dina_rl.evaluation.requests import Workers
@@ -38,6 +39,7 @@ from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet, check_malformed, open_source, read_sets
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process
+from jobs.submitted import check_results
 
 DROPPED_FILE = "dropped.jsonl"
 
@@ -50,6 +52,7 @@ class Inputs:
     sets: tuple[EvaluationSet, ...]
     plan: Plan | None  # None: an audit
     notes: tuple[str, ...]  # on what the rows of the table are
+    made_from: tuple[Input, ...]  # what a resumed run must find again
 
 
 def preflight(run: EvaluateRun) -> Inputs:
@@ -75,6 +78,7 @@ def preflight(run: EvaluateRun) -> Inputs:
         sets=tuple(read_sets(run.sets, seed=run.seed)),
         plan=None if run.paper is None else plan_table(run, others, runs),
         notes=() if run.paper is None else notes_on(runs),
+        made_from=tuple(evaluation_inputs(run, runs)),
     )
 
 
@@ -172,11 +176,14 @@ def open_workers(run: EvaluateRun) -> Iterator[Workers]:
 
 def main(argv: Sequence[str]) -> None:
     run = load(EvaluateRun, argv, program="python -m jobs.evaluate")
+    check_results(run_dir=run.run_dir, cache=run.cache)
     try:
         inputs = preflight(run)
         told_anew = tuple(marked(EvaluateRun, Mark.REPORT))  # from the scores that are kept
         with (
-            run_directory(run, run.run_dir, resume=run.resume, may_change=told_anew) as run_dir,
+            run_directory(
+                run, run.run_dir, resume=run.resume, may_change=told_anew, inputs=inputs.made_from
+            ) as run_dir,
             interruptible(run_dir),
         ):
             shown = evaluate(run, inputs, run_dir)

@@ -26,6 +26,7 @@ from dina_rl.reward.job import FitWork, fit_reward
 from dina_rl.reward.session import REWARD_BEST
 from dina_rl.runtime import configure_process
 from jobs.encode import DEFAULT_CONFIG
+from jobs.submitted import check_results
 
 
 def fit_reward_model(run: FitRun) -> FitResult:
@@ -45,6 +46,7 @@ def work_on_ray(backbone: Backbone) -> FitWork:
 
 def main(argv: Sequence[str]) -> None:
     run = load(FitRun, argv, program="python -m jobs.fit_reward", default_config=DEFAULT_CONFIG)
+    check_results(run_dir=run.run_dir)
     try:
         with interruptible(run.run_dir):
             if run.inline:

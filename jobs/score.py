@@ -19,6 +19,7 @@ from dina_rl.cli import fail, load
 from dina_rl.config import ScoreRun
 from dina_rl.pictures import Picture, Skipped, list_pictures
 from dina_rl.scoring import PictureScorer, file_key, open_scorer
+from jobs.submitted import check_results
 
 SHOWN_SKIPS = 20  # where a file has them all
 
@@ -34,6 +35,7 @@ class Scored:
 
 def main(argv: Sequence[str]) -> None:
     run = load(ScoreRun, argv, program="python -m jobs.score")
+    check_results(out=run.out)
     try:
         pictures = list_pictures(run.images, prompt=run.prompt, root=run.root)
         scorer = open_scorer(run.scorer, seed=run.seed)

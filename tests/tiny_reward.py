@@ -8,6 +8,7 @@ from PIL import Image
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import LoRAConfig, RewardModelConfig
+from dina_rl.data.images import READING
 from dina_rl.data.stores.latents import SPLITS, LatentStore, PairBatch, StoredPair, StoreInfo
 from dina_rl.data.stores.units import TrainingBatch, Unit, training_batch
 from dina_rl.reward.model import LatentRewardModel
@@ -72,6 +73,7 @@ def write_store(directory: Path, pipeline: str, *, train: tuple[int, int], test:
         latent_shapes=shapes,
         rows=tuple(2 * (a + b) for a, b in zip(train, test, strict=True)),
         rows_per_shard=8,
+        pictures=READING,
     )
     store = LatentStore.create(directory, info, (f"{row}.png" for row in range(info.num_rows)))
     for shard in store.missing_shards():

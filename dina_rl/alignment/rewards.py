@@ -21,7 +21,7 @@ class ScoringWorker:
         self._run = run
         self._device = device()
         backbone = open_pipeline(run.pipeline)
-        self._scorers = open_scorers(run.rewards, backbone)
+        self._scorers = open_scorers(run.rewards, run.pipeline, backbone)
         sees_images = any(scorer.space == "images" for scorer in self._scorers.values())
         self._codec = backbone.load_codec() if sees_images else None
 

@@ -28,6 +28,10 @@ class DiNaScorerConfig(ScorerConfig):
 
     path: str = "~/dina_rl/shapes_reward/reward"
     """directory or hub id of a reward model: what fit_reward writes, or the published layout"""
+    pipeline: str | None = None
+    """pipeline that the reward model was fitted on, in whose transformer it scores and by whose text encoders it reads
+    prompts: a directory, hub id or `shapes`; None: the generator's if that holds the same weights, else the one that
+    the reward model names. Its VAE must be the generator's"""
     levels: NoiseLevels = (0.4,)
     """one level: Eq. 12; several: the noise ensemble of Eq. 13, concatenated inside the head"""
     noise: Literal["shared", "independent"] = "shared"

@@ -19,14 +19,14 @@ import torch
 from tqdm import tqdm
 
 from dina_rl.backbones.base import Backbone, LatentCodec
-from dina_rl.checkpoint import write_json
+from dina_rl.checkpoint import Input, write_json
 from dina_rl.config import DatasetConfig, FitRun
 from dina_rl.config.fitting import Split
 from dina_rl.config.keys import Mark, dump_without
 from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.copy import copy_latents
 from dina_rl.data.filters import bucketing, max_per_prompt
-from dina_rl.data.images import load_image
+from dina_rl.data.images import READING, load_image
 from dina_rl.data.plan import CHUNK, EncodePlan, Measured, SplitRetention
 from dina_rl.data.sets.preprocessed import PreprocessedSet
 from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
@@ -34,6 +34,7 @@ from dina_rl.data.sets.registry import open_set
 from dina_rl.data.stores.files import write_lines
 from dina_rl.data.stores.latents import SPLITS, LatentStore, StoreInfo
 from dina_rl.data.stores.prompts import PromptsInfo, PromptStore
+from dina_rl.fingerprint import pipeline_fingerprint, pipeline_parts, records_parts
 from dina_rl.runtime import sized
 
 LATENTS = "latents"
@@ -101,6 +102,16 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
         backbone.latent_shape(height, width)
     dataset = dataset.model_copy(update={"path": str(dataset.location.resolve())})
     return run.model_copy(update={"pipeline": pipeline.absolute(), "dataset": dataset})
+
+
+def encode_inputs(run: FitRun) -> list[Input]:
+    """What the latents are made from, once `check_inputs` has found it there."""
+    source = open_set(run.dataset.kind, run.dataset.location)
+    files = [file for split in run.dataset.splits.values() for file in source.files(split)]
+    return [
+        Input(key="pipeline.path", path=run.pipeline.path, parts=pipeline_parts(run.pipeline.location)),
+        Input(key="dataset.path", path=run.dataset.path, parts=records_parts(files)),
+    ]
 
 
 def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeWork) -> LatentStore:
@@ -238,6 +249,11 @@ def _ingredients(run: FitRun) -> dict[str, object]:
     return {"dataset": dataset, "pipeline": pipeline, "seed": run.seed, "chunk": CHUNK}
 
 
+def _vae(run: FitRun) -> str | None:
+    """Fingerprint of the VAE that makes the latents; the authors' own is unknown."""
+    return None if run.dataset.kind == "preprocessed" else pipeline_fingerprint(run.pipeline.location).vae
+
+
 def _open_store(run: FitRun, run_dir: Path, plan: EncodePlan, sizes: Bucketing, backbone: Backbone) -> LatentStore:
     info = StoreInfo(
         dataset=run.dataset.path,
@@ -247,6 +263,8 @@ def _open_store(run: FitRun, run_dir: Path, plan: EncodePlan, sizes: Bucketing, 
         rows=plan.rows_per_bucket(len(sizes.buckets)),
         rows_per_shard=run.dataset.encode_batch_size * run.dataset.batches_per_shard,
         dtype=run.dataset.latent_dtype,
+        vae=_vae(run),
+        pictures=None if run.dataset.kind == "preprocessed" else READING,
     )
     return LatentStore.create(run_dir / LATENTS, info, plan.row_images())
 

@@ -26,6 +26,9 @@ from dina_rl.data.buckets import Size
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats of photographs; Pillow knows others that start foreign programs (EPS). JPEG's reader opens MPO too."""
 
+READING = "upright by EXIF, transparency on white, upper 8 bits"
+"""How pictures are read here, for the records that say what latents were made of."""
+
 MAX_SCANS = 100
 """Of a progressive JPEG, each of which is a pass over all pixels: encoders write about 10, libtiff stops here too."""
 

@@ -84,7 +84,8 @@ class EncodePlan:
     """The plan in a file that one process writes; opened again it goes on where it stopped.
 
     Args:
-        made_of: what the plan depends on; a file made of something else is refused.
+        made_of: what the plan depends on, by sections; a file made of something else is refused. Where a section lies,
+            its `path`, is kept, but does not count: the run directory knows what was there.
 
     Raises:
         ValueError: the file is a plan of something else, or none.
@@ -105,7 +106,7 @@ class EncodePlan:
         except sqlite3.DatabaseError as error:
             self.close()
             raise ValueError(f"{file} is not an encoding plan: {error}") from error
-        if self._fact("made of") != wanted:
+        if _placeless(self._fact("made of")) != _placeless(wanted):
             self.close()
             raise ValueError(f"{file.parent} holds latents of another dataset or encoder; choose a new run_dir")
 
@@ -377,3 +378,12 @@ class EncodePlan:
     def _fact(self, name: str) -> str | None:
         found = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if found is None else found[0]
+
+
+def _placeless(made_of: str | None) -> object:
+    """What a plan is made of, wherever that lies."""
+    sections: dict[str, object] = json.loads(made_of or "{}")
+    return {
+        name: {key: value for key, value in section.items() if key != "path"} if isinstance(section, dict) else section
+        for name, section in sections.items()
+    }

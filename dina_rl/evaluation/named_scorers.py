@@ -12,6 +12,7 @@ from dina_rl.evaluation.score_store import ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.reward.card import RewardCard
 from dina_rl.reward.checkpoint import read_card
+from dina_rl.reward.home import check_fingerprint
 from dina_rl.runtime import open_pipeline
 from dina_rl.scoring import dina_pipeline
 
@@ -61,6 +62,7 @@ def named_scorer(
     fitted = "pipeline" if dataset is None and config.height is not None else _of_card(card)
     sizes = _bucketing(dataset or DatasetConfig(), buckets or fitted, pipeline)
     backbone = open_pipeline(pipeline)
+    check_fingerprint(str(config.dina.path), card, pipeline, f"scorers.{name}.pipeline")
     for height, width in sizes.buckets:
         backbone.latent_shape(height, width)
     return NamedScorer(

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dina_rl.checkpoint import write_bytes, write_json
 from dina_rl.config import EvaluateRun, PictureScorerConfig
 from dina_rl.data.buckets import Bucketing, Size
+from dina_rl.data.images import READING
 from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
 from dina_rl.data.stores.latents import LatentStore, StoreInfo
 from dina_rl.evaluation.identity import Identities, digest
@@ -219,6 +220,7 @@ class ScoreStore:
             "scorer": self._identities.of_scorer(job.scorer),
             "set": [job.data.config.kind, job.data.config.path, job.data.config.split],
             "records": job.data.digest,
+            "pictures": READING,
             "batch_size": run.batch_size,
             "records_per_part": run.records_per_part,
         }
@@ -265,6 +267,7 @@ class ScoreStore:
         identity = {
             "records": job.data.whole.digest,
             "pipeline": self._identities.of_pipeline(job.scorer),
+            "pictures": READING,
             "bucketing": asdict(job.bucketing),
             "rows_per_shard": self._run.encode_batch_size,
         }

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dina_rl.backbones.lora import load_lora_state, lora_state, peft_config
 from dina_rl.config import PipelineConfig, RewardModelConfig
 from dina_rl.data.buckets import Size
+from dina_rl.fingerprint import Fingerprint, pipeline_fingerprint
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.revision import pipeline_revision
 from dina_rl.runtime import image_size
@@ -30,18 +31,22 @@ class RewardCard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["dina_rl.reward"] = "dina_rl.reward"
-    version: Literal[1, 2] = 2
-    """1 had no revision, dtype, image_size and buckets"""
+    version: Literal[1, 2, 3] = 3
+    """1 had no revision, dtype, image_size and buckets; 2 no fingerprint and pictures"""
     pipeline: str
     """pipeline whose transformer is the backbone: a directory or a hub id"""
     revision: str | None = None
     """which weights that pipeline had, see `revision.pipeline_revision`; None: unknown"""
+    fingerprint: Fingerprint | None = None
+    """what its transformer, VAE and text encoders held; None: unknown"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """of the backbone's weights during the fit; None: unknown"""
     image_size: Size | None = None
     """(height, width) in pixels to which the images of the fit were stretched; None: unknown"""
     buckets: tuple[Size, ...] | None = None
     """sizes by aspect that they had instead, image_size being nominal; None: all were stretched"""
+    pictures: str | None = None
+    """how they were read from their files (see `data/images.py`), and should be to be scored; None: unknown"""
     max_sequence_length: int
     """T5 tokens per prompt during the fit; scoring with another number is scoring another input"""
     width: int
@@ -49,14 +54,21 @@ class RewardCard(BaseModel):
     reward: RewardModelConfig
 
 
-def make_card(model: LatentRewardModel, pipeline: PipelineConfig, buckets: Sequence[Size] | None) -> RewardCard:
+def make_card(
+    model: LatentRewardModel,
+    pipeline: PipelineConfig,
+    buckets: Sequence[Size] | None,
+    pictures: str | None = None,
+) -> RewardCard:
     """The card of a model on the backbone that `pipeline` opens; `buckets` are the sizes of its fit, if several."""
     return RewardCard(
         pipeline=pipeline.path,
         revision=pipeline_revision(pipeline.location),
+        fingerprint=pipeline_fingerprint(pipeline.location),
         dtype=pipeline.dtype,
         image_size=image_size(pipeline, model.backbone),
         buckets=buckets and tuple(buckets),
+        pictures=pictures,
         max_sequence_length=model.backbone.max_sequence_length,
         width=model.backbone.width,
         reward=model.config,

@@ -39,16 +39,22 @@ HEAD_FILE = "head.safetensors"
 
 
 def save_reward(
-    model: LatentRewardModel, directory: Path, *, pipeline: PipelineConfig, buckets: Sequence[Size] | None = None
+    model: LatentRewardModel,
+    directory: Path,
+    *,
+    pipeline: PipelineConfig,
+    buckets: Sequence[Size] | None = None,
+    pictures: str | None = None,
 ) -> None:
     """Write `model`'s current weights to `directory`, replacing a reward model that lies there.
 
     Args:
         pipeline: what `model.backbone` was opened on; recorded in the card.
         buckets: sizes of the images of the fit; None: all were stretched to the pipeline's. Recorded likewise.
+        pictures: how they were read; None: unknown. Recorded likewise.
     """
     with replaced_directory(directory) as fresh:
-        (fresh / CARD_FILE).write_text(make_card(model, pipeline, buckets).model_dump_json(indent=2) + "\n")
+        (fresh / CARD_FILE).write_text(make_card(model, pipeline, buckets, pictures).model_dump_json(indent=2) + "\n")
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in model.head.state_dict().items()}
         save_file(head, fresh / HEAD_FILE)
         if model.config.lora is not None:

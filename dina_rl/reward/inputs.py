@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dina_rl.backbones.base import Backbone, TextEncoder
+from dina_rl.checkpoint import Input
 from dina_rl.config import FitRun
-from dina_rl.data.encode import LATENTS, EncodeWork, check_inputs, encode_dataset
+from dina_rl.data.encode import LATENTS, EncodeWork, check_inputs, encode_dataset, encode_inputs
 from dina_rl.data.stores.latents import SPLITS, LatentStore, PairStore, Split
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.preprocessed import PreprocessedStore
 from dina_rl.data.stores.prompts import StoredPrompts, find_prompts
 from dina_rl.data.stores.units import fit_units
+from dina_rl.fingerprint import pipeline_fingerprint, pipeline_parts, same_part, store_parts
 from dina_rl.loading import TEXT, TRANSFORMER, Sizes, sizes
 from dina_rl.runtime import image_size, sized
 
@@ -42,6 +44,17 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
     return run
 
 
+def fit_inputs(run: FitRun) -> list[Input]:
+    """What the fit is made from, once `check_fit_inputs` has found it there."""
+    stores = {f"fit.held_out.{name}": Path(directory) for name, directory in run.fit.held_out.items()}
+    if run.latents is not None:
+        stores["latents"] = run.latents
+    held = [Input(key=key, path=str(directory), parts=store_parts(directory)) for key, directory in stores.items()]
+    if run.latents is None:
+        return [*encode_inputs(run), *held]
+    return [Input(key="pipeline.path", path=run.pipeline.path, parts=pipeline_parts(run.pipeline.location)), *held]
+
+
 def check_store(directory: Path, splits: Sequence[Split], run: FitRun, backbone: Backbone) -> None:
     """Raises ValueError if there is no complete store of encoded pairs, or one without pairs in one of `splits` or
     whose latents the pipeline did not make, or prompt embeddings that it would make differently.
@@ -50,10 +63,11 @@ def check_store(directory: Path, splits: Sequence[Split], run: FitRun, backbone:
     if isinstance(store, LatentStore):
         if not store.complete():
             raise ValueError(f"latent store {directory} is not complete; finish it with jobs.encode --resume")
-        made_with = store.info.pipeline
-        if made_with != run.pipeline.path:
+        made_with, ours = store.info.pipeline, pipeline_fingerprint(run.pipeline.location).vae
+        if not same_part(store.info.vae, ours, called_alike=made_with == run.pipeline.path):
             raise ValueError(
                 f"latent store {directory} was made with pipeline {made_with}, this run's is {run.pipeline.path}"
+                + (", whose VAE is another now" if made_with == run.pipeline.path else "")
             )
     for (height, width), shape in zip(store.buckets, store.latent_shapes, strict=True):
         if backbone.latent_shape(height, width) != shape:

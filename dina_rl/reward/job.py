@@ -24,7 +24,14 @@ from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.units import Units, fit_units
 from dina_rl.reward.fit import METRICS_FILE, FitResult, rate_factor
-from dina_rl.reward.inputs import check_fit_inputs, encode_missing, training_latents, unseen_pairs, without_embeddings
+from dina_rl.reward.inputs import (
+    check_fit_inputs,
+    encode_missing,
+    fit_inputs,
+    training_latents,
+    unseen_pairs,
+    without_embeddings,
+)
 from dina_rl.reward.session import Outcome, result_of
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import open_pipeline
@@ -62,7 +69,9 @@ def fit_reward(run: FitRun, open_work: Callable[[Backbone], FitWork]) -> FitResu
     run = check_fit_inputs(run, backbone)
     done = partial(_finished, run)
     grows = {"fit.steps": partial(why_not_longer, run, run.run_dir.expanduser().resolve())}
-    with run_directory(run, run.run_dir, resume=run.resume, may_grow=grows, finished=done) as run_dir:
+    with run_directory(
+        run, run.run_dir, resume=run.resume, may_grow=grows, inputs=fit_inputs(run), finished=done
+    ) as run_dir:
         if done(run_dir):
             return FitResult(**json.loads(read_text(run_dir / METRICS_FILE)))
         return _fit(run, run_dir, backbone, open_work(backbone), begin)

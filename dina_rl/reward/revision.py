@@ -3,6 +3,8 @@
 from hashlib import blake2b
 from pathlib import Path
 
+from dina_rl.fingerprint import cached_commit
+
 SAMPLED_BYTES = 2**20
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -34,15 +36,3 @@ def pipeline_revision(location: str) -> str | None:
                 stream.seek(max(0, size - SAMPLED_BYTES))
                 digest.update(stream.read())
     return f"files:{digest.hexdigest()}"
-
-
-def cached_commit(hub_id: str, file: str) -> str | None:
-    """The commit of the cached snapshot of a hub id, found by one of its files; None without one."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(hub_id, file)
-    except HFValidationError:
-        return None
-    return Path(found).parent.name if isinstance(found, str) else None  # else: not cached, or known not to exist

@@ -110,11 +110,12 @@ def run_fit(
     ranks = OneRank() if ranks is None else ranks
     sets = HeldOutSets(store, config.held_out)
     sizes = None if store.buckets == (image_size(run.pipeline, progress.model.backbone),) else store.buckets
+    pictures = store.info.pictures if isinstance(store, LatentStore) else None
     log = FitLog(run, run_dir, first_step=progress.step, ranks=ranks)
 
     def save(model: LatentRewardModel, name: str) -> None:
         if ranks.rank == 0:
-            save_reward(model, run_dir / name, pipeline=run.pipeline, buckets=sizes)
+            save_reward(model, run_dir / name, pipeline=run.pipeline, buckets=sizes, pictures=pictures)
 
     def evaluate() -> Accuracies:
         """Accuracies of the averaged weights now; the best so far, by the first set's single level, are saved."""

@@ -14,7 +14,7 @@ class Conditions:
     """What B samples are scored against."""
 
     prompts: tuple[str, ...]  # B of them
-    embeds: PromptEmbeds  # B rows, the generator's own encoding
+    embeds: PromptEmbeds  # B rows, as the generator's text encoders have them
     noise: torch.Tensor  # [B, draws, C, H, W] the latent scorers'; draws is 0 where none of them is in use
 
     @staticmethod

@@ -2,25 +2,36 @@
 
 import torch
 
-from dina_rl.backbones.base import Backbone
-from dina_rl.config import DiNaScorerConfig
+from dina_rl.backbones.base import Backbone, TextEncoder
+from dina_rl.config import DiNaScorerConfig, PipelineConfig
 from dina_rl.reward.checkpoint import load_reward
+from dina_rl.reward.home import find_home
 from dina_rl.reward.model import LatentRewardModel
+from dina_rl.runtime import open_pipeline
 from dina_rl.scorers.base import Conditions, Space
 
 
 class DiNaScorer:
-    """`Scorer` in latent space: nothing is decoded. The model's weights may be shared with other scorers."""
+    """`Scorer` in latent space: nothing is decoded. The model's weights may be shared with other scorers.
+
+    Args:
+        text_encoder: of the model's own backbone, where the embeddings that come with the samples are another's.
+    """
 
     space: Space = "latents"
 
-    def __init__(self, config: DiNaScorerConfig, model: LatentRewardModel) -> None:
+    def __init__(
+        self, config: DiNaScorerConfig, model: LatentRewardModel, *, text_encoder: TextEncoder | None = None
+    ) -> None:
         self.config = config
         self.model = model
+        self._text_encoder = text_encoder
 
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         device = next(self.model.parameters()).device
-        samples, embeds = samples.to(device), conditions.embeds.to(device)
+        own = self._text_encoder
+        embeds = (conditions.embeds if own is None else own(conditions.prompts)).to(device)
+        samples = samples.to(device)
         draws = [
             self.model.score_clean(samples, embeds, self.config.levels, draw.to(device)).float()
             for draw in conditions.noise.unbind(1)
@@ -35,6 +46,23 @@ def open_dina(config: DiNaScorerConfig, backbone: Backbone) -> DiNaScorer:
         ValueError: a reward model that cannot be read or does not fit the backbone.
     """
     return DiNaScorer(config, load_reward(config.location, backbone))
+
+
+def open_dina_beside(config: DiNaScorerConfig, generator: PipelineConfig, backbone: Backbone) -> DiNaScorer:
+    """The scorer of a generator's latents: inside its own backbone, which is the generator's if that holds the same.
+
+    Args:
+        backbone: what `generator` opens.
+
+    Raises:
+        ValueError: as `open_dina`, or the reward model was fitted on latents of another VAE.
+    """
+    home = find_home(config, generator)
+    if home.pipeline == generator:
+        return open_dina(config, backbone)
+    own = open_pipeline(home.pipeline)
+    model = load_reward(config.location, own)
+    return DiNaScorer(config, model, text_encoder=own.load_text_encoder() if home.reads_prompts else None)
 
 
 def cautious_mean(draws: torch.Tensor, uncertainty_weight: float) -> torch.Tensor:

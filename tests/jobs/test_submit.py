@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -133,3 +134,9 @@ def test_a_submitted_job_aligns_and_an_uninvited_client_is_refused(cluster, home
     run_dir = home / "dina_rl" / "shapes_flow_grpo_fast"
     assert (run_dir / "adapter" / "pytorch_lora_weights.safetensors").is_file()
     assert "tensorboard --logdir" in done.stdout
+    (size,) = re.findall(r"submitted with \d+ files, (\S+) MiB", done.stdout)
+    assert float(size) < 10, "only what a job needs"
+
+    lost = submit(cluster, "--run-dir", "runs/lost")
+    assert lost.returncode != 0
+    assert "run_dir runs/lost is relative: in a submitted job" in lost.stdout + lost.stderr

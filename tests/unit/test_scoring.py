@@ -1,5 +1,6 @@
 """The shared way to score pictures: the reward model's own numbers, keyed noise, files, latents, pixel scorers."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -186,7 +187,13 @@ def test_another_backbone_is_noticed(tiny_reward, tmp_path, caplog):
     from dina_rl.shapes.pipeline import build_pipeline
 
     build_pipeline(1).save_pretrained(tmp_path / "other")
-    open_scorer(tiny_reward)
+    with pytest.raises(ValueError, match="was fitted on another transformer and VAE and text encoders than .*other"):
+        open_scorer(tiny_reward, pipeline=tmp_path / "other")
+    old = shutil.copytree(tiny_reward, tmp_path / "old")
+    card = json.loads((old / "config.json").read_text()) | {"version": 2}
+    del card["fingerprint"]
+    (old / "config.json").write_text(json.dumps(card))
+    open_scorer(old)
     assert not caplog.records
-    open_scorer(tiny_reward, pipeline=tmp_path / "other")
+    open_scorer(old, pipeline=tmp_path / "other")
     assert "was fitted on revision files:" in caplog.text

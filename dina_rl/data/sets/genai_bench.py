@@ -31,6 +31,9 @@ class GenAIBench:
     def records(self, split: str) -> Iterator[AnyRecord]:
         return self._files.records(split, COLUMNS, _record, images=IMAGES)
 
+    def files(self, split: str) -> list[Path]:
+        return self._files.files(split)
+
     def image(self, key: str) -> bytes:
         return self._files.image(key)
 

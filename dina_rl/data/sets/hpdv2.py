@@ -42,6 +42,9 @@ class HPDv2:
 
         return parsed(json_array(file), file.name, record)
 
+    def files(self, split: str) -> list[Path]:
+        return [self._root.directory / f"{split}.json"]
+
     def image(self, key: str) -> bytes:
         return self._root.read(key)
 

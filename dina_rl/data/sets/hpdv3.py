@@ -28,6 +28,9 @@ class HPDv3:
         file = self._root.directory / f"{split}.json"
         return parsed(json_array(file), file.name, _record)
 
+    def files(self, split: str) -> list[Path]:
+        return [self._root.directory / f"{split}.json"]
+
     def image(self, key: str) -> bytes:
         return self._root.read(key)
 

@@ -40,6 +40,9 @@ class ImageReward:
 
         return parsed(json_array(file), file.name, record)
 
+    def files(self, split: str) -> list[Path]:
+        return [self._root.directory / f"{split}.json"]
+
     def image(self, key: str) -> bytes:
         return self._root.read(key)
 

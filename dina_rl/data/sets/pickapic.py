@@ -36,6 +36,9 @@ class PickAPic:
             return self._files.records(split, read, _compared, images=IMAGES)
         return self._files.records(split, read, _prompt)
 
+    def files(self, split: str) -> list[Path]:
+        return self._files.files(split)
+
     def image(self, key: str) -> bytes:
         return self._files.image(key)
 

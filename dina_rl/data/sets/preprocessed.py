@@ -30,8 +30,10 @@ class PreprocessedSet:
         self._is_plain = not (directory / "train").is_dir()
 
     def records(self, split: str) -> Iterator[AnyRecord]:
-        files = self._plain if split == "train" and self._is_plain else self._folders
-        return files.records(split, COLUMNS, _record, images=[*SIDES, *map(shape_column, SIDES)])
+        return self._of_split(split).records(split, COLUMNS, _record, images=[*SIDES, *map(shape_column, SIDES)])
+
+    def files(self, split: str) -> list[Path]:
+        return self._of_split(split).files(split)
 
     def image(self, key: str) -> bytes:
         return self._files_of(key).image(key)
@@ -39,6 +41,9 @@ class PreprocessedSet:
     def size(self, key: str) -> Size:
         _, h, w = latent_shape(self._files_of(key).cell(shape_column(key)))
         return PIXELS_PER_LATENT * h, PIXELS_PER_LATENT * w
+
+    def _of_split(self, split: str) -> ParquetSet:
+        return self._plain if split == "train" and self._is_plain else self._folders
 
     def _files_of(self, key: str) -> ParquetSet:
         return self._folders if "/" in key.partition("#")[0] else self._plain

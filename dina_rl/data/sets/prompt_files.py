@@ -36,20 +36,21 @@ class PromptFiles:
         self._path = path
 
     def records(self, split: str) -> Iterator[AnyRecord]:
-        file = self._file(split) if self._path.is_dir() else self._path
+        (file,) = self.files(split)
         if file.suffix.lower() == ".jsonl":
             return parsed(({"line": line} for line in _lines(file)), file.name, _json_record)
         raws = {".json": _json_rows, ".csv": _csv_rows}.get(file.suffix.lower(), _text_rows)
         return parsed(raws(file), file.name, _record)
 
-    def _file(self, split: str) -> Path:
-        """The file of a split."""
+    def files(self, split: str) -> list[Path]:
+        if not self._path.is_dir():
+            return [self._path]
         found = [file for suffix in SUFFIXES if (file := self._path / f"{split}{suffix}").is_file()]
         if not found:
             raise ValueError(f"dataset {self._path} has no {split}.txt ({', '.join(SUFFIXES[1:])} would do)")
         if len(found) > 1:
             raise ValueError(f"dataset {self._path} has {' and '.join(file.name for file in found)}; name the file")
-        return found[0]
+        return found
 
     def image(self, key: str) -> bytes:
         raise ValueError(f"{self._path} holds prompts without images")

@@ -7,6 +7,7 @@ reader holds its whole file, so that a million comparisons cost no more memory t
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Protocol
 
 from dina_rl.data.buckets import Size
@@ -68,6 +69,14 @@ class PreferenceSet(Protocol):
 
         Raises:
             ValueError: no such split, or a file that is not what it should be.
+        """
+        ...
+
+    def files(self, split: str) -> list[Path]:
+        """The files that hold the split's records.
+
+        Raises:
+            ValueError: there are none, where their names are not given by the split's alone.
         """
         ...
 

@@ -27,6 +27,7 @@ from dina_rl.checkpoint import write_json
 from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Size
 from dina_rl.data.stores.files import chunked, write_table
+from dina_rl.fingerprint import same_part
 from dina_rl.textfiles import read_text
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -61,6 +62,16 @@ class StoreInfo:
     rows: tuple[int, ...]  # in every bucket; the first bucket's rows come first
     rows_per_shard: int
     dtype: LatentDtype = "float32"  # as stored; they are read as fp32
+    vae: str | None = None  # its fingerprint; None: unknown, the pipeline's name stands for it
+    pictures: str | None = None  # how they were read, `images.READING` when it was begun; None: unknown
+
+    def same_latents(self, other: "StoreInfo") -> bool:
+        """Whether the two are alike but for where pipeline and images lie, and for what an older store does not say."""
+        alike = asdict(self) | {"dataset": other.dataset, "pipeline": other.pipeline, "vae": other.vae}
+        if self.pictures is None:
+            alike["pictures"] = other.pictures
+        same = same_part(self.vae, other.vae, called_alike=self.pipeline == other.pipeline)
+        return same and alike == asdict(other)
 
     @property
     def num_rows(self) -> int:
@@ -210,7 +221,8 @@ class LatentStore:
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / STORE_FILE).exists():
             store = LatentStore(directory)
-            if store.info != info or any(ours != other for ours, other in zip_longest(store.iter_images(), images)):
+            same_images = all(ours == other for ours, other in zip_longest(store.iter_images(), images))
+            if not (same_images and store.info.same_latents(info)):
                 raise ValueError(
                     f"{directory} holds latents of other images or of another encoder ({store.info.num_rows} images "
                     f"of {store.info.dataset}, {store.info.pipeline}); choose a new run_dir"

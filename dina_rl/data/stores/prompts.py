@@ -12,7 +12,7 @@ groups are small (one prompt of a large text encoder), both for reading and for 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -27,6 +27,7 @@ from dina_rl.checkpoint import write_json
 from dina_rl.config import PipelineConfig
 from dina_rl.data.stores.files import chunked, write_table
 from dina_rl.data.stores.latents import CACHE_BYTES, INDEX_GROUP, ROW_GROUP_BYTES
+from dina_rl.fingerprint import pipeline_fingerprint, same_part
 from dina_rl.textfiles import read_text
 from dina_rl.types import PromptEmbeds
 
@@ -47,6 +48,12 @@ class PromptsInfo:
     dtype: str
     shape: tuple[int, int, int]  # L, D, D_pooled
     prompts_per_shard: int
+    text: str | None = None  # fingerprint of the text encoders; None: unknown, the pipeline's name stands for them
+
+    def same_embeddings(self, other: "PromptsInfo") -> bool:
+        """Whether the two are alike but for where the pipeline lies."""
+        alike = replace(self, pipeline=other.pipeline, text=other.text) == other
+        return alike and same_part(self.text, other.text, called_alike=self.pipeline == other.pipeline)
 
     @staticmethod
     def of(pipeline: PipelineConfig, backbone: Backbone) -> "PromptsInfo":
@@ -59,6 +66,7 @@ class PromptsInfo:
             dtype=pipeline.dtype,
             shape=backbone.prompt_shape,
             prompts_per_shard=max(1, min(SHARD_PROMPTS, SHARD_BYTES // nbytes)),
+            text=pipeline_fingerprint(pipeline.location).text,
         )
 
     @property
@@ -103,7 +111,8 @@ class PromptStore:
         ours = directory / PROMPTS
         if (ours / INFO_FILE).exists():
             store = PromptStore(directory)
-            if store.info != info or any(a != b for a, b in zip_longest(store.iter_prompts(), prompts)):
+            same_prompts = all(a == b for a, b in zip_longest(store.iter_prompts(), prompts))
+            if not (same_prompts and store.info.same_embeddings(info)):
                 raise ValueError(
                     f"{ours} holds embeddings of other prompts or of another text encoder (of {store.info.pipeline}, "
                     f"{store.info.dtype}, max_sequence_length {store.info.max_sequence_length}); delete it to make "
@@ -193,16 +202,23 @@ def find_prompts(directory: Path, pipeline: PipelineConfig) -> PromptStore | Non
     if not (directory / PROMPTS / INFO_FILE).is_file():
         return None
     store = PromptStore(directory)
+    ours, called_alike = pipeline_fingerprint(pipeline.location).text, store.info.pipeline == pipeline.path
+    same = same_part(store.info.text, ours, called_alike=called_alike)
+    if called_alike and not same:
+        raise ValueError(
+            f"prompt embeddings {store.directory} were made by other text encoders than {pipeline.path} holds now; "
+            "delete them to load the text encoders"
+        )
     made_with = {
-        "path": store.info.pipeline,
+        "path": pipeline.path if same else store.info.pipeline,
         "dtype": store.info.dtype,
         "max_sequence_length": store.info.max_sequence_length,
     }
     for key, value in made_with.items():
-        ours = pipeline.model_dump()[key]
-        if ours != value:
+        given = pipeline.model_dump()[key]
+        if given != value:
             raise ValueError(
-                f"prompt embeddings {store.directory} were made with pipeline.{key} {value}, this run's is {ours}; "
+                f"prompt embeddings {store.directory} were made with pipeline.{key} {value}, this run's is {given}; "
                 "set it likewise, or delete them to load the text encoders"
             )
     missing = len(store.missing_shards())

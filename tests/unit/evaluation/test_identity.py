@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dina_rl.config import PictureScorerConfig
-from dina_rl.evaluation.identity import BLOCK, Identities, files_digest
+from dina_rl.evaluation.identity import Identities
 
 COMMITS = ("0123456789" * 4, "9876543210" * 4)
 
@@ -23,19 +23,6 @@ def test_every_weight_of_a_pipeline_counts(part, tiny_pipeline, tiny_reward, tmp
     weights.write_bytes(content)
     assert Identities().of_scorer(scorer) != before
     assert Identities().of_pipeline(scorer) != {name: before[name] for name in Identities().of_pipeline(scorer)}
-
-
-def test_of_large_files_head_middle_tail_and_size_count(tmp_path) -> None:
-    size = 8 * BLOCK
-    file = tmp_path / "weights.bin"
-    file.write_bytes(bytes(size))
-    before = files_digest(tmp_path, whole=size - 1)
-    for place, seen in ((0, True), (size // 2, True), (size - 1, True), (2 * BLOCK, False)):
-        file.write_bytes(bytes(place) + b"x" + bytes(size - place - 1))
-        assert (files_digest(tmp_path, whole=size - 1) != before) == seen
-        assert files_digest(tmp_path, whole=size) != files_digest(tmp_path, whole=size - 1)
-    file.write_bytes(bytes(size + 1))
-    assert files_digest(tmp_path, whole=size - 1) != before
 
 
 def test_hub_ids_are_known_by_their_commits(tmp_path, monkeypatch) -> None:

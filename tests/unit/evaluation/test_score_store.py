@@ -170,7 +170,7 @@ def with_buckets(reward: Path, directory: Path, buckets) -> PictureScorerConfig:
     """A copy of a reward model whose card names these buckets."""
     shutil.copytree(reward, directory)
     card = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(card | {"buckets": buckets}))
+    (directory / "config.json").write_text(json.dumps(card | {"buckets": buckets, "fingerprint": None}))
     return PictureScorerConfig(path=str(directory))
 
 

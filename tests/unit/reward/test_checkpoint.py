@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import PictureScorerConfig, PipelineConfig
+from dina_rl.fingerprint import pipeline_fingerprint
 from dina_rl.reward.checkpoint import CARD_FILE, HEAD_FILE, load_reward, read_card, save_reward
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.revision import pipeline_revision
@@ -79,6 +80,7 @@ def test_card_says_what_it_was_fitted_on(saved, tiny_pipeline) -> None:
 def test_the_card_says_which_weights_the_backbone_had(saved, tiny_pipeline) -> None:
     card = read_card(saved[1])
     assert card.revision == pipeline_revision(str(tiny_pipeline))
+    assert card.fingerprint == pipeline_fingerprint(str(tiny_pipeline))
     assert (card.dtype, card.image_size, card.buckets) == ("float32", (32, 32), None)
 
 
@@ -116,7 +118,7 @@ def test_another_backbone_width(backbone, saved) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"version": 3}, {"format": "other"}, {"width": "wide"}, {"surprise": 1}, {"reward": {"tap": [1]}}]
+    "damage", [{"version": 4}, {"format": "other"}, {"width": "wide"}, {"surprise": 1}, {"reward": {"tap": [1]}}]
 )
 def test_foreign_card(backbone, saved, damage: dict) -> None:
     card = json.loads((saved[1] / CARD_FILE).read_text())

@@ -269,8 +269,15 @@ def test_every_place_that_takes_a_reward_directory_takes_it(backbone, published)
     assert torch.equal(scores(dina.model, backbone), scores(load_reward(published, backbone), backbone))
 
 
-def test_alignment_takes_it_at_its_own_text_length(backbone, published, tmp_path):
-    run = tiny_run(tmp_path, Path(backbone.path), published)
+def test_alignment_takes_it_on_a_named_pipeline_at_its_own_text_length(backbone, published, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    unnamed = tiny_run(tmp_path, Path(backbone.path), published)
+    with pytest.raises(ValueError, match=r"3.5-medium .* \(reward model .* name a copy as rewards\.dina\.pipeline\)$"):
+        preflight(unnamed)
+    rewards = {"dina": {"path": str(published), "pipeline": backbone.path}}
+    run = tiny_run(tmp_path, Path(backbone.path), published, rewards=rewards)
     with pytest.raises(ValueError, match=r"width 32 and 128 text tokens; .* has 32 and 8"):
         preflight(run)
     preflight(run.model_copy(update={"pipeline": PipelineConfig(path=backbone.path, max_sequence_length=128)}))

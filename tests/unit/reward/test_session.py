@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dina_rl.config import FitRun
+from dina_rl.data.images import READING
 from dina_rl.data.stores.open import open_store
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.fit import REWARD, RewardFit
@@ -53,7 +54,8 @@ def test_the_authors_files_are_fitted_on_and_measured_on(tiny_pipeline: Path, tm
     accuracies = " | ".join(f"{value:.4f}" for value in outcome.held_out["test"].values())
     assert f"| test | {accuracies} |" in result.tensor_proto.string_val[0].decode()
     for name in (REWARD, REWARD_BEST):
-        assert read_card(tmp_path / "run" / name).buckets == ((16, 48), (32, 32))
+        card = read_card(tmp_path / "run" / name)
+        assert (card.buckets, card.pictures) == (((16, 48), (32, 32)), None)
 
 
 def test_without_test_pairs_the_first_other_set_decides_what_is_best(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -81,3 +83,7 @@ def test_without_periodic_evaluation_only_the_last_weights_are_kept(
     assert set(held_out_lines(tmp_path / "run")) == {5}
     assert not (tmp_path / "run" / REWARD_BEST).exists()
     assert load_file(tmp_path / "run" / REWARD / "head.safetensors")
+    card = read_card(tmp_path / "run" / REWARD)
+    assert card.pictures == READING
+    assert "upright" in READING
+    assert "transparency on white" in READING

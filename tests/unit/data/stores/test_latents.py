@@ -42,6 +42,16 @@ def filled(tmp_path: Path) -> tuple[LatentStore, list[torch.Tensor]]:
     return store, latents
 
 
+def test_a_store_is_the_same_wherever_pipeline_and_images_lie() -> None:
+    known = replace(INFO, vae="v", pictures="upright")
+    assert known.same_latents(replace(known, dataset="elsewhere", pipeline="elsewhere"))
+    assert not known.same_latents(replace(known, vae="w"))
+    assert not known.same_latents(replace(known, pictures="as stored"))
+    assert not known.same_latents(replace(known, rows=tuple(rows + 1 for rows in known.rows)))
+    assert INFO.same_latents(known), "an older store says neither"
+    assert not INFO.same_latents(replace(known, pipeline="elsewhere"))
+
+
 def test_a_shard_holds_rows_of_one_bucket() -> None:
     shards = [INFO.shard(number) for number in range(INFO.num_shards)]
     assert shards == [(0, range(0, 2)), (0, range(2, 4)), (0, range(4, 5)), (1, range(5, 7)), (1, range(7, 8))]
