@@ -15,6 +15,7 @@ from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
+from dina_rl.backbones.files import EVERYTHING
 from dina_rl.checkpoint import versions, write_json
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
@@ -36,7 +37,9 @@ def main(argv: Sequence[str]) -> None:
         print(describe(run))
         return
     try:
-        check_fit(run.fit_run(run.run_dir, run.run_dir), open_pipeline(run.pipeline))
+        backbone = open_pipeline(run.pipeline)
+        backbone.check(EVERYTHING)
+        check_fit(run.fit_run(run.run_dir, run.run_dir), backbone)
         load_prompts(run.prompts)
         align.check_clip_models(run)
     except ValueError as error:

@@ -13,6 +13,7 @@ from dina_rl.alignment.loop import align
 from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import Prompts, cut_prompts, load_prompts
 from dina_rl.alignment.record import Recorder, finished
+from dina_rl.backbones.files import EVERYTHING
 from dina_rl.backbones.trained import check_targets, save_transformer
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun, DiNaScorerConfig, PipelineConfig
@@ -56,14 +57,18 @@ def preflight(run: AlignRun) -> Prompts:
         ValueError: a missing pipeline, reward model or prompt file, or parts that do not fit together.
     """
     backbone = open_pipeline(run.pipeline)
-    latent_shape = backbone.latent_shape(run.pipeline.height, run.pipeline.width)
+    height, width = run.pipeline.height, run.pipeline.width
+    latent_shape = backbone.latent_shape(height, width)
+    backbone.check(EVERYTHING)
+    backbone.sigmas(run.rollout.num_steps, height, width)
     check_targets(backbone.empty_transformer(), run.learner.lora)
     if run.rewards.dina is not None:
         _check_reward(run.rewards.dina, run.pipeline, backbone.width)
     check_clip_models(run)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
-    print("".join(f"{line}\n" for line in cut_prompts(backbone, prompts)), end="", flush=True)
+    cut = cut_prompts(backbone, prompts, run.rollout.negative_prompt)
+    print("".join(f"{line}\n" for line in cut), end="", flush=True)
     if run.rollout.prompts_per_iteration > len(prompts.train):
         raise ValueError(
             f"rollout.prompts_per_iteration ({run.rollout.prompts_per_iteration}) exceeds the {len(prompts.train)} "

@@ -74,9 +74,14 @@ def _read(split: str, source: str) -> tuple[str, ...]:
     return distinct
 
 
-def cut_prompts(backbone: Backbone, prompts: Prompts) -> list[str]:
-    """A line for every split with prompts that a text encoder will not read to their end. Loads no models."""
-    lines = []
+def cut_prompts(backbone: Backbone, prompts: Prompts, negative: str = "") -> list[str]:
+    """A line for every split with prompts that a text encoder will not read to their end. Loads no models.
+
+    Args:
+        negative: the negative prompt, which is read likewise.
+    """
+    too_long = backbone.cut_prompts([negative])
+    lines = [f"rollout.negative_prompt is longer than {encoder} and is cut there" for encoder in too_long]
     for split, of_split in (("train", prompts.train), ("dev", prompts.dev), ("test", prompts.test)):
         for encoder, too_long in backbone.cut_prompts(of_split).items():
             lines.append(

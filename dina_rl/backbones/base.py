@@ -4,7 +4,7 @@ Convention everywhere: sigma in [0, 1], x_sigma = (1 - sigma) x0 + sigma eps, ve
 translates that into its own model time and sign.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ import torch
 from diffusers.models import ModelMixin
 from torch import nn
 
+from dina_rl.backbones.files import Need
 from dina_rl.backbones.text import CACHED_PROMPTS
 from dina_rl.types import PromptEmbeds
 
@@ -55,6 +56,10 @@ class Backbone(Protocol):
     prompt_shape: tuple[int, int, int]  # text tokens, their width, and that of the pooled embedding
     lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
 
+    def check(self, needs: Collection[Need]) -> None:
+        """Raises ValueError where a part that is needed is missing, or a file of it not whole. Loads no weights."""
+        ...
+
     def load_transformer(self) -> ModelMixin:
         """The denoiser, frozen and in eval mode."""
         ...
@@ -78,7 +83,11 @@ class Backbone(Protocol):
         ...
 
     def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        """The scheduler's sigma table [num_steps + 1], fp32, from 1 down to 0, for images of that size in pixels."""
+        """The scheduler's sigma table [num_steps + 1], fp32, from 1 down to 0, for images of that size in pixels.
+
+        Raises:
+            ValueError: no such image size, or a scheduler that does other steps than Euler's along its table.
+        """
         ...
 
     def velocity(

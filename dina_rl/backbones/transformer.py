@@ -5,6 +5,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from dina_rl.backbones.files import check_files
+from dina_rl.backbones.source import Source
+
 Transformer = TypeVar("Transformer", bound=nn.Module)
 Transformer_co = TypeVar("Transformer_co", bound=nn.Module, covariant=True)
 
@@ -12,21 +15,28 @@ Transformer_co = TypeVar("Transformer_co", bound=nn.Module, covariant=True)
 class StockClass(Protocol[Transformer_co]):
     """What we call of a diffusers model class. Diffusers declares these methods on mixins, and less exactly."""
 
-    def from_pretrained(self, path: str, *, subfolder: str, dtype: torch.dtype) -> Transformer_co: ...
+    def from_pretrained(
+        self, path: str, *, subfolder: str, revision: str | None, variant: str | None, dtype: torch.dtype
+    ) -> Transformer_co: ...
 
-    def load_config(self, path: str, *, subfolder: str) -> dict[str, object]: ...
+    def load_config(self, path: str, *, subfolder: str, revision: str | None) -> dict[str, object]: ...
 
     def from_config(self, config: dict[str, object]) -> Transformer_co: ...
 
 
-def load_frozen(cls: StockClass[Transformer], path: str, dtype: torch.dtype, device: str) -> Transformer:
-    """The transformer of the pipeline at `path`, frozen and in eval mode."""
-    transformer = cls.from_pretrained(path, subfolder="transformer", dtype=dtype)
+def load_frozen(cls: StockClass[Transformer], source: Source, dtype: torch.dtype, device: str) -> Transformer:
+    """The transformer of the pipeline at `source`, frozen and in eval mode.
+
+    Raises:
+        ValueError: its files are missing or not whole.
+    """
+    check_files(source, ("transformer",))
+    transformer = cls.from_pretrained(source.path, **source.weights("transformer"), dtype=dtype)
     return transformer.to(device).requires_grad_(False).eval()
 
 
-def without_weights(cls: StockClass[Transformer], path: str, dtype: torch.dtype) -> Transformer:
+def without_weights(cls: StockClass[Transformer], source: Source, dtype: torch.dtype) -> Transformer:
     """The same on torch's meta device: names and shapes."""
-    config = cls.load_config(path, subfolder="transformer")
+    config = cls.load_config(source.path, **source.config("transformer"))
     with torch.device("meta"):
         return cls.from_config(config).to(dtype).eval()

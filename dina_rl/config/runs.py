@@ -87,6 +87,9 @@ class AlignRun(_Run):
             raise ValueError(f"watch.action raise_kl multiplies {self.algorithm}.kl_weight, which is 0")
         if self.learner.guidance_in_loss and rollout.guidance_scale == 1:
             raise ValueError("learner.guidance_in_loss without guidance: rollout.guidance_scale is 1")
+        guidances = (rollout.guidance_scale, *self.golden.guidances, *self.golden.aligned_guidances)
+        if rollout.negative_prompt and max(guidances) == 1:
+            raise ValueError("rollout.negative_prompt without guidance: every guidance scale is 1")
         if learner.engine == "torch" and self.workers.learner_ranks > 1:
             raise ValueError(
                 f"learner.engine torch runs on one rank, workers.learner_ranks is {self.workers.learner_ranks}; "

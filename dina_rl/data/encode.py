@@ -98,6 +98,10 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
             raise ValueError(f"split {split} of {dataset.location} holds prompts without images: nothing to encode")
     for height, width in bucketing(dataset, pipeline).buckets:
         backbone.latent_shape(height, width)
+    if dataset.kind != "preprocessed":
+        backbone.check(("vae",))
+    if dataset.prompt_embeddings:
+        backbone.check(("text",))
     dataset = dataset.model_copy(update={"path": str(dataset.location.resolve())})
     return run.model_copy(update={"pipeline": pipeline.absolute(), "dataset": dataset})
 

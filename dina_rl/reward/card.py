@@ -35,6 +35,10 @@ class RewardCard(BaseModel):
     """pipeline whose transformer is the backbone: a directory or a hub id"""
     revision: str | None = None
     """which weights that pipeline had, see `revision.pipeline_revision`; None: unknown"""
+    pipeline_revision: str | None = None
+    """the revision of the hub id that the fit asked for; None: its main branch, or a directory"""
+    variant: str | None = None
+    """of the pipeline's weight files"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """of the backbone's weights during the fit; None: unknown"""
     image_size: Size | None = None
@@ -52,7 +56,9 @@ def make_card(model: LatentRewardModel, pipeline: PipelineConfig, buckets: Seque
     """The card of a model on the backbone that `pipeline` opens; `buckets` are the sizes of its fit, if several."""
     return RewardCard(
         pipeline=pipeline.path,
-        revision=pipeline_revision(pipeline.location),
+        revision=pipeline_revision(pipeline.location, pipeline.revision),
+        pipeline_revision=pipeline.revision,
+        variant=pipeline.variant,
         dtype=pipeline.dtype,
         image_size=(pipeline.height, pipeline.width),
         buckets=buckets and tuple(buckets),

@@ -35,6 +35,8 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
         check_store(latents, needed, run, backbone)
     for directory in held_out.values():
         check_store(Path(directory), ("test",), run, backbone)
+    if run.latents is None or any(find_prompts(each, run.pipeline) is None for each in _stores(run, run.latents)):
+        backbone.check(("text",))
     return run
 
 
@@ -134,7 +136,8 @@ def _absolute(path: str | Path) -> str:
 
 
 def check_fit(run: FitRun, backbone: Backbone) -> None:
-    """Raises ValueError if the image size or the reward model does not fit the pipeline."""
+    """Raises ValueError if the image size or the reward model does not fit the pipeline, or its files are not whole."""
+    backbone.check(("transformer",))
     backbone.latent_shape(run.pipeline.height, run.pipeline.width)
     if run.reward.taps[-1] > backbone.last_tap:
         raise ValueError(

@@ -7,16 +7,19 @@ SAMPLED_BYTES = 2**20
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
-def pipeline_revision(location: str) -> str | None:
+def pipeline_revision(location: str, asked: str | None = None) -> str | None:
     """The revision of a pipeline directory or hub id; None where nothing can be said. Downloads nothing.
 
     A hub snapshot has its commit hash. Any other directory has `files:` and a hash of its transformer's configuration,
     weight index, and of each weight file's size, first and last MiB: enough to tell two trainings of one architecture
     apart without reading gigabytes.
+
+    Args:
+        asked: branch, tag or commit of a hub id; None: its main branch.
     """
     directory = Path(location)
     if not directory.is_dir():
-        return cached_commit(location, "model_index.json")
+        return cached_commit(location, "model_index.json", asked)
     if directory.resolve().parent.name == "snapshots":
         return directory.resolve().name
     transformer = directory / "transformer"
@@ -36,13 +39,13 @@ def pipeline_revision(location: str) -> str | None:
     return f"files:{digest.hexdigest()}"
 
 
-def cached_commit(hub_id: str, file: str) -> str | None:
+def cached_commit(hub_id: str, file: str, revision: str | None = None) -> str | None:
     """The commit of the cached snapshot of a hub id, found by one of its files; None without one."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(hub_id, file)
+        found = try_to_load_from_cache(hub_id, file, revision=revision)
     except HFValidationError:
         return None
     return Path(found).parent.name if isinstance(found, str) else None  # else: not cached, or known not to exist

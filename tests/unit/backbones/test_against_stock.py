@@ -28,15 +28,19 @@ def test_pack_is_inverted_by_unpack() -> None:
     assert torch.equal(unpack(pack(latents), 8, 10), latents)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["unguided", "guided"])
-def test_the_sampler_is_the_stock_pipeline_s(family: Family, backbone: Backbone, guidance: float) -> None:
+@pytest.mark.parametrize(
+    ("guidance", "without"), [(1.0, ""), (3.0, ""), (3.0, "a blurred ring")], ids=["unguided", "guided", "led away"]
+)
+def test_the_sampler_is_the_stock_pipeline_s(family: Family, backbone: Backbone, guidance: float, without: str) -> None:
     noise, pipeline = initial_noise(backbone), family.stock()
-    theirs = family.sample(pipeline, noise, guidance=guidance, prompt=list(PROMPTS), num_inference_steps=STEPS)
+    theirs = family.sample(
+        pipeline, noise, guidance=guidance, negative=without, prompt=list(PROMPTS), num_inference_steps=STEPS
+    )
     transformer, text = backbone.load_transformer(), backbone.load_text_encoder()
     sigmas = backbone.sigmas(STEPS, HEIGHT, WIDTH)
     torch.testing.assert_close(sigmas, pipeline.scheduler.sigmas, rtol=0, atol=1e-7)
 
-    negative = None if guidance == 1 else text([""])
+    negative = None if guidance == 1 else text([without])
     ours = denoise(noise, sigmas, guided_velocity(backbone, transformer, text(PROMPTS), negative, guidance)).latents
     assert (theirs - noise).abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
