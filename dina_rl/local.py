@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         return
     try:
         backbone = open_pipeline(run.pipeline)
-        backbone.check(EVERYTHING)
+        backbone.check(*EVERYTHING)
         check_fit(run.fit_run(run.run_dir, run.run_dir), backbone)
         load_prompts(run.prompts)
         align.check_clip_models(run)

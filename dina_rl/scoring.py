@@ -301,7 +301,7 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
         raise ValueError(
             f"{error} (reward model {config.dina.path} was fitted on it; a copy may be named as its pipeline)"
         ) from error
-    backbone.check(("transformer", "text"))
+    backbone.check("transformer", "text")
     for size in sizes:
         backbone.latent_shape(*size)
     revision = pipeline_revision(pipeline.location, pipeline.revision)

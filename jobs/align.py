@@ -59,7 +59,7 @@ def preflight(run: AlignRun) -> Prompts:
     backbone = open_pipeline(run.pipeline)
     height, width = run.pipeline.height, run.pipeline.width
     latent_shape = backbone.latent_shape(height, width)
-    backbone.check(EVERYTHING)
+    backbone.check(*EVERYTHING)
     backbone.sigmas(run.rollout.num_steps, height, width)
     check_targets(backbone.empty_transformer(), run.learner.lora)
     if run.rewards.dina is not None:

@@ -80,8 +80,10 @@ def cut_prompts(backbone: Backbone, prompts: Prompts, negative: str = "") -> lis
     Args:
         negative: the negative prompt, which is read likewise.
     """
-    too_long = backbone.cut_prompts([negative])
-    lines = [f"rollout.negative_prompt is longer than {encoder} and is cut there" for encoder in too_long]
+    lines = [
+        f"rollout.negative_prompt is longer than {encoder} and is cut there"
+        for encoder in backbone.cut_prompts([negative])
+    ]
     for split, of_split in (("train", prompts.train), ("dev", prompts.dev), ("test", prompts.test)):
         for encoder, too_long in backbone.cut_prompts(of_split).items():
             lines.append(

@@ -4,7 +4,7 @@ Convention everywhere: sigma in [0, 1], x_sigma = (1 - sigma) x0 + sigma eps, ve
 translates that into its own model time and sign.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -56,7 +56,7 @@ class Backbone(Protocol):
     prompt_shape: tuple[int, int, int]  # text tokens, their width, and that of the pooled embedding
     lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
 
-    def check(self, needs: Collection[Need]) -> None:
+    def check(self, *needs: Need) -> None:
         """Raises ValueError where a part that is needed is missing, or a file of it not whole. Loads no weights."""
         ...
 

@@ -51,7 +51,7 @@ def load_kl_codec(source: Source, options: Options) -> KLCodec:
     Raises:
         ValueError: its files are missing or not whole.
     """
-    check_files(source, ("vae",))
+    check_files(source, "vae")
     vae = AutoencoderKL.from_pretrained(source.path, **source.weights("vae"), dtype=options.dtype)
     if options.vae_tiling:
         vae.enable_tiling()

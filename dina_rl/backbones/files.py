@@ -27,9 +27,7 @@ LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 LONGEST_HEADER = 100_000_000  # by that format
 
 
-def check_files(
-    source: Source, needs: Collection[Need], text: Sequence[str] = (), optional: Collection[str] = ()
-) -> None:
+def check_files(source: Source, *needs: Need, text: Sequence[str] = (), optional: Collection[str] = ()) -> None:
     """Whether the parts that are needed are there and whole.
 
     Of a hub id only what is cached is looked at: the rest is downloaded when it is loaded. Offline it must be there.

@@ -5,7 +5,7 @@ that stays in this file: outside, latents are [B, 16, h, w] and time is sigma. F
 in which visual and text tokens are two streams; the 38 single blocks after them belong to the policy only.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -109,8 +109,8 @@ class Flux:
             path=self.path, channels=config["in_channels"] // 4, patch=2, pixels=pixels_per_latent(source)
         )
 
-    def check(self, needs: Collection[Need]) -> None:
-        check_files(self._source, needs, TEXT_PARTS)
+    def check(self, *needs: Need) -> None:
+        check_files(self._source, *needs, text=TEXT_PARTS)
 
     def load_transformer(self) -> FluxTransformer2DModel:
         transformer: FluxTransformer2DModel = load_frozen(FluxTransformer2DModel, self._source, self.dtype, self.device)
@@ -122,7 +122,7 @@ class Flux:
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """T5's tokens and CLIP-L's pooled embedding through the stock pipeline's `encode_prompt`."""
-        self.check(("text",))
+        self.check("text")
         pipeline = FluxPipeline.from_pretrained(
             self.path,
             transformer=None,

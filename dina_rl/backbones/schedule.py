@@ -51,7 +51,7 @@ def _sigmas(
 
 
 def _check_followed(source: Source) -> None:
-    check_files(source, ("scheduler",))
+    check_files(source, "scheduler")
     index = read_json(index_file(source))
     config = FlowMatchEulerDiscreteScheduler.load_config(source.path, **source.config("scheduler"))
     for name in ((index.get("scheduler") or (None, FOLLOWED))[1], config.get("_class_name", FOLLOWED)):

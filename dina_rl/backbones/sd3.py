@@ -1,6 +1,6 @@
 """Stable Diffusion 3 / 3.5: `SD3Transformer2DModel`, three text encoders, 16-channel VAE."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -84,7 +84,9 @@ class SD3:
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
         self.time_width = self.width
         check_config(source, "text_encoder")
-        clip_tokens = CLIPTextConfig.from_pretrained(self.path, **source.config("text_encoder")).max_position_embeddings
+        clip_tokens = CLIPTextConfig.from_pretrained(
+            self.path, subfolder="text_encoder", revision=source.revision or "main"
+        ).max_position_embeddings
         text_width, pooled_width = config["joint_attention_dim"], config["pooled_projection_dim"]
         self.prompt_shape = clip_tokens + options.max_sequence_length, text_width, pooled_width
         self._grid = LatentGrid(
@@ -95,8 +97,8 @@ class SD3:
             largest=config["pos_embed_max_size"] * config["patch_size"],
         )
 
-    def check(self, needs: Collection[Need]) -> None:
-        check_files(self._source, needs, TEXT_PARTS, optional=T5_PARTS)
+    def check(self, *needs: Need) -> None:
+        check_files(self._source, *needs, text=TEXT_PARTS, optional=T5_PARTS)
 
     def load_transformer(self) -> SD3Transformer2DModel:
         transformer: SD3Transformer2DModel = load_frozen(SD3Transformer2DModel, self._source, self.dtype, self.device)
@@ -108,7 +110,7 @@ class SD3:
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """CLIP-L, CLIP-G and T5 through the stock pipeline's `encode_prompt`; zeros for T5 where there is none."""
-        self.check(("text",))
+        self.check("text")
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             self.path,
             transformer=None,

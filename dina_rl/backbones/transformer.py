@@ -30,7 +30,7 @@ def load_frozen(cls: StockClass[Transformer], source: Source, dtype: torch.dtype
     Raises:
         ValueError: its files are missing or not whole.
     """
-    check_files(source, ("transformer",))
+    check_files(source, "transformer")
     transformer = cls.from_pretrained(source.path, **source.weights("transformer"), dtype=dtype)
     return transformer.to(device).requires_grad_(False).eval()
 

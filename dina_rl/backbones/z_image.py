@@ -6,7 +6,7 @@ Guidance: the stock pipeline follows v_cond + s (v_cond - v_uncond), so that its
 Turbo's 0 is our 1: no guidance.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -150,8 +150,8 @@ class ZImage:
             largest=PATCH * min(rows, columns),
         )
 
-    def check(self, needs: Collection[Need]) -> None:
-        check_files(self._source, needs, TEXT_PARTS)
+    def check(self, *needs: Need) -> None:
+        check_files(self._source, *needs, text=TEXT_PARTS)
 
     def load_transformer(self) -> ZImageTransformer2DModel:
         stock = ZImageTransformer2DModel
@@ -164,7 +164,7 @@ class ZImage:
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """Qwen3's last hidden states but one of the chat, through the stock pipeline's `encode_prompt`."""
-        self.check(("text",))
+        self.check("text")
         pipeline = ZImagePipeline.from_pretrained(
             self.path,
             transformer=None,

@@ -99,9 +99,9 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
     for height, width in bucketing(dataset, pipeline).buckets:
         backbone.latent_shape(height, width)
     if dataset.kind != "preprocessed":
-        backbone.check(("vae",))
+        backbone.check("vae")
     if dataset.prompt_embeddings:
-        backbone.check(("text",))
+        backbone.check("text")
     dataset = dataset.model_copy(update={"path": str(dataset.location.resolve())})
     return run.model_copy(update={"pipeline": pipeline.absolute(), "dataset": dataset})
 

@@ -61,7 +61,7 @@ def named_scorer(
     fitted = "pipeline" if dataset is None and config.height is not None else _of_card(card)
     sizes = _bucketing(dataset or DatasetConfig(), buckets or fitted, pipeline)
     backbone = open_pipeline(pipeline)
-    backbone.check(("transformer", "vae", "text"))
+    backbone.check("transformer", "vae", "text")
     for height, width in sizes.buckets:
         backbone.latent_shape(height, width)
     return NamedScorer(

@@ -36,7 +36,7 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
     for directory in held_out.values():
         check_store(Path(directory), ("test",), run, backbone)
     if run.latents is None or any(find_prompts(each, run.pipeline) is None for each in _stores(run, run.latents)):
-        backbone.check(("text",))
+        backbone.check("text")
     return run
 
 
@@ -137,7 +137,7 @@ def _absolute(path: str | Path) -> str:
 
 def check_fit(run: FitRun, backbone: Backbone) -> None:
     """Raises ValueError if the image size or the reward model does not fit the pipeline, or its files are not whole."""
-    backbone.check(("transformer",))
+    backbone.check("transformer")
     backbone.latent_shape(run.pipeline.height, run.pipeline.width)
     if run.reward.taps[-1] > backbone.last_tap:
         raise ValueError(
