@@ -83,7 +83,8 @@ class SD3:
         self.last_tap = self.num_blocks - 1  # the last block has no text output
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
         self.time_width = self.width
-        check_config(source, "text_encoder")
+        if (Path(self.path) / "text_encoder").is_dir():  # else there are stored embeddings, and CLIP's own length holds
+            check_config(source, "text_encoder")
         clip_tokens = CLIPTextConfig.from_pretrained(
             self.path, subfolder="text_encoder", revision=source.revision or "main"
         ).max_position_embeddings
