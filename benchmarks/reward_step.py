@@ -28,6 +28,7 @@ from torch import nn
 
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.backbones.registry import pipeline_class
+from dina_rl.backbones.source import Source
 from dina_rl.cli import fail, load
 from dina_rl.config import FitConfig, LoRAConfig, PipelineConfig, RewardModelConfig
 from dina_rl.config.base import Positive, Section
@@ -178,7 +179,7 @@ def measure(run: BenchmarkRun) -> dict[str, list[float]]:
     Raises:
         ValueError: a pipeline that cannot be read or is not SD3's, or a reward model that does not fit it.
     """
-    if pipeline_class(run.pipeline.location) != StableDiffusion3Pipeline.__name__:
+    if pipeline_class(Source(path=run.pipeline.location)) != StableDiffusion3Pipeline.__name__:
         raise ValueError(f"the plain loop encodes prompts as SD3 does; {run.pipeline.path} is another family")
     backbone = open_pipeline(run.pipeline)
     shape = backbone.latent_shape(*image_size(run.pipeline, backbone))

@@ -50,16 +50,21 @@ Parts = dict[str, str | None]
 PARTS = {"transformer": "transformer", "vae": "VAE", "text": "text encoders"}
 
 
-def pipeline_fingerprint(location: str) -> Fingerprint:
-    """Of a pipeline directory, or of what is cached of a hub id. Downloads nothing, and reads some megabytes."""
-    directory = local_directory(location, "model_index.json")
+def pipeline_fingerprint(location: str, revision: str | None = None, variant: str | None = None) -> Fingerprint:
+    """Of a pipeline directory, or of what is cached of a hub id. Downloads nothing, and reads some megabytes.
+
+    Args:
+        revision: of a hub id.
+        variant: of the weight files, where a part has them. Weights in another precision are other weights.
+    """
+    directory = local_directory(location, "model_index.json", revision)
     if directory is None:
         return Fingerprint()
     encoders = sorted(part for part in directory.glob("text_encoder*") if part.is_dir())
-    text = [_weights_digest(encoder) for encoder in encoders]
+    text = [_weights_digest(encoder, variant) for encoder in encoders]
     return Fingerprint(
-        transformer=_weights_digest(directory / "transformer"),
-        vae=_vae_digest(directory / "vae"),
+        transformer=_weights_digest(directory / "transformer", variant),
+        vae=_vae_digest(directory / "vae", variant),
         text=None if None in text or not text else _digest_of(*text),
     )
 
@@ -69,10 +74,10 @@ def same_part(ours: str | None, theirs: str | None, *, called_alike: bool) -> bo
     return called_alike if None in (ours, theirs) else ours == theirs
 
 
-def pipeline_parts(location: str) -> Parts:
+def pipeline_parts(location: str, revision: str | None = None, variant: str | None = None) -> Parts:
     """Everything in a pipeline that decides a number: its fingerprint, and the small files of the other parts."""
-    found = {PARTS[name]: value for name, value in pipeline_fingerprint(location)}
-    directory = local_directory(location, "model_index.json")
+    found = {PARTS[name]: value for name, value in pipeline_fingerprint(location, revision, variant)}
+    directory = local_directory(location, "model_index.json", revision)
     for name, pattern in (("scheduler", "scheduler"), ("tokenizers", "tokenizer*")):
         parts = [] if directory is None else sorted(part for part in directory.glob(pattern) if part.is_dir())
         found[name] = _digest_of(*map(files_digest, parts)) if parts else None
@@ -116,7 +121,7 @@ def _ends(file: Path) -> str:
         return blake2b(content + stream.read(BLOCK), digest_size=16).hexdigest()
 
 
-def local_directory(location: str, known_file: str) -> Path | None:
+def local_directory(location: str, known_file: str, revision: str | None = None) -> Path | None:
     """`location` if it is a directory, else the cached snapshot of that hub id; None without one.
 
     Args:
@@ -129,15 +134,15 @@ def local_directory(location: str, known_file: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(location, known_file)
+        found = try_to_load_from_cache(location, known_file, revision=revision)
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None  # else: not cached, or known not to exist
 
 
-def cached_commit(hub_id: str, known_file: str) -> str | None:
+def cached_commit(hub_id: str, known_file: str, revision: str | None = None) -> str | None:
     """The commit of the cached snapshot of a hub id; None without one."""
-    directory = None if Path(hub_id).is_dir() else local_directory(hub_id, known_file)
+    directory = None if Path(hub_id).is_dir() else local_directory(hub_id, known_file, revision)
     return None if directory is None else directory.name
 
 
@@ -163,9 +168,9 @@ def file_digest(file: Path, *, whole: int = WHOLE_BYTES) -> str:
     return content.hexdigest()
 
 
-def _weights_digest(part: Path) -> str | None:
+def _weights_digest(part: Path, variant: str | None) -> str | None:
     """Of the tensors in a part of a pipeline, however they are cut into files; None: they are not all here."""
-    files = _weight_files(part)
+    files = _weight_files(part, variant)
     if not files:
         return None
     try:
@@ -176,10 +181,12 @@ def _weights_digest(part: Path) -> str | None:
         return None
 
 
-def _weight_files(part: Path) -> list[Path]:
-    """What `from_pretrained` would load: plain files before those of a variant, safetensors before pickles."""
+def _weight_files(part: Path, variant: str | None) -> list[Path]:
+    """What `from_pretrained` would load: files of the variant, else plain ones; safetensors before pickles."""
     found = sorted(part.glob("*.safetensors"))
-    files = [file for file in found if _PLAIN_WEIGHTS.fullmatch(file.name)] or found or sorted(part.glob("*.bin"))
+    named = [file for file in found if variant is not None and file.name.split(".")[1].startswith(variant)]
+    plain = [file for file in found if _PLAIN_WEIGHTS.fullmatch(file.name)]
+    files = named or plain or found or sorted(part.glob("*.bin"))
     shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
     whole = not shards or len(shards) >= int(shards[0].group(1))
     return files if whole else []
@@ -205,8 +212,8 @@ def _tensors(file: Path) -> Iterator[str]:
             yield f"{name} {entry['dtype']} {entry['shape']} {blake2b(content, digest_size=16).hexdigest()}"
 
 
-def _vae_digest(part: Path) -> str | None:
-    weights, config = _weights_digest(part), part / "config.json"
+def _vae_digest(part: Path, variant: str | None) -> str | None:
+    weights, config = _weights_digest(part, variant), part / "config.json"
     if weights is None or not config.is_file():
         return None
     values = json.loads(config.read_bytes())

@@ -18,11 +18,11 @@ Sizes = Mapping[str, int | None]
 
 
 @contextmanager
-def loading(what: str, path: str | Path) -> Iterator[None]:
+def loading(what: str, path: str | Path, variant: str | None = None) -> Iterator[None]:
     """A line before and after the block, in which this process loads a part of the pipeline at `path`, or the model
     there.
     """
-    size = on_disk(what, path)
+    size = on_disk(what, path, variant)
     if not _takes_time(size):
         yield
         return
@@ -44,17 +44,29 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def sizes(path: str | Path, *parts: str) -> dict[str, int | None]:
+def sizes(path: str | Path, *parts: str, variant: str | None = None) -> dict[str, int | None]:
     """Of parts of the pipeline at `path`."""
-    return {part: on_disk(part, path) for part in parts}
+    return {part: on_disk(part, path, variant) for part in parts}
 
 
-def on_disk(what: str, path: str | Path) -> int | None:
-    """Bytes of the weight files of a part of a pipeline, or of the model at `path`; None: a hub id that is not here."""
+def on_disk(what: str, path: str | Path, variant: str | None = None) -> int | None:
+    """Bytes of the weight files of a part of a pipeline, or of the model at `path`; None: a hub id that is not here.
+
+    Args:
+        variant: whose files count where a part has them.
+    """
     root = _directory(path)
     if root is None:
         return None
-    return sum(file.stat().st_size for file in root.glob(f"{FOLDERS.get(what, '.')}/*.safetensors"))
+    folders = [root / "."] if what not in FOLDERS else sorted(root.glob(FOLDERS[what]))
+    return sum(file.stat().st_size for folder in folders for file in _weight_files(folder, variant))
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Of a folder that may hold the same weights in several variants: NAME.safetensors, NAME.fp16.safetensors."""
+    found = list(folder.glob("*.safetensors"))
+    named = [file for file in found if variant is not None and file.name.split(".")[1].startswith(variant)]
+    return named or [file for file in found if file.name.count(".") == 1] or found
 
 
 def shown_bytes(count: int) -> str:

@@ -17,6 +17,7 @@ from dina_rl.alignment.planning import describe
 from dina_rl.alignment.prompts import check_captions, load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.result import finished, why_not_longer
+from dina_rl.backbones.files import EVERYTHING
 from dina_rl.checkpoint import versions, write_json
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
     check_results(run_dir=run.run_dir)
     try:
         run, backbone = align.with_sizes(run), open_pipeline(run.pipeline)
+        backbone.check(*EVERYTHING)
         check_fit(run.fit_run(run.run_dir, run.run_dir), backbone)
         align.check_adapter(run, backbone)
         check_captions(run.prompts, load_prompts(run.prompts), run.golden)

@@ -26,9 +26,14 @@ def open_pipeline(config: PipelineConfig) -> Backbone:
     _quiet_libraries()
     return open_backbone(
         config.location,
+        revision=config.revision,
+        variant=config.variant,
         dtype=getattr(torch, config.dtype),
         device=device(),
         max_sequence_length=config.max_sequence_length,
+        distilled_guidance=config.distilled_guidance,
+        decode_batch=config.decode_batch,
+        vae_tiling=config.vae_tiling,
     )
 
 

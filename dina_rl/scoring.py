@@ -290,6 +290,8 @@ def dina_pipeline(config: PictureScorerConfig, card: RewardCard) -> PipelineConf
         raise ValueError(f"reward model {config.dina.path} does not say its image size; give height and width")
     return PipelineConfig(
         path=config.pipeline or card.pipeline,
+        revision=config.revision or (None if config.pipeline else card.pipeline_revision),
+        variant=config.variant or (None if config.pipeline else card.variant),
         dtype=config.dtype or card.dtype or "float32",
         height=size[0],
         width=size[1],
@@ -309,10 +311,11 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
         raise ValueError(
             f"{error} (reward model {config.dina.path} was fitted on it; a copy may be named as its pipeline)"
         ) from error
+    backbone.check("transformer", "text")
     for size in sizes:
         backbone.latent_shape(*size)
     check_fingerprint(str(config.dina.path), card, pipeline, "pipeline")
-    revision = pipeline_revision(pipeline.location)
+    revision = pipeline_revision(pipeline.location, pipeline.revision)
     if card.fingerprint is None and None not in (card.revision, revision) and revision != card.revision:
         log.warning(
             "reward model %s was fitted on revision %s of %s, %s has %s",
@@ -321,6 +324,8 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
     resolved = {
         "levels": config.levels or (card.reward.single_level,),
         "pipeline": pipeline.path,
+        "revision": pipeline.revision,
+        "variant": pipeline.variant,
         "dtype": pipeline.dtype,
         "max_sequence_length": pipeline.max_sequence_length,
     }
@@ -332,7 +337,14 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
 def _open_images(config: PictureScorerConfig, seed: int) -> PictureScorer:
     backbone = None
     if config.pipeline is not None:
-        backbone = runtime.open_pipeline(PipelineConfig(path=config.pipeline, dtype=config.dtype or "float32"))
+        backbone = runtime.open_pipeline(
+            PipelineConfig(
+                path=config.pipeline,
+                revision=config.revision,
+                variant=config.variant,
+                dtype=config.dtype or "float32",
+            )
+        )
     scorer = open_image_scorer(config.kind, config.clip, device=runtime.device())
     parts = Parts(backbone)
     return PictureScorer(config, scorer, parts=parts, card=None, sizes=(), seed=seed, reduce=scorer.reduce)

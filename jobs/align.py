@@ -18,6 +18,7 @@ from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.result import finished, why_not_longer
 from dina_rl.backbones.adapter_files import initial_state
 from dina_rl.backbones.base import Backbone
+from dina_rl.backbones.files import EVERYTHING
 from dina_rl.backbones.trained import check_targets, make_trainable, save_transformer
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun
@@ -83,14 +84,18 @@ def preflight(run: AlignRun) -> Prompts:
         ValueError: a missing pipeline, reward model or prompt file, or parts that do not fit together.
     """
     backbone = open_pipeline(run.pipeline)
-    latent_shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
+    size = image_size(run.pipeline, backbone)
+    latent_shape = backbone.latent_shape(*size)
+    backbone.check(*EVERYTHING)
+    backbone.sigmas(run.rollout.num_steps, *size)
     check_adapter(run, backbone)
     notes = () if run.rewards.dina is None else check_home(run.rewards.dina, run.pipeline, backbone)
     check_clip_models(run)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
     check_captions(run.prompts, prompts, run.golden)
-    print("".join(f"{line}\n" for line in (*notes, *cut_prompts(backbone, prompts))), end="", flush=True)
+    cut = cut_prompts(backbone, prompts, run.rollout.negative_prompt)
+    print("".join(f"{line}\n" for line in (*notes, *cut)), end="", flush=True)
     if run.rollout.prompts_per_iteration > len(prompts.train):
         raise ValueError(
             f"rollout.prompts_per_iteration ({run.rollout.prompts_per_iteration}) exceeds the {len(prompts.train)} "

@@ -110,7 +110,7 @@ def _on_actors(
     gpus = run.fit.gpus_per_worker
     actors = run.fit.num_workers if gpus else 1  # on a CPU one model with all threads beats two, and starts sooner
     threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
-    announce(f"{actors} encoding actors", sizes(run.pipeline.location, actor.loads))
+    announce(f"{actors} encoding actors", sizes(run.pipeline.location, actor.loads, variant=run.pipeline.variant))
     done = ray.data.from_items([{"shard": shard} for shard in shards]).map(
         actor,  # type: ignore[arg-type]  # Ray's annotation knows functions alone, its documentation classes too
         fn_constructor_args=(*arguments, threads),

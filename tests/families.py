@@ -34,17 +34,27 @@ class Family:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def sample(self, pipeline: DiffusionPipeline, noise: torch.Tensor, *, guidance: float, **options) -> torch.Tensor:
+    def sample(
+        self,
+        pipeline: DiffusionPipeline,
+        noise: torch.Tensor,
+        *,
+        guidance: float,
+        negative: str = "",
+        distilled: float = DISTILLED_GUIDANCE,
+        **options,
+    ) -> torch.Tensor:
         """The stock pipeline's latents [B, 16, h, w]; guidance 1 is none. Options: `prompt`, `num_inference_steps`."""
         options |= {
             "height": HEIGHT,
             "width": WIDTH,
             "max_sequence_length": self.max_sequence_length,
             "output_type": "latent",
+            "negative_prompt": [negative] * len(noise),
         }
         if self.name == "flux":
-            options |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(noise)}
-            tokens = pipeline(latents=pack(noise), guidance_scale=DISTILLED_GUIDANCE, **options).images
+            options |= {"true_cfg_scale": guidance}
+            tokens = pipeline(latents=pack(noise), guidance_scale=distilled, **options).images
             return unpack(tokens, *noise.shape[-2:])
         scale = guidance - 1 if self.name == "z_image" else guidance
         return pipeline(latents=noise, guidance_scale=scale, **options).images

@@ -14,7 +14,7 @@ def align_inputs(run: AlignRun, prompts: Prompts) -> list[Input]:
 
     Prompts count as they were read, whatever their files look like.
     """
-    inputs = [Input(key="pipeline.path", path=run.pipeline.path, parts=pipeline_parts(run.pipeline.location))]
+    inputs = [Input(key="pipeline.path", path=run.pipeline.path, parts=pipeline_parts(*run.pipeline.place))]
     for split, read in (("train", prompts.train), ("dev", prompts.dev), ("test", prompts.test)):
         inputs.append(Input(key=f"prompts.{split}", path=dict(run.prompts)[split], parts=text_parts(read)))
     lora = run.learner.lora
@@ -25,7 +25,7 @@ def align_inputs(run: AlignRun, prompts: Prompts) -> list[Input]:
         weights = repository_parts(str(local_directory(dina.location)), "config.json")
         inputs.append(Input(key="rewards.dina.path", path=dina.path, parts=weights))
         home = find_home(dina, run.pipeline).pipeline
-        inputs.append(Input(key="rewards.dina.pipeline", path=home.path, parts=pipeline_parts(home.location)))
+        inputs.append(Input(key="rewards.dina.pipeline", path=home.path, parts=pipeline_parts(*home.place)))
     if run.algorithm == "refl" and run.refl.pretraining_weight:
         store = run.refl.pretraining_location
         inputs.append(Input(key="refl.pretraining_latents", path=str(store), parts=store_parts(store)))

@@ -104,9 +104,16 @@ def _first_outside(prompts: Sequence[str]) -> str | None:
     return next((prompt for prompt in prompts if prompt not in captions), None)
 
 
-def cut_prompts(backbone: Backbone, prompts: Prompts) -> list[str]:
-    """A line for every split with prompts that a text encoder will not read to their end. Loads no models."""
-    lines = []
+def cut_prompts(backbone: Backbone, prompts: Prompts, negative: str = "") -> list[str]:
+    """A line for every split with prompts that a text encoder will not read to their end. Loads no models.
+
+    Args:
+        negative: the negative prompt, which is read likewise.
+    """
+    lines = [
+        f"rollout.negative_prompt is longer than {encoder} and is cut there"
+        for encoder in backbone.cut_prompts([negative])
+    ]
     for split, of_split in (("train", prompts.train), ("dev", prompts.dev), ("test", prompts.test)):
         for encoder, too_long in backbone.cut_prompts(of_split).items():
             lines.append(

@@ -87,10 +87,14 @@ class PolicySampler:
         return rows, PromptEmbeds.cat([rows.select(slice(i, i + 1)).repeat(size) for i, size in enumerate(sizes)])
 
     def trained_negative(self) -> PromptEmbeds | None:
-        """The empty prompt, one row on the CPU, where the learner trains the guided velocity; else None."""
-        return self.text([""]).to("cpu") if self.run.learner.guidance_in_loss else None
+        """The negative prompt, one row on the CPU, where the learner trains the guided velocity; else None."""
+        return self._negative().to("cpu") if self.run.learner.guidance_in_loss else None
 
     def velocity(self, prompt: PromptEmbeds, guidance_scale: float) -> GuidedVelocity:
         """The current policy's velocity for the samples of `prompt`, one row each."""
-        negative = None if guidance_scale == 1 else self.text([""])
+        negative = None if guidance_scale == 1 else self._negative()
         return guided_velocity(self.backbone, self.transformer, prompt, negative, guidance_scale)
+
+    def _negative(self) -> PromptEmbeds:
+        """What guidance leads away from, one row: the empty prompt, if no other is given."""
+        return self.text([self.run.rollout.negative_prompt])

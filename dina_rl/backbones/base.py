@@ -13,6 +13,7 @@ import torch
 from diffusers.models import ModelMixin
 from torch import nn
 
+from dina_rl.backbones.files import Need
 from dina_rl.backbones.text import CACHED_PROMPTS
 from dina_rl.types import PromptEmbeds
 
@@ -57,6 +58,10 @@ class Backbone(Protocol):
     image_size: tuple[int, int]  # height and width that the stock pipeline makes unless told otherwise
     lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
 
+    def check(self, *needs: Need) -> None:
+        """Raises ValueError where a part that is needed is missing, or a file of it not whole. Loads no weights."""
+        ...
+
     def load_transformer(self) -> ModelMixin:
         """The denoiser, frozen and in eval mode."""
         ...
@@ -80,7 +85,11 @@ class Backbone(Protocol):
         ...
 
     def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        """The scheduler's sigma table [num_steps + 1], fp32, from 1 down to 0, for images of that size in pixels."""
+        """The scheduler's sigma table [num_steps + 1], fp32, from 1 down to 0, for images of that size in pixels.
+
+        Raises:
+            ValueError: no such image size, or a scheduler that does other steps than Euler's along its table.
+        """
         ...
 
     def velocity(

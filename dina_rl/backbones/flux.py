@@ -16,15 +16,20 @@ from torch import nn
 
 from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
+from dina_rl.backbones.files import Need, check_files
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
+from dina_rl.backbones.source import Options, Source, refuse_distilled_guidance
 from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by, own_text_length
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
-# An input of FLUX.1-dev, not a second forward: the stock pipeline's default, for generator and reward model alike.
-# The rollout's guidance scale is classifier-free guidance on top of it (the stock pipeline's `true_cfg_scale`).
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+# An input of FLUX.1-dev, not a second forward: the stock pipeline's default. The generator may be given another one
+# (`pipeline.distilled_guidance`), the reward model sees this one in its fit and ever after. The rollout's guidance
+# scale is classifier-free guidance on top of it (the stock pipeline's `true_cfg_scale`).
 DISTILLED_GUIDANCE = 3.5
 DEFAULT_LATENTS = 128  # per side: the stock pipeline's `default_sample_size`
 
@@ -85,34 +90,50 @@ class Flux:
         "attn.to_add_out",
     )
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int | None) -> None:
-        self.path = str(path)
-        self.dtype = dtype
-        self.device = device
-        self.max_sequence_length = max_sequence_length or own_text_length(FluxPipeline, self.path, "tokenizer_2")
-        config = FluxTransformer2DModel.load_config(self.path, subfolder="transformer")
+    def __init__(self, source: Source, options: Options) -> None:
+        self.path = source.path
+        self.dtype = options.dtype
+        self.device = options.device
+        self._source, self._options = source, options
+        self.max_sequence_length = options.max_sequence_length or own_text_length(FluxPipeline, source, "tokenizer_2")
+        config = FluxTransformer2DModel.load_config(self.path, **source.config("transformer"))
         self.num_blocks = config["num_layers"]
         self.last_tap = self.num_blocks
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
         self.time_width = self.width
         self.prompt_shape = self.max_sequence_length, config["joint_attention_dim"], config["pooled_projection_dim"]
         self._guided = config["guidance_embeds"]
-        pixels = pixels_per_latent(self.path)
+        if not self._guided:
+            refuse_distilled_guidance(source, options)
+        given = options.distilled_guidance
+        self._generator_guidance = DISTILLED_GUIDANCE if given is None else given
+        pixels = pixels_per_latent(source)
         self.image_size = (DEFAULT_LATENTS * pixels,) * 2
         self._grid = LatentGrid(path=self.path, channels=config["in_channels"] // 4, patch=2, pixels=pixels)
 
+    def check(self, *needs: Need) -> None:
+        check_files(self._source, *needs, text=TEXT_PARTS)
+
     def load_transformer(self) -> FluxTransformer2DModel:
-        transformer: FluxTransformer2DModel = load_frozen(FluxTransformer2DModel, self.path, self.dtype, self.device)
+        transformer: FluxTransformer2DModel = load_frozen(FluxTransformer2DModel, self._source, self.dtype, self.device)
         return transformer
 
     def empty_transformer(self) -> FluxTransformer2DModel:
-        transformer: FluxTransformer2DModel = without_weights(FluxTransformer2DModel, self.path, self.dtype)
+        transformer: FluxTransformer2DModel = without_weights(FluxTransformer2DModel, self._source, self.dtype)
         return transformer
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """T5's tokens and CLIP-L's pooled embedding through the stock pipeline's `encode_prompt`."""
-        with loading(TEXT, self.path):
-            pipeline = FluxPipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
+        self.check("text")
+        with loading(TEXT, self.path, self._source.variant):
+            pipeline = FluxPipeline.from_pretrained(
+                self.path,
+                transformer=None,
+                vae=None,
+                dtype=self.dtype,
+                revision=self._source.revision,
+                variant=self._source.variant,
+            )
             pipeline.to(self.device)
 
         def encode(prompt: str) -> PromptEmbeds:
@@ -126,25 +147,31 @@ class Flux:
     def cut_prompts(self, prompts: Sequence[str]) -> CutPrompts:
         """By CLIP-L and by T5."""
         pipeline = FluxPipeline.from_pretrained(
-            self.path, transformer=None, vae=None, text_encoder=None, text_encoder_2=None
+            self.path,
+            transformer=None,
+            vae=None,
+            text_encoder=None,
+            text_encoder_2=None,
+            revision=self._source.revision,
         )
         clip, t5 = pipeline.tokenizer, pipeline.tokenizer_2
         return cut_by((("CLIP", clip, clip.model_max_length), ("T5", t5, self.max_sequence_length)), prompts)
 
     def load_codec(self) -> KLCodec:
-        return load_kl_codec(self.path, self.dtype, self.device)
+        return load_kl_codec(self._source, self._options)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return self._grid.shape(height, width)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        _, h, w = self.latent_shape(height, width)
-        return shifted_sigmas(self.path, num_steps, image_tokens=h * w // 4)
+        return shifted_sigmas(self._source, num_steps, self._grid.tokens(height, width))
 
     def velocity(
         self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds
     ) -> torch.Tensor:
-        tokens: torch.Tensor = transformer(**self._inputs(latents, sigma, prompt), return_dict=False)[0]
+        tokens: torch.Tensor = transformer(
+            **self._inputs(latents, sigma, prompt, self._generator_guidance), return_dict=False
+        )[0]
         return unpack(tokens, *latents.shape[-2:]).float()
 
     def truncated(self, transformer: nn.Module, num_blocks: int) -> TruncatedFlux:
@@ -163,7 +190,7 @@ class Flux:
         prompt: PromptEmbeds,
         taps: Sequence[int],
     ) -> Features:
-        features: Features = truncated(**self._inputs(latents, sigma, prompt), taps=taps)
+        features: Features = truncated(**self._inputs(latents, sigma, prompt, DISTILLED_GUIDANCE), taps=taps)
         return features
 
     def save_adapter(
@@ -177,7 +204,7 @@ class Flux:
         return converted
 
     def _inputs(
-        self, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds
+        self, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds, guidance: float
     ) -> dict[str, torch.Tensor | None]:
         """What the stock pipeline passes to its transformer at `sigma`.
 
@@ -193,7 +220,7 @@ class Flux:
             "encoder_hidden_states": prompt.embeds,
             "pooled_projections": prompt.pooled,
             "timestep": (1000 * sigma).to(self.dtype) / 1000,
-            "guidance": torch.full_like(sigma, DISTILLED_GUIDANCE) if self._guided else None,
+            "guidance": torch.full_like(sigma, guidance) if self._guided else None,
             "img_ids": torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns),
             "txt_ids": torch.zeros(prompt.embeds.shape[1], 3, dtype=rows.dtype, device=device),
         }

@@ -1,6 +1,5 @@
 """Pipeline class name -> backbone. Adding a family is one file beside `sd3.py`, its import and one line here."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -8,15 +7,13 @@ from typing import Protocol
 import torch
 
 from dina_rl.backbones.base import Backbone
-from dina_rl.textfiles import read_text
+from dina_rl.backbones.source import Options, Source, check_config, index_file, read_json
 
 
 class Family(Protocol):
     """What opens a pipeline directory or hub id: the class of a backbone."""
 
-    def __call__(
-        self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int | None
-    ) -> Backbone: ...
+    def __call__(self, source: Source, options: Options) -> Backbone: ...
 
 
 def _flux() -> Family:
@@ -44,48 +41,66 @@ BACKBONES: dict[str, Callable[[], Family]] = {  # each imports its own pipeline 
 }
 
 
-def pipeline_class(path: str | Path) -> str:
+CONFIGURED = ("transformer", "vae")
+"""Parts whose configurations are read when a backbone of any family is opened."""
+
+
+def pipeline_class(source: Source) -> str:
     """The pipeline class that `model_index.json` of a local directory or hub id names.
 
     Raises:
-        ValueError: no such directory, or no `model_index.json` in it.
+        ValueError: no such directory, or no `model_index.json` in it that names a class.
     """
-    local = Path(path)
-    if local.is_dir():
-        index = local / "model_index.json"
-        if not index.is_file():
-            raise ValueError(f"pipeline directory {local} has no model_index.json; is it a diffusers pipeline?")
-    elif local.is_absolute() or str(path).startswith("."):
-        raise ValueError(f"pipeline directory {local} does not exist")
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            index = Path(hf_hub_download(str(path), "model_index.json"))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise ValueError(
-                f"pipeline {path} is neither a local directory nor a hub id that can be read here: {error}"
-            ) from error
-    name: str = json.loads(read_text(index))["_class_name"]
+    file = index_file(source)
+    name = read_json(file).get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError(f"{file} names no pipeline class; is it a diffusers pipeline?")
     return name
 
 
 def open_backbone(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", max_sequence_length: int | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    max_sequence_length: int | None = None,
+    distilled_guidance: float | None = None,
+    decode_batch: int | None = None,
+    vae_tiling: bool = False,
 ) -> Backbone:
     """The backbone for the pipeline at `path` (local directory or hub id). Loads no weights yet.
 
     Args:
+        revision: of a hub id.
+        variant: of the weight files, where a part has them.
         dtype: parameter dtype of everything loaded through it.
         max_sequence_length: tokens per prompt (of T5, or of Z-Image's chat); the reward model and the policy must agree
             on it. None: as many as the stock pipeline reads.
+        distilled_guidance: input of FLUX.1-dev as generator; None: the stock pipeline's default.
+        decode_batch: latents that the VAE decodes at once; None: all.
+        vae_tiling: large images pass the VAE in tiles, as the stock pipelines do it.
 
     Raises:
-        ValueError: unknown path, a pipeline class without a backbone, or a length beyond what it can read.
+        ValueError: unknown path, a pipeline class without a backbone, configurations that cannot be read, or settings
+            beyond what it can do.
     """
-    name = pipeline_class(path)
+    source = Source(path=str(path), revision=revision, variant=variant)
+    name = pipeline_class(source)
     if name not in BACKBONES:
         raise ValueError(f"pipeline {path} is a {name}; supported: {', '.join(sorted(BACKBONES))}")
-    family = BACKBONES[name]()
-    return family(path, dtype=dtype, device=device, max_sequence_length=max_sequence_length)
+    for part in CONFIGURED:
+        check_config(source, part)
+    options = Options(
+        dtype=dtype,
+        device=device,
+        max_sequence_length=max_sequence_length,
+        distilled_guidance=distilled_guidance,
+        decode_batch=decode_batch,
+        vae_tiling=vae_tiling,
+    )
+    try:
+        return BACKBONES[name]()(source, options)
+    except OSError as error:  # of a hub id whose files cannot be had
+        raise ValueError(f"pipeline {path} cannot be read: {' '.join(str(error).split())}") from error

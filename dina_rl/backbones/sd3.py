@@ -7,17 +7,22 @@ from pathlib import Path
 import torch
 from diffusers.models import SD3Transformer2DModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 from transformers import CLIPTextConfig
 
 from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
+from dina_rl.backbones.files import Need, check_files, left_out
 from dina_rl.backbones.lora import export_adapter
+from dina_rl.backbones.schedule import scheduled_sigmas
+from dina_rl.backbones.source import Options, Source, check_config, refuse_distilled_guidance
 from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by, own_text_length
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+T5_PARTS = ("text_encoder_3", "tokenizer_3")  # a pipeline may be without: zeros stand for its tokens
 
 
 class TruncatedSD3(nn.Module):
@@ -67,22 +72,28 @@ class SD3:
         "attn2.to_out.0",
     )
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int | None) -> None:
-        self.path = str(path)
-        self.dtype = dtype
-        self.device = device
-        self.max_sequence_length = max_sequence_length or own_text_length(
-            StableDiffusion3Pipeline, self.path, "tokenizer_3"
+    def __init__(self, source: Source, options: Options) -> None:
+        self.path = source.path
+        self.dtype = options.dtype
+        self.device = options.device
+        self._source, self._options = source, options
+        refuse_distilled_guidance(source, options)
+        self.max_sequence_length = options.max_sequence_length or own_text_length(
+            StableDiffusion3Pipeline, source, "tokenizer_3"
         )
-        config = SD3Transformer2DModel.load_config(self.path, subfolder="transformer")
+        config = SD3Transformer2DModel.load_config(self.path, **source.config("transformer"))
         self.num_blocks = config["num_layers"]
         self.last_tap = self.num_blocks - 1  # the last block has no text output
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
         self.time_width = self.width
-        clip_tokens = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder").max_position_embeddings
+        if (Path(self.path) / "text_encoder").is_dir():  # else there are stored embeddings, and CLIP's own length holds
+            check_config(source, "text_encoder")
+        clip_tokens = CLIPTextConfig.from_pretrained(
+            self.path, subfolder="text_encoder", revision=source.revision or "main"
+        ).max_position_embeddings
         text_width, pooled_width = config["joint_attention_dim"], config["pooled_projection_dim"]
         self.prompt_shape = clip_tokens + self.max_sequence_length, text_width, pooled_width
-        pixels = pixels_per_latent(self.path)
+        pixels = pixels_per_latent(source)
         self.image_size = (config["sample_size"] * pixels,) * 2
         self._grid = LatentGrid(
             path=self.path,
@@ -92,19 +103,33 @@ class SD3:
             largest=config["pos_embed_max_size"] * config["patch_size"],
         )
 
+    def check(self, *needs: Need) -> None:
+        check_files(self._source, *needs, text=TEXT_PARTS, optional=T5_PARTS)
+
     def load_transformer(self) -> SD3Transformer2DModel:
-        transformer: SD3Transformer2DModel = load_frozen(SD3Transformer2DModel, self.path, self.dtype, self.device)
+        transformer: SD3Transformer2DModel = load_frozen(SD3Transformer2DModel, self._source, self.dtype, self.device)
         return transformer
 
     def empty_transformer(self) -> SD3Transformer2DModel:
-        transformer: SD3Transformer2DModel = without_weights(SD3Transformer2DModel, self.path, self.dtype)
+        transformer: SD3Transformer2DModel = without_weights(SD3Transformer2DModel, self._source, self.dtype)
         return transformer
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
-        """CLIP-L, CLIP-G and T5 through the stock pipeline's `encode_prompt`."""
-        with loading(TEXT, self.path):
-            pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
+        """CLIP-L, CLIP-G and T5 through the stock pipeline's `encode_prompt`; zeros for T5 where there is none."""
+        self.check("text")
+        with loading(TEXT, self.path, self._source.variant):
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                self.path,
+                transformer=None,
+                vae=None,
+                dtype=self.dtype,
+                revision=self._source.revision,
+                variant=self._source.variant,
+                **left_out(self._source, T5_PARTS),
+            )
             pipeline.to(self.device)
+        if pipeline.text_encoder_3 is None:
+            pipeline.register_modules(transformer=self.empty_transformer())  # the zeros' width is read of it
 
         def encode(prompt: str) -> PromptEmbeds:
             embeds, _, pooled, _ = pipeline.encode_prompt(
@@ -122,24 +147,25 @@ class SD3:
     def cut_prompts(self, prompts: Sequence[str]) -> CutPrompts:
         """By CLIP-L, whose tokens are CLIP-G's, and by T5."""
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            self.path, transformer=None, vae=None, text_encoder=None, text_encoder_2=None, text_encoder_3=None
+            self.path,
+            transformer=None,
+            vae=None,
+            text_encoder=None,
+            text_encoder_2=None,
+            revision=self._source.revision,
+            **{"text_encoder_3": None, **left_out(self._source, T5_PARTS)},
         )
         clip, t5 = pipeline.tokenizer, pipeline.tokenizer_3
         return cut_by((("CLIP", clip, clip.model_max_length), ("T5", t5, self.max_sequence_length)), prompts)
 
     def load_codec(self) -> KLCodec:
-        return load_kl_codec(self.path, self.dtype, self.device)
+        return load_kl_codec(self._source, self._options)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return self._grid.shape(height, width)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        """SD3's shift is static: the table is the same at every size."""
-        # A scheduler of its own for every table: set_timesteps mutates the object, and the shift is applied once.
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.path, subfolder="scheduler")
-        scheduler.set_timesteps(num_steps)
-        sigmas: torch.Tensor = scheduler.sigmas
-        return sigmas.float()
+        return scheduled_sigmas(self._source, num_steps, self._grid.tokens(height, width))
 
     def velocity(
         self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds

@@ -9,6 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from dina_rl.backbones.source import Source
 from dina_rl.types import PromptEmbeds
 
 # What a prompt costs in bfloat16: SD3.5 2.7 MB (333 tokens), FLUX 4.2 MB (512), Z-Image 2.6 MB (512), so 11 to 17 GB
@@ -19,10 +20,11 @@ CutPrompts = dict[str, list[str]]
 """Prompts that a text encoder does not read to their end, by its name and length."""
 
 
-def own_text_length(pipeline: type[DiffusionPipeline], path: str, tokenizer: str) -> int:
+def own_text_length(pipeline: type[DiffusionPipeline], source: Source, tokenizer: str) -> int:
     """Text tokens that a stock pipeline reads of a prompt unless told otherwise, or fewer if its tokenizer does."""
     stock: int = signature(pipeline.__call__).parameters["max_sequence_length"].default
-    own: int = get_tokenizer_config(path, subfolder=tokenizer).get("model_max_length", stock)
+    config = get_tokenizer_config(source.path, subfolder=tokenizer, revision=source.revision)
+    own: int = config.get("model_max_length", stock)
     return min(stock, own)
 
 

@@ -19,13 +19,16 @@ from torch.nn import functional
 
 from dina_rl.backbones.base import Features
 from dina_rl.backbones.codec import KLCodec, LatentGrid, load_kl_codec, pixels_per_latent
+from dina_rl.backbones.files import Need, check_files
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
+from dina_rl.backbones.source import Options, Source, refuse_distilled_guidance
 from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, longer, own_text_length
 from dina_rl.backbones.transformer import load_frozen, without_weights
 from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
+TEXT_PARTS = ("text_encoder", "tokenizer")
 PATCH = 2  # latents per token and side; the one that the stock pipeline uses
 DEFAULT_SIZE = (1024, 1024)  # pixels, the stock pipeline's
 EMBEDDER = f"{PATCH}-1"  # of `all_x_embedder`: that patch, one frame
@@ -121,12 +124,14 @@ class ZImage:
 
     lora_targets: tuple[str, ...] = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype, device: str, max_sequence_length: int | None) -> None:
-        self.path = str(path)
-        self.dtype = dtype
-        self.device = device
-        self.max_sequence_length = max_sequence_length or own_text_length(ZImagePipeline, self.path, "tokenizer")
-        config = ZImageTransformer2DModel.load_config(self.path, subfolder="transformer")
+    def __init__(self, source: Source, options: Options) -> None:
+        self.path = source.path
+        self.dtype = options.dtype
+        self.device = options.device
+        self._source, self._options = source, options
+        refuse_distilled_guidance(source, options)
+        self.max_sequence_length = options.max_sequence_length or own_text_length(ZImagePipeline, source, "tokenizer")
+        config = ZImageTransformer2DModel.load_config(self.path, **source.config("transformer"))
         self.num_blocks = config["n_layers"]
         self.last_tap = self.num_blocks
         self.width = config["dim"]
@@ -142,23 +147,34 @@ class ZImage:
             path=self.path,
             channels=config["in_channels"],
             patch=PATCH,
-            pixels=pixels_per_latent(self.path),
+            pixels=pixels_per_latent(source),
             largest=PATCH * min(rows, columns),
         )
 
+    def check(self, *needs: Need) -> None:
+        check_files(self._source, *needs, text=TEXT_PARTS)
+
     def load_transformer(self) -> ZImageTransformer2DModel:
         stock = ZImageTransformer2DModel
-        transformer: ZImageTransformer2DModel = load_frozen(stock, self.path, self.dtype, self.device)
+        transformer: ZImageTransformer2DModel = load_frozen(stock, self._source, self.dtype, self.device)
         return transformer
 
     def empty_transformer(self) -> ZImageTransformer2DModel:
-        transformer: ZImageTransformer2DModel = without_weights(ZImageTransformer2DModel, self.path, self.dtype)
+        transformer: ZImageTransformer2DModel = without_weights(ZImageTransformer2DModel, self._source, self.dtype)
         return transformer
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """Qwen3's last hidden states but one of the chat, through the stock pipeline's `encode_prompt`."""
-        with loading(TEXT, self.path):
-            pipeline = ZImagePipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype)
+        self.check("text")
+        with loading(TEXT, self.path, self._source.variant):
+            pipeline = ZImagePipeline.from_pretrained(
+                self.path,
+                transformer=None,
+                vae=None,
+                dtype=self.dtype,
+                revision=self._source.revision,
+                variant=self._source.variant,
+            )
             pipeline.to(self.device)
 
         def encode(prompt: str) -> PromptEmbeds:
@@ -178,7 +194,9 @@ class ZImage:
 
     def cut_prompts(self, prompts: Sequence[str]) -> CutPrompts:
         """By Qwen3, in the chat that the stock pipeline makes of a prompt."""
-        pipeline = ZImagePipeline.from_pretrained(self.path, transformer=None, vae=None, text_encoder=None)
+        pipeline = ZImagePipeline.from_pretrained(
+            self.path, transformer=None, vae=None, text_encoder=None, revision=self._source.revision
+        )
 
         def chat(prompt: str) -> str:
             text: str = pipeline.tokenizer.apply_chat_template(
@@ -191,14 +209,13 @@ class ZImage:
         return {f"the chat's {self.max_sequence_length} tokens": [chats[each] for each in cut]} if cut else {}
 
     def load_codec(self) -> KLCodec:
-        return load_kl_codec(self.path, self.dtype, self.device)
+        return load_kl_codec(self._source, self._options)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return self._grid.shape(height, width)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        _, h, w = self.latent_shape(height, width)
-        return shifted_sigmas(self.path, num_steps, image_tokens=h * w // PATCH**2)
+        return shifted_sigmas(self._source, num_steps, self._grid.tokens(height, width))
 
     def velocity(
         self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds

@@ -34,6 +34,8 @@ class RolloutConfig(Section):
     """denoising steps"""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
     """classifier-free guidance of the rollout; see learner.guidance_in_loss for the log-probabilities"""
+    negative_prompt: str = ""
+    """what guidance leads away from, in rollouts and when measuring"""
     dynamics: Dynamics | Literal["auto"] = "auto"
     """step of the window, see dina_rl/flow/sde.py; auto: flow_sde for grpo; the other algorithms
     have no window and follow the ODE"""

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from dina_rl.config.keys import Mark
+
 SHIPPED_PIPELINE = Path(__file__).parents[1] / "shapes" / "pipeline"
 
 Positive = Annotated[int, Field(gt=0)]
@@ -62,6 +64,10 @@ class PipelineConfig(Section):
 
     path: str = "shapes"
     """local pipeline directory, hub id, or `shapes` for the miniature SD3.5 that ships with the package"""
+    revision: str | None = None
+    """branch, tag or commit of a hub id; None: its main branch"""
+    variant: str | None = None
+    """variant of the weight files, for parts that have it: fp16 reads model.fp16.safetensors; None: those without"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """parameter dtype of the frozen weights; adapters, schedules and log-probabilities are fp32 always"""
     # No float16: the policy loss's gradient at the velocity is about 1e-9 and would be flushed to 0.
@@ -72,6 +78,18 @@ class PipelineConfig(Section):
     max_sequence_length: Positive | None = None
     """text tokens per prompt (T5's; Z-Image's chat), for the generator and the reward model alike; None: the pipeline's
     own (256 for SD3.5, 512 for FLUX.1 and Z-Image, 8 for the miniature)"""
+    distilled_guidance: Annotated[float, Field(ge=0)] | None = None
+    """FLUX.1-dev: the guidance scale that the generator has as an input, beside rollout.guidance_scale; None: 3.5,
+    which is what a reward model always sees"""
+    decode_batch: Annotated[Positive, Mark.PROCESS] = 8
+    """most latents that the VAE decodes at once, for rewards and metrics that look at images"""
+    vae_tiling: bool = False
+    """the VAE works in tiles on images beyond its own size, as stock pipelines do it: less memory, but other pixels"""
+
+    @property
+    def place(self) -> tuple[str, str | None, str | None]:
+        """(location, revision, variant): which files are read."""
+        return self.location, self.revision, self.variant
 
     @property
     def location(self) -> str:

@@ -92,6 +92,9 @@ class AlignRun(_Run):
                 f"learner.warmup_updates ({learner.warmup_updates}) must be fewer than the run's {self.updates} "
                 "updates: the rate would never be reached"
             )
+        guidances = (rollout.guidance_scale, *self.golden.guidances, *self.golden.aligned_guidances)
+        if rollout.negative_prompt and max(guidances) == 1:
+            raise ValueError("rollout.negative_prompt without guidance: every guidance scale is 1")
         if learner.engine == "torch" and self.workers.learner_ranks > 1:
             raise ValueError(
                 f"learner.engine torch runs on one rank, workers.learner_ranks is {self.workers.learner_ranks}; "

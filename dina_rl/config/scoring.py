@@ -29,6 +29,10 @@ class PictureScorerConfig(Section):
     pipeline: str | None = None
     """pipeline directory, hub id or `shapes`, in place of the one that the reward model names; a CLIP model needs one
     only to decode latents"""
+    revision: str | None = None
+    """branch, tag or commit of the pipeline, if that is a hub id; None: the fit's, of the fit's own pipeline"""
+    variant: str | None = None
+    """variant of the pipeline's weight files; None: the fit's, of the fit's own pipeline"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """parameter dtype of the frozen weights; None: the one the reward model was fitted with"""
     max_sequence_length: Positive | None = None

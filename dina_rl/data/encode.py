@@ -100,6 +100,10 @@ def check_inputs(run: FitRun, backbone: Backbone) -> FitRun:
             raise ValueError(f"split {split} of {dataset.location} holds prompts without images: nothing to encode")
     for height, width in bucketing(dataset, pipeline).buckets:
         backbone.latent_shape(height, width)
+    if dataset.kind != "preprocessed":
+        backbone.check("vae")
+    if dataset.prompt_embeddings:
+        backbone.check("text")
     dataset = dataset.model_copy(update={"path": str(dataset.location.resolve())})
     return run.model_copy(update={"pipeline": pipeline.absolute(), "dataset": dataset})
 
@@ -109,7 +113,7 @@ def encode_inputs(run: FitRun) -> list[Input]:
     source = open_set(run.dataset.kind, run.dataset.location)
     files = [file for split in run.dataset.splits.values() for file in source.files(split)]
     return [
-        Input(key="pipeline.path", path=run.pipeline.path, parts=pipeline_parts(run.pipeline.location)),
+        Input(key="pipeline.path", path=run.pipeline.path, parts=pipeline_parts(*run.pipeline.place)),
         Input(key="dataset.path", path=run.dataset.path, parts=records_parts(files)),
     ]
 
@@ -251,7 +255,7 @@ def _ingredients(run: FitRun) -> dict[str, object]:
 
 def _vae(run: FitRun) -> str | None:
     """Fingerprint of the VAE that makes the latents; the authors' own is unknown."""
-    return None if run.dataset.kind == "preprocessed" else pipeline_fingerprint(run.pipeline.location).vae
+    return None if run.dataset.kind == "preprocessed" else pipeline_fingerprint(*run.pipeline.place).vae
 
 
 def _open_store(run: FitRun, run_dir: Path, plan: EncodePlan, sizes: Bucketing, backbone: Backbone) -> LatentStore:

@@ -38,7 +38,7 @@ class Identities:
     def of_pipeline(self, scorer: PictureScorerConfig) -> dict[str, object]:
         """A dina scorer's pipeline and what its transformer, VAE and text encoders hold; raises like `pipeline`."""
         pipeline = self.pipeline(scorer)
-        content = self._content(pipeline.location, "model_index.json")
+        content = self._content(pipeline.location, "model_index.json", pipeline.revision)
         return {**pipeline.model_dump(mode="json"), "content": content}
 
     def of_scorer(self, scorer: PictureScorerConfig) -> dict[str, object]:
@@ -50,12 +50,13 @@ class Identities:
         processor = self._content(scorer.clip.processor, "preprocessor_config.json")
         return {"kind": scorer.kind, "weights": weights, "processor": processor}
 
-    def _content(self, path: str, known_file: str) -> str:
+    def _content(self, path: str, known_file: str, revision: str | None = None) -> str:
         """What a directory or hub id holds; `known_file` is a file that every such repository has."""
-        if path not in self._contents:
+        key = path if revision is None else f"{path}@{revision}"
+        if key not in self._contents:
             directory = Path(path).expanduser()
             if directory.is_dir():
-                self._contents[path] = files_digest(directory)
+                self._contents[key] = files_digest(directory)
             else:  # nothing of it is cached where it was never opened: its name is all there is
-                self._contents[path] = f"{path}@{cached_commit(path, known_file)}"
-        return self._contents[path]
+                self._contents[key] = f"{path}@{cached_commit(path, known_file, revision)}"
+        return self._contents[key]

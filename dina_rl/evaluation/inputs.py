@@ -46,5 +46,5 @@ def _scorer_inputs(scorer: PictureScorerConfig) -> list[Input]:
     weights = repository_parts(str(local_directory(scorer.dina.location)), "config.json")
     return [
         Input(key="path", path=scorer.dina.path, parts=weights),
-        Input(key="pipeline", path=pipeline.path, parts=pipeline_parts(pipeline.location)),
+        Input(key="pipeline", path=pipeline.path, parts=pipeline_parts(*pipeline.place)),
     ]

@@ -63,6 +63,7 @@ def named_scorer(
     sizes = _bucketing(dataset or DatasetConfig(), buckets or fitted, pipeline)
     backbone = open_pipeline(pipeline)
     check_fingerprint(str(config.dina.path), card, pipeline, f"scorers.{name}.pipeline")
+    backbone.check("transformer", "vae", "text")
     for height, width in sizes.buckets:
         backbone.latent_shape(height, width)
     return NamedScorer(

@@ -39,6 +39,10 @@ class RewardCard(BaseModel):
     """which weights that pipeline had, see `revision.pipeline_revision`; None: unknown"""
     fingerprint: Fingerprint | None = None
     """what its transformer, VAE and text encoders held; None: unknown"""
+    pipeline_revision: str | None = None
+    """the revision of the hub id that the fit asked for; None: its main branch, or a directory"""
+    variant: str | None = None
+    """of the pipeline's weight files"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """of the backbone's weights during the fit; None: unknown"""
     image_size: Size | None = None
@@ -63,8 +67,10 @@ def make_card(
     """The card of a model on the backbone that `pipeline` opens; `buckets` are the sizes of its fit, if several."""
     return RewardCard(
         pipeline=pipeline.path,
-        revision=pipeline_revision(pipeline.location),
-        fingerprint=pipeline_fingerprint(pipeline.location),
+        revision=pipeline_revision(pipeline.location, pipeline.revision),
+        pipeline_revision=pipeline.revision,
+        variant=pipeline.variant,
+        fingerprint=pipeline_fingerprint(*pipeline.place),
         dtype=pipeline.dtype,
         image_size=image_size(pipeline, model.backbone),
         buckets=buckets and tuple(buckets),

@@ -33,13 +33,13 @@ def find_home(dina: DiNaScorerConfig, generator: PipelineConfig) -> Home:
         ValueError: no such reward model, a VAE other than the generator's, or a pipeline that holds other weights than
             those that the reward model was fitted on.
     """
-    card, theirs = read_card(dina.location), pipeline_fingerprint(generator.location)
+    card, theirs = read_card(dina.location), pipeline_fingerprint(*generator.place)
     _check_vae(dina, card.fingerprint, generator, theirs)
     if dina.pipeline is None and _is_home(card, generator, theirs):
         return Home(pipeline=generator, reads_prompts=False, notes=_unknown(dina, card, generator))
     path = dina.pipeline or card.pipeline
     pipeline = generator.model_copy(update={"path": path, "max_sequence_length": card.max_sequence_length})
-    ours = pipeline_fingerprint(pipeline.location)
+    ours = pipeline_fingerprint(*pipeline.place)
     check_fingerprint(str(dina.path), card, pipeline, "rewards.dina.pipeline", found=ours)
     _check_vae(dina, ours, generator, theirs)
     if pipeline.location == generator.location or _same(ours, theirs):
@@ -98,7 +98,7 @@ def check_fingerprint(
     Raises:
         ValueError: it does not.
     """
-    found = found or pipeline_fingerprint(pipeline.location)
+    found = found or pipeline_fingerprint(*pipeline.place)
     others = [] if card.fingerprint is None else card.fingerprint.other_parts(found)
     if others:
         raise ValueError(

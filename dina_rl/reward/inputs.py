@@ -41,6 +41,8 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
         check_store(latents, needed, run, backbone)
     for directory in held_out.values():
         check_store(Path(directory), ("test",), run, backbone)
+    if run.latents is None or any(find_prompts(each, run.pipeline) is None for each in _stores(run, run.latents)):
+        backbone.check("text")
     return run
 
 
@@ -52,7 +54,7 @@ def fit_inputs(run: FitRun) -> list[Input]:
     held = [Input(key=key, path=str(directory), parts=store_parts(directory)) for key, directory in stores.items()]
     if run.latents is None:
         return [*encode_inputs(run), *held]
-    return [Input(key="pipeline.path", path=run.pipeline.path, parts=pipeline_parts(run.pipeline.location)), *held]
+    return [Input(key="pipeline.path", path=run.pipeline.path, parts=pipeline_parts(*run.pipeline.place)), *held]
 
 
 def check_store(directory: Path, splits: Sequence[Split], run: FitRun, backbone: Backbone) -> None:
@@ -63,7 +65,7 @@ def check_store(directory: Path, splits: Sequence[Split], run: FitRun, backbone:
     if isinstance(store, LatentStore):
         if not store.complete():
             raise ValueError(f"latent store {directory} is not complete; finish it with jobs.encode --resume")
-        made_with, ours = store.info.pipeline, pipeline_fingerprint(run.pipeline.location).vae
+        made_with, ours = store.info.pipeline, pipeline_fingerprint(*run.pipeline.place).vae
         if not same_part(store.info.vae, ours, called_alike=made_with == run.pipeline.path):
             raise ValueError(
                 f"latent store {directory} was made with pipeline {made_with}, this run's is {run.pipeline.path}"
@@ -125,7 +127,7 @@ def without_embeddings(run: FitRun, latents: Path) -> list[str]:
 def loads(run: FitRun, latents: Path) -> Sizes:
     """What every rank of a fit loads; raises like `open_encoder`."""
     stored = all(find_prompts(directory, run.pipeline) is not None for directory in _stores(run, latents))
-    return sizes(run.pipeline.location, TRANSFORMER, *([] if stored else [TEXT]))
+    return sizes(run.pipeline.location, TRANSFORMER, *([] if stored else [TEXT]), variant=run.pipeline.variant)
 
 
 def _stores(run: FitRun, latents: Path) -> list[Path]:
@@ -160,7 +162,8 @@ def _absolute(path: str | Path) -> str:
 
 
 def check_fit(run: FitRun, backbone: Backbone) -> None:
-    """Raises ValueError if the image size or the reward model does not fit the pipeline."""
+    """Raises ValueError if the image size or the reward model does not fit the pipeline, or its files are not whole."""
+    backbone.check("transformer")
     backbone.latent_shape(*image_size(run.pipeline, backbone))
     if run.reward.taps[-1] > backbone.last_tap:
         raise ValueError(

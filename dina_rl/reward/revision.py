@@ -9,16 +9,19 @@ SAMPLED_BYTES = 2**20
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
-def pipeline_revision(location: str) -> str | None:
+def pipeline_revision(location: str, asked: str | None = None) -> str | None:
     """The revision of a pipeline directory or hub id; None where nothing can be said. Downloads nothing.
 
     A hub snapshot has its commit hash. Any other directory has `files:` and a hash of its transformer's configuration,
     weight index, and of each weight file's size, first and last MiB: enough to tell two trainings of one architecture
     apart without reading gigabytes.
+
+    Args:
+        asked: branch, tag or commit of a hub id; None: its main branch.
     """
     directory = Path(location)
     if not directory.is_dir():
-        return cached_commit(location, "model_index.json")
+        return cached_commit(location, "model_index.json", asked)
     if directory.resolve().parent.name == "snapshots":
         return directory.resolve().name
     transformer = directory / "transformer"

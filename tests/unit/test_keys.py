@@ -15,6 +15,7 @@ from dina_rl.config import (
     FitRun,
     LearnerConfig,
     LocalRun,
+    PipelineConfig,
     RolloutConfig,
     ScoreRun,
     WorkersConfig,
@@ -44,9 +45,13 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         Mark.PLACE: "run_dir resume",
         DECIDES: "seed algorithm plan iterations",
     },
+    PipelineConfig: {
+        Mark.PROCESS: "decode_batch",
+        DECIDES: "path revision variant dtype height width max_sequence_length distilled_guidance vae_tiling",
+    },
     RolloutConfig: {
         Mark.PROCESS: "max_failed",
-        DECIDES: "num_steps guidance_scale dynamics noise_level window_start window_range window_steps "
+        DECIDES: "num_steps guidance_scale negative_prompt dynamics noise_level window_start window_range window_steps "
         "prompts_per_iteration group_size groups_per_call",
     },
     LearnerConfig: {

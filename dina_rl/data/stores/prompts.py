@@ -66,7 +66,7 @@ class PromptsInfo:
             dtype=pipeline.dtype,
             shape=backbone.prompt_shape,
             prompts_per_shard=max(1, min(SHARD_PROMPTS, SHARD_BYTES // nbytes)),
-            text=pipeline_fingerprint(pipeline.location).text,
+            text=pipeline_fingerprint(*pipeline.place).text,
         )
 
     @property
@@ -202,7 +202,7 @@ def find_prompts(directory: Path, pipeline: PipelineConfig) -> PromptStore | Non
     if not (directory / PROMPTS / INFO_FILE).is_file():
         return None
     store = PromptStore(directory)
-    ours, called_alike = pipeline_fingerprint(pipeline.location).text, store.info.pipeline == pipeline.path
+    ours, called_alike = pipeline_fingerprint(*pipeline.place).text, store.info.pipeline == pipeline.path
     same = same_part(store.info.text, ours, called_alike=called_alike)
     if called_alike and not same:
         raise ValueError(

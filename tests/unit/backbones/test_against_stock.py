@@ -1,5 +1,7 @@
 """Sampler, codec, text encoder and adapter files against the stock pipelines."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -28,15 +30,19 @@ def test_pack_is_inverted_by_unpack() -> None:
     assert torch.equal(unpack(pack(latents), 8, 10), latents)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["unguided", "guided"])
-def test_the_sampler_is_the_stock_pipeline_s(family: Family, backbone: Backbone, guidance: float) -> None:
+@pytest.mark.parametrize(
+    ("guidance", "without"), [(1.0, ""), (3.0, ""), (3.0, "a blurred ring")], ids=["unguided", "guided", "led away"]
+)
+def test_the_sampler_is_the_stock_pipeline_s(family: Family, backbone: Backbone, guidance: float, without: str) -> None:
     noise, pipeline = initial_noise(backbone), family.stock()
-    theirs = family.sample(pipeline, noise, guidance=guidance, prompt=list(PROMPTS), num_inference_steps=STEPS)
+    theirs = family.sample(
+        pipeline, noise, guidance=guidance, negative=without, prompt=list(PROMPTS), num_inference_steps=STEPS
+    )
     transformer, text = backbone.load_transformer(), backbone.load_text_encoder()
     sigmas = backbone.sigmas(STEPS, HEIGHT, WIDTH)
     torch.testing.assert_close(sigmas, pipeline.scheduler.sigmas, rtol=0, atol=1e-7)
 
-    negative = None if guidance == 1 else text([""])
+    negative = None if guidance == 1 else text([without])
     ours = denoise(noise, sigmas, guided_velocity(backbone, transformer, text(PROMPTS), negative, guidance)).latents
     assert (theirs - noise).abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -72,6 +78,64 @@ def test_the_codec_is_the_stock_vae_with_shift_and_scale(family: Family, backbon
     assert latents.shape[1:] == backbone.latent_shape(HEIGHT, WIDTH)
     torch.testing.assert_close(codec.encode(images), latents, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(codec.decode(latents), decoded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("distilled", [1.0, 6.0])
+def test_flux_samples_at_the_distilled_guidance_that_is_given(
+    family: Family, backbone: Backbone, distilled: float
+) -> None:
+    """And its features, a reward model's, see the one they were fitted with."""
+    if family.name != "flux":
+        return
+    ours = open_backbone(family.path, max_sequence_length=family.max_sequence_length, distilled_guidance=distilled)
+    noise, sigmas, transformer = initial_noise(backbone), backbone.sigmas(STEPS, HEIGHT, WIDTH), ours.load_transformer()
+    prompt = ours.load_text_encoder()(PROMPTS)
+    options = {"guidance": 1.0, "prompt": list(PROMPTS), "num_inference_steps": STEPS}
+    theirs = family.sample(family.stock(), noise, distilled=distilled, **options)
+    found = denoise(noise, sigmas, guided_velocity(ours, transformer, prompt, None, 1.0)).latents
+    torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)
+    assert (theirs - family.sample(family.stock(), noise, **options)).abs().max() > 1e-4
+    features = [
+        each.features(each.truncated(transformer, 1), noise, sigmas[:2], prompt, (1,)) for each in (ours, backbone)
+    ]
+    assert torch.equal(features[0].visual[0], features[1].visual[0])
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_decoding_in_batches_changes_no_pixel_and_no_gradient(family: Family, backbone: Backbone, batch: int) -> None:
+    whole = backbone.load_codec()
+    split = open_backbone(family.path, max_sequence_length=family.max_sequence_length, decode_batch=batch).load_codec()
+    latents = [initial_noise(backbone, 8).requires_grad_() for _ in range(2)]
+    images = [codec.decode(each) for codec, each in zip((whole, split), latents, strict=True)]
+    assert torch.equal(images[0], images[1])
+    gradients = [torch.autograd.grad((image**2).sum(), each)[0] for image, each in zip(images, latents, strict=True)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(split.decode(latents[0]), images[0])
+
+
+def test_only_a_batch_is_decoded_at_once(tiny_pipeline: Path) -> None:
+    codec = open_backbone(tiny_pipeline, decode_batch=4).load_codec()
+    sizes = watch(codec._vae.decoder)
+    latents = normal((9, 16, 8, 8), "batch").requires_grad_()
+    codec.decode(latents).sum().backward()
+    assert [len(each) for each in sizes] == [3, 3, 3] * 2, "in the backward pass once more"
+
+
+def test_tiles_are_the_stock_vae_s(family: Family) -> None:
+    tiled = open_backbone(family.path, max_sequence_length=family.max_sequence_length, vae_tiling=True).load_codec()
+    plain = open_backbone(family.path, max_sequence_length=family.max_sequence_length).load_codec()
+    vae = family.stock().vae
+    vae.enable_tiling()
+    size = 2 * vae.config.sample_size
+    images = torch.rand(1, 3, size, size, generator=generator("tiles"))
+    with torch.no_grad():
+        raw = vae.encode(images * 2 - 1).latent_dist.mode()
+        decoded = (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
+    latents = (raw - vae.config.shift_factor) * vae.config.scaling_factor
+    torch.testing.assert_close(tiled.encode(images), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tiled.decode(latents), decoded, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(plain.decode(latents), tiled.decode(latents))
 
 
 def test_an_embedding_does_not_depend_on_its_batch(backbone: Backbone) -> None:

@@ -8,6 +8,7 @@ import yaml
 from dina_rl.backbones import registry
 from dina_rl.backbones.base import Backbone
 from dina_rl.backbones.sd3 import SD3
+from dina_rl.backbones.source import Options, Source
 from jobs import align
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_run import tiny_run
@@ -18,8 +19,8 @@ DOCUMENTED = {name for name in (*Backbone.__annotations__, *vars(Backbone)) if n
 class Documented:
     """SD3 with what the Protocol names, and nothing else."""
 
-    def __init__(self, path: str | Path, **settings) -> None:
-        self._family = SD3(path, **settings)
+    def __init__(self, source: Source, options: Options) -> None:
+        self._family = SD3(source, options)
 
     def __getattr__(self, name: str) -> object:
         if name not in DOCUMENTED:
