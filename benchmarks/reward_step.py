@@ -90,7 +90,12 @@ class BatchTextEncoder:
 
     def __init__(self, config: PipelineConfig) -> None:
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            config.location, transformer=None, vae=None, dtype=getattr(torch, config.dtype)
+            config.location,
+            transformer=None,
+            vae=None,
+            dtype=getattr(torch, config.dtype),
+            revision=config.revision,
+            variant=config.variant,
         )
         self._pipeline = pipeline.to(device())
         self._max_sequence_length = config.max_sequence_length
@@ -179,7 +184,10 @@ def measure(run: BenchmarkRun) -> dict[str, list[float]]:
     Raises:
         ValueError: a pipeline that cannot be read or is not SD3's, or a reward model that does not fit it.
     """
-    if pipeline_class(Source(path=run.pipeline.location)) != StableDiffusion3Pipeline.__name__:
+    if (
+        pipeline_class(Source(path=run.pipeline.location, revision=run.pipeline.revision))
+        != StableDiffusion3Pipeline.__name__
+    ):
         raise ValueError(f"the plain loop encodes prompts as SD3 does; {run.pipeline.path} is another family")
     backbone = open_pipeline(run.pipeline)
     shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
