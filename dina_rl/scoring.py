@@ -275,8 +275,8 @@ def loads(config: PictureScorerConfig) -> Sizes:
     """What a process loads that scores images by `config`. Raises ValueError where there is no such reward model."""
     if config.kind != "dina":
         return {config.kind: on_disk(config.kind, config.clip.path)}
-    path = config.pipeline or read_card(config.dina.location).pipeline
-    return loading.sizes(PipelineConfig(path=path).location, TRANSFORMER, TEXT, VAE)
+    pipeline = dina_pipeline(config, read_card(config.dina.location))
+    return loading.sizes(pipeline.location, TRANSFORMER, TEXT, VAE, variant=pipeline.variant)
 
 
 def dina_pipeline(config: PictureScorerConfig, card: RewardCard) -> PipelineConfig:

@@ -26,15 +26,16 @@ def describe(run: AlignRun) -> str:
 
 def loads(run: AlignRun) -> dict[str, Sizes]:
     """What the actors of each kind load, each of them."""
-    pipeline, workers, golden = run.pipeline.location, run.workers, run.golden
+    of_pipeline = partial(sizes, run.pipeline.location, variant=run.pipeline.variant)
+    workers, golden = run.workers, run.golden
     metric = {} if golden.clip_model is None else {golden.scorer: on_disk(golden.scorer, golden.clip_model.path)}
     models = {"pickscore": run.rewards.pickscore, "clip_score": run.rewards.clip_score}
     pixels = {name: on_disk(name, model.path) for name, model in models.items() if model is not None}
     latents = [] if run.rewards.dina is None else [TRANSFORMER]
     return {
-        f"{workers.rollout_workers} rollout workers": sizes(pipeline, TRANSFORMER, TEXT, VAE) | metric,
-        f"{workers.scorers} scorers": sizes(pipeline, *latents, *([VAE] if pixels else [])) | pixels,
-        f"{workers.learner_ranks} learner ranks": sizes(pipeline, TRANSFORMER),
+        f"{workers.rollout_workers} rollout workers": of_pipeline(TRANSFORMER, TEXT, VAE) | metric,
+        f"{workers.scorers} scorers": of_pipeline(*latents, *([VAE] if pixels else [])) | pixels,
+        f"{workers.learner_ranks} learner ranks": of_pipeline(TRANSFORMER),
     }
 
 

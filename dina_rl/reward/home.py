@@ -38,11 +38,14 @@ def find_home(dina: DiNaScorerConfig, generator: PipelineConfig) -> Home:
     if dina.pipeline is None and _is_home(card, generator, theirs):
         return Home(pipeline=generator, reads_prompts=False, notes=_unknown(dina, card, generator))
     path = dina.pipeline or card.pipeline
-    pipeline = generator.model_copy(update={"path": path, "max_sequence_length": card.max_sequence_length})
+    files = {"revision": None, "variant": None}
+    if dina.pipeline is None:
+        files = {"revision": card.pipeline_revision, "variant": card.variant}
+    pipeline = generator.model_copy(update={"path": path, "max_sequence_length": card.max_sequence_length, **files})
     ours = pipeline_fingerprint(*pipeline.place)
     check_fingerprint(str(dina.path), card, pipeline, "rewards.dina.pipeline", found=ours)
     _check_vae(dina, ours, generator, theirs)
-    if pipeline.location == generator.location or _same(ours, theirs):
+    if pipeline.place == generator.place or _same(ours, theirs):
         return Home(pipeline=generator, reads_prompts=False, notes=())
     notes = [f"reward model {dina.path} scores inside its own backbone, {path}"]
     reads_prompts = not (
@@ -112,7 +115,7 @@ def _is_home(card: RewardCard, generator: PipelineConfig, theirs: Fingerprint) -
     if card.fingerprint is not None:
         called_alike = card.pipeline == generator.path and not card.fingerprint.other_parts(theirs)
         return called_alike or _same(card.fingerprint, theirs)
-    revision = pipeline_revision(generator.location)
+    revision = pipeline_revision(generator.location, generator.revision)
     if None not in (card.revision, revision):
         return card.revision == revision
     return card.pipeline == generator.path
