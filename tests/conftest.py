@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Before anything imports torch, and inherited by xdist's workers, Ray's and all other processes that a test starts.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray's 30 s are short where both cores are busy
+# Where both cores are busy Ray's 30 s are short, and its actors, which it makes nicer by 15, would come after all else.
+os.environ.update(RAY_raylet_start_wait_time_s="120", RAY_worker_niceness="0")
 
 
 @pytest.hookimpl(tryfirst=True)

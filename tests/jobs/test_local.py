@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", str(ROOT / "configs" / "local_smoke.yaml")]
 # The smoke run's stages, each a third as long or less; a learner's forward is as large as a rollout's here too.
 SHORT = [
-    *("--world.train-groups", "60", "--world.test-groups", "20"),
+    *("--world.train-groups", "24", "--world.test-groups", "8"),
     *("--fit.steps", "12", "--fit.batch-size", "24", "--fit.warmup-steps", "4", "--fit.checkpoint-every", "6"),
     *("--iterations", "2", "--rollout.prompts-per-iteration", "4", "--rollout.groups-per-call", "1"),
     *("--learner.micro-batch-size", "12", "--golden.dev-samples", "16", "--golden.test-samples", "32"),
@@ -42,7 +42,7 @@ SUMMARY = {
 def test_the_smoke_run_end_to_end_on_ray(tmp_path, capsys):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "dina_rl.local", *SMOKE, *SHORT, "--run-dir", str(run_dir)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("[preferences]", "[reward]", "[align]", "tensorboard --logdir"):
         assert stage in done.stdout
