@@ -1,5 +1,6 @@
 """What a run would do, worked out from its configuration: `python -m jobs.align --config FILE --plan`."""
 
+from functools import partial
 from pathlib import Path
 
 from dina_rl.alignment.algorithms.base import Work

@@ -38,7 +38,7 @@ def find_home(dina: DiNaScorerConfig, generator: PipelineConfig) -> Home:
     if dina.pipeline is None and _is_home(card, generator, theirs):
         return Home(pipeline=generator, reads_prompts=False, notes=_unknown(dina, card, generator))
     path = dina.pipeline or card.pipeline
-    files = {"revision": None, "variant": None}
+    files: dict[str, str | None] = {"revision": None, "variant": None}
     if dina.pipeline is None:
         files = {"revision": card.pipeline_revision, "variant": card.variant}
     pipeline = generator.model_copy(update={"path": path, "max_sequence_length": card.max_sequence_length, **files})
