@@ -22,7 +22,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """One Ray instance on the loopback interface for the whole session; its CPUs are logical."""
+    """One Ray instance on the loopback interface for the whole session; its CPUs and GPUs are logical."""
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray's 30 s are short on a loaded machine
     import ray
 
@@ -30,6 +30,7 @@ def ray_local() -> Iterator[None]:
         address="local",
         include_dashboard=False,
         num_cpus=8,
+        num_gpus=4,
         object_store_memory=256 * 1024**2,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
