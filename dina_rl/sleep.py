@@ -53,6 +53,7 @@ class Luggage:
                 self._packed.append((storage, slice(size, size + storage.nbytes())))
                 size += storage.nbytes()
         self._make_room(size)
+        _wait()  # for other streams' work on them
         for storage, place in self._packed:
             self._host[place].copy_(_bytes(storage), non_blocking=True)
         _wait()

@@ -43,7 +43,14 @@ BACKBONES: dict[str, Callable[[], Family]] = {  # each imports its own pipeline 
 
 
 def pipeline_class(path: str | Path) -> str:
-    """The pipeline class that `model_index.json` of a local directory or hub id names.
+    """The pipeline class that `model_index.json` of a local directory or hub id names; raises as `pipeline_index`."""
+    name = pipeline_index(path)["_class_name"]
+    assert isinstance(name, str)
+    return name
+
+
+def pipeline_index(path: str | Path) -> dict[str, object]:
+    """What `model_index.json` of a local directory or hub id says: class of the pipeline and of its components.
 
     Raises:
         ValueError: no such directory, or no `model_index.json` in it.
@@ -65,8 +72,8 @@ def pipeline_class(path: str | Path) -> str:
             raise ValueError(
                 f"pipeline {path} is neither a local directory nor a hub id that can be read here: {error}"
             ) from error
-    name: str = json.loads(read_text(index))["_class_name"]
-    return name
+    values: dict[str, object] = json.loads(read_text(index))
+    return values
 
 
 def open_backbone(

@@ -39,7 +39,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         "ema_decay autocast",
     },
     AlignRun: {
-        Mark.PROCESS: "inline checkpoint_every workers",
+        Mark.PROCESS: "plan_tflops plan_gib inline checkpoint_every workers",
         Mark.PLACE: "run_dir resume",
         DECIDES: "seed algorithm plan iterations",
     },
