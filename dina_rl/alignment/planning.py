@@ -16,6 +16,7 @@ from dina_rl.alignment.timeline import (
     Passes,
     Timeline,
     best_layout,
+    calls_of,
     count_operations,
     count_passes,
     measuring,
@@ -27,6 +28,7 @@ Value = TypeVar("Value")
 Row = tuple[str, str]
 PHASES: dict[Kind, str] = {"rollout": "rollout", "scorer": "score", "learner": "update"}
 ACTORS: dict[Kind, str] = {"rollout": "rollout actor", "scorer": "scorer"}
+WORTH_IT = 0.98  # of its time: what another layout must save to be named
 IDLE = 0.7  # a node that is busy less than this could do better
 
 
@@ -40,13 +42,13 @@ def describe(run: AlignRun) -> str:
 def _sampling(run: AlignRun, work: Work) -> list[Row]:
     rollout = run.rollout
     samples = rollout.prompts_per_iteration * rollout.group_size
-    calls = -(-rollout.prompts_per_iteration // rollout.groups_per_call)
     passes = "two transformer passes" if rollout.guidance_scale != 1 else "one transformer pass"
     return [
         ("run", f"{work.title}, {run.iterations} iterations, {run.iterations * samples:,} training images"),
         (
             "rollout",
-            f"{rollout.prompts_per_iteration} prompts x {rollout.group_size} samples = {samples} images, {calls} calls",
+            f"{rollout.prompts_per_iteration} prompts x {rollout.group_size} samples = {samples} images, "
+            f"{calls_of(run)} calls",
         ),
         ("", f"{work.sampling}; guidance {rollout.guidance_scale:g}: {passes} a step"),
         ("reward", " + ".join(f"{each.weight:g} x {name}" for name, each in run.rewards.scorers.items())),
@@ -143,10 +145,13 @@ def _busy(run: AlignRun, layout: Layout, line: Timeline, counted: Operations) ->
     if line.mean_busy >= IDLE:
         return
     best = best_layout(run, len(line.busy), counted)
-    if best is None or best[1].length > 0.98 * line.length:
-        yield "", f"warning: the GPUs are busy {line.mean_busy:.0%}, and no layout of as many does better"
-        return
-    yield "", f"warning: the GPUs are busy {line.mean_busy:.0%}; {best[1].mean_busy:.0%} with {_setting(best[0])}"
+    better = "no layout of as many does better"
+    if best is not None and best[1].length < WORTH_IT * line.length:
+        better = f"{best[1].mean_busy:.0%} with {_setting(best[0])}"
+    yield "", f"warning: the GPUs are busy {line.mean_busy:.0%}; {better}"
+    calls, actors = calls_of(run), run.workers.rollout_workers
+    if calls % actors:
+        yield "", f"{calls} calls do not divide over {actors} rollout actors (rollout.groups_per_call)"
 
 
 def _without_gpus(run: AlignRun, layout: Layout) -> list[Row]:

@@ -83,7 +83,7 @@ def timeline(run: AlignRun, layout: Layout, operations: Operations) -> Timeline 
     gpus = layout.gpus()
     if any(seat.gpus == 0 for seat in layout.seats()):
         return None
-    calls = -(-run.rollout.prompts_per_iteration // run.rollout.groups_per_call)
+    calls = calls_of(run)
     numbers = {kind: sum(seat.kind == kind for seat in layout.seats()) for kind in KINDS}
     dealt = {"rollout": _dealt(calls, numbers["rollout"]), "scorer": _dealt(calls, numbers["scorer"])}
     dealt["learner"] = [1 / numbers["learner"]] * numbers["learner"]
@@ -96,6 +96,11 @@ def timeline(run: AlignRun, layout: Layout, operations: Operations) -> Timeline 
     ]
     length = _length(layout, loads, operations, calls)
     return Timeline(length=length, busy=tuple(sum(load.values()) / length for load in loads))
+
+
+def calls_of(run: AlignRun) -> int:
+    """Calls of rollout actors in an iteration."""
+    return -(-run.rollout.prompts_per_iteration // run.rollout.groups_per_call)
 
 
 def _dealt(calls: int, actors: int) -> list[float]:

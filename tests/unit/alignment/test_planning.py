@@ -71,6 +71,15 @@ def test_a_known_hub_id_is_planned_without_a_network_and_the_better_layout_named
     assert "s an iteration at 350 TFLOP/s" in text
 
 
+def test_calls_that_do_not_divide_are_told_of():
+    rollout = {"prompts_per_iteration": 32, "groups_per_call": 16}
+    values = {"rewards": {"dina": {"path": "/nowhere"}}, "rollout": rollout, "workers": {"gpus": 8}}
+    text = describe(AlignRun.model_validate({**values, "learner": {"micro_batch_size": 9}}))
+    assert "GPU 0-1 (rollout, scorer, learner) 100%" in text
+    assert "warning: the GPUs are busy" in text
+    assert "2 calls do not divide over 8 rollout actors (rollout.groups_per_call)" in text
+
+
 def test_what_does_not_fit_a_gpu_is_told_to_sleep():
     rewards = {"dina": None, "pickscore": {}}
     values = {"rewards": rewards, "golden": {"scorer": "clip_score"}, "learner": {"micro_batch_size": 9}, "plan_gib": 6}
