@@ -9,10 +9,11 @@
                                           +--> scores [G] to the driver, who makes advantages of them
 
 Rollouts and the reward's gradients at them stay in the store of the node that made them; the driver passes references.
+Where the three kinds share GPUs they take turns (`actors/shifts.py`); else scoring overlaps with sampling.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +27,13 @@ from ray.exceptions import RayTaskError
 from actors.gang import Gang, GangLost
 from actors.handles import Actor, AnyRef, Handle, both
 from actors.learner import LearnerActor
-from actors.placement import ActorOptions, actor_options, place_gang, release_gang
+from actors.placement import ActorOptions, Placement
 from actors.pool import Pool
 from actors.rollout import RolloutActor
 from actors.scorer import ScorerActor
+from actors.shifts import Shifts
 from dina_rl.alignment.algorithms.registry import open_algorithm
+from dina_rl.alignment.layout import Kind
 from dina_rl.alignment.loop import ScoredGroup
 from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
 from dina_rl.alignment.planning import loads
@@ -76,26 +79,32 @@ class RemoteWeights:
 class RayExperience:
     """Rollouts and scores from two pools of actors. A lost actor is replaced and its work done again, same numbers."""
 
-    def __init__(self, run: AlignRun) -> None:
+    def __init__(self, run: AlignRun, placement: Placement, shifts: Shifts) -> None:
         workers = run.workers
         self._rewards = run.rewards
         self._groups_per_call = run.rollout.groups_per_call
         self._with_gradient = open_algorithm(run).wants_reward_gradients
         self._timeout_s = workers.call_timeout_s
         self._part_bytes = workers.weights_part_mib * 2**20
-        self.rollouts = _pool(
-            "rollout workers",
-            lambda options: ray.remote(**options)(RolloutActor).remote(run),
-            run,
-            workers.rollout_workers,
-            workers.gpus_per_rollout,
+        self._shifts = shifts
+
+        def rollout(options: ActorOptions) -> Handle[RolloutActor]:
+            return ray.remote(**options)(RolloutActor).remote(run)
+
+        def scorer(options: ActorOptions) -> Handle[ScorerActor]:
+            return ray.remote(**options)(ScorerActor).remote(run)
+
+        self.rollouts = _pool("rollout workers", rollout, run, placement, "rollout", workers.rollout_workers)
+        shifts.join(
+            "rollout",
+            rest=lambda: _tell(self.rollouts, lambda actor: actor.rest.remote()),
+            wake=lambda: _tell(self.rollouts, lambda actor: actor.wake.remote()),
         )
-        self.scorers = _pool(
-            "scorers",
-            lambda options: ray.remote(**options)(ScorerActor).remote(run),
-            run,
-            workers.scorers,
-            workers.gpus_per_scorer,
+        self.scorers = _pool("scorers", scorer, run, placement, "scorer", workers.scorers)
+        shifts.join(
+            "scorer",
+            rest=lambda: _tell(self.scorers, lambda actor: actor.rest.remote()),
+            wake=lambda: _tell(self.scorers, lambda actor: actor.wake.remote()),
         )
 
     def wait_until_ready(self) -> None:
@@ -133,6 +142,7 @@ class RayExperience:
             # In order, one at a time; the actor refuses what follows a part that it did not get.
             return [actor.load_weights.remote(part) for part in parts][-1]
 
+        self._shifts.turn("rollout")
         self.rollouts.broadcast(load)
 
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
@@ -154,7 +164,8 @@ class RayExperience:
         sample: Callable[[Handle[RolloutActor], Item], ray.ObjectRef[Result]],
         score: Callable[[Handle[ScorerActor], ray.ObjectRef[Result]], ray.ObjectRef[Scores]],
     ) -> list[tuple[ray.ObjectRef[Result], Scores]]:
-        """(reference to the samples, their scores) per item, in order; scoring overlaps with sampling."""
+        """(reference to the samples, their scores) per item, in order; scoring overlaps with sampling where it can."""
+        self._shifts.turn("rollout")
         sampled: list[tuple[int, ray.ObjectRef[Result]]] = []
 
         def as_they_finish() -> Iterator[ray.ObjectRef[Result]]:
@@ -162,8 +173,12 @@ class RayExperience:
                 sampled.append((index, ref))
                 yield ref
 
+        samples: Iterable[ray.ObjectRef[Result]] = as_they_finish()
+        if self._shifts.in_turns:
+            samples = list(samples)
+            self._shifts.turn("scorer")
         results = {}
-        for position, scores in self.scorers.stream(as_they_finish(), score):
+        for position, scores in self.scorers.stream(samples, score):
             index, ref = sampled[position]
             results[index] = ref, ray.get(scores, timeout=self._timeout_s)
         return [results[index] for index in range(len(items))]
@@ -176,18 +191,14 @@ class RayLearner:
     with losses ends with the numbers of a run without.
     """
 
-    def __init__(self, run: AlignRun) -> None:
-        workers = run.workers
+    def __init__(self, run: AlignRun, placement: Placement, shifts: Shifts) -> None:
         self.restarts = 0
         self._run = run
+        self._placement = placement
+        self._shifts = shifts
         self._state: ray.ObjectRef[State] | None = None  # None: as built from the configuration's seed
-        self._place = place_gang(
-            workers.learner_ranks,
-            num_cpus=workers.cpus_per_actor,
-            num_gpus=workers.gpus_per_rank,
-            timeout_s=workers.start_timeout_s,
-        )
         self._gang: Gang[LearnerActor] | None = self._build()  # None between a loss and the next call
+        shifts.join("learner", rest=self._rest, wake=self._wake)
 
     def update(
         self, iteration: int, handles: Sequence[RemoteRollout], advantages: torch.Tensor, kl_scale: float
@@ -230,14 +241,11 @@ class RayLearner:
     def shutdown(self) -> None:
         if self._gang is not None:
             self._gang.shutdown()
-        release_gang(self._place)
 
     def _build(self) -> Gang[LearnerActor]:
-        workers = self._run.workers
-        options = actor_options(workers, num_gpus=workers.gpus_per_rank)
-        options["scheduling_strategy"] = self._place
+        workers, placement = self._run.workers, self._placement
         gang = Gang(
-            lambda rank: ray.remote(**options)(LearnerActor).remote(rank, self._run),
+            lambda rank: ray.remote(**placement.options("learner", rank))(LearnerActor).remote(rank, self._run),
             workers.learner_ranks,
             name="learner",
             start_timeout_s=workers.start_timeout_s,
@@ -257,6 +265,7 @@ class RayLearner:
         """
         while True:
             try:
+                self._shifts.turn("learner")
                 if self._gang is None:
                     self._gang = self._build()
                 return work(self._gang)
@@ -266,11 +275,25 @@ class RayLearner:
                     raise error.cause from None
                 raise
             except GangLost as lost:
-                self._gang = None
-                self.restarts += 1
-                if self.restarts > self._run.workers.max_restarts:
-                    raise RunStopped(f"{lost}; replaced {self.restarts - 1} times (workers.max_restarts)") from lost
-                log.warning("%s; building the learner anew from its last state", lost)
+                self._note(lost)
+
+    def _note(self, lost: GangLost) -> None:
+        self._gang = None
+        self.restarts += 1
+        if self.restarts > self._run.workers.max_restarts:
+            raise RunStopped(f"{lost}; replaced {self.restarts - 1} times (workers.max_restarts)") from lost
+        log.warning("%s; building the learner anew from its last state", lost)
+
+    def _rest(self) -> None:
+        try:
+            if self._gang is not None:
+                self._gang.call(lambda rank: rank.rest.remote())
+        except GangLost as lost:  # it rests for good
+            self._note(lost)
+
+    def _wake(self) -> None:
+        if self._gang is not None:
+            self._gang.call(lambda rank: rank.wake.remote())
 
     def _fetch(self, ref: ray.ObjectRef[Result]) -> Result:
         return ray.get(ref, timeout=self._run.workers.call_timeout_s)
@@ -286,9 +309,11 @@ def open_actors(run: AlignRun) -> Iterator[tuple[RayExperience, RayLearner]]:
     begin = perf_counter()
     told = [announce(who, sizes) for who, sizes in loads(run).items()]
     with ExitStack() as stack:
-        experience = RayExperience(run)
+        placement, shifts = Placement(run.workers), Shifts(run.workers)
+        stack.callback(placement.release)
+        experience = RayExperience(run, placement, shifts)
         stack.callback(experience.shutdown)
-        learner = RayLearner(run)  # while the pools load their models
+        learner = RayLearner(run, placement, shifts)  # while the pools load their models
         stack.callback(learner.shutdown)
         experience.wait_until_ready()
         if any(told):
@@ -300,13 +325,23 @@ def _take(part: int, rank: Handle[LearnerActor]) -> ray.ObjectRef[PolicyWeights]
     return rank.take.remote(part)
 
 
+def _tell(pool: Pool[Actor], call: Callable[[Handle[Actor]], AnyRef]) -> None:
+    """Whose turn it is; returns when all actors have heard it."""
+    pool.broadcast(call, about="turn")
+    pool.wait_until_ready()
+
+
 def _pool(
-    name: str, spawn: Callable[[ActorOptions], Handle[Actor]], run: AlignRun, size: int, num_gpus: float
+    name: str,
+    spawn: Callable[[ActorOptions], Handle[Actor]],
+    run: AlignRun,
+    placement: Placement,
+    kind: Kind,
+    size: int,
 ) -> Pool[Actor]:
     workers = run.workers
-    options = actor_options(workers, num_gpus=num_gpus)
     return Pool(
-        lambda number: spawn(options),
+        lambda number: spawn(placement.options(kind, number)),
         size,
         name=name,
         start_timeout_s=workers.start_timeout_s,

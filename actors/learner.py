@@ -12,6 +12,7 @@ from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
+from dina_rl.sleep import SharedGPU
 from dina_rl.types import PolicyWeights, Rollout, TrainingGroup
 
 
@@ -24,6 +25,15 @@ class LearnerActor(GangMember):
         self._run = run
         self._learner: PolicyLearner
         self._offered: dict[int, PolicyWeights] = {}
+        self._gpu = SharedGPU(sleeps=run.workers.sleep)
+
+    @ray.method
+    def rest(self) -> None:
+        self._gpu.rest()
+
+    @ray.method
+    def wake(self) -> None:
+        self._gpu.wake()
 
     @ray.method
     def build(self) -> None:

@@ -1,4 +1,4 @@
-"""Where actors run: their Ray options, the learner's placement group, and waits that say what they wait for."""
+"""Where actors run: their Ray options, what is reserved for them, and waits that say what they wait for."""
 
 import logging
 import time
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.handles import AnyRef
+from dina_rl.alignment.layout import Bundle, Kind, layout_of
 from dina_rl.config import EvaluationWorkersConfig, WorkersConfig
 from dina_rl.errors import RunStopped
 
@@ -51,40 +52,66 @@ def actor_options(workers: WorkersConfig | EvaluationWorkersConfig, *, num_gpus:
     }
 
 
-def place_gang(
-    world_size: int, *, num_cpus: float, num_gpus: float, timeout_s: float
-) -> PlacementGroupSchedulingStrategy | None:
-    """Reserve one bundle per rank, packed on as few nodes as possible; None where the ranks reserve nothing.
+class Placement:
+    """Where the actors of an alignment run go; what is reserved for them stays theirs until `release`.
 
     Raises:
-        RunStopped: the cluster did not offer the bundles within `timeout_s` seconds.
+        RunStopped: the cluster did not offer room within `workers.start_timeout_s` seconds.
     """
-    bundle = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount}
-    if not bundle:
+
+    def __init__(self, workers: WorkersConfig) -> None:
+        layout = layout_of(workers)
+        self._workers = workers
+        self._gpus = {(seat.kind, seat.number): seat.gpus for seat in layout.seats()}
+        self._group = _reserve(layout.bundles, workers)
+        self._strategies: dict[tuple[Kind, int], PlacementGroupSchedulingStrategy] = {}
+        if self._group is not None:
+            for bundle, index in zip(layout.bundles, _in_node_order(self._group), strict=True):
+                place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+                self._strategies.update({(seat.kind, seat.number): place for seat in bundle.seats})
+
+    def options(self, kind: Kind, number: int) -> ActorOptions:
+        """Of this actor, and of whoever replaces it."""
+        options = actor_options(self._workers, num_gpus=self._gpus[kind, number])
+        options["scheduling_strategy"] = self._strategies.get((kind, number))
+        return options
+
+    def release(self) -> None:
+        """Give everything back; who still sits there is killed."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+
+def _reserve(bundles: Sequence[Bundle], workers: WorkersConfig) -> PlacementGroup | None:
+    """All bundles, packed on as few nodes as possible; None where they reserve nothing."""
+    amounts = [(("CPU", workers.cpus_per_actor * len(each.seats)), ("GPU", each.gpus)) for each in bundles]
+    asked = [{name: amount for name, amount in pair if amount} for pair in amounts]
+    if not all(asked):
         return None
-    group = placement_group([bundle] * world_size, strategy="PACK")
-    waiting_for = f"{world_size} learner ranks of {bundle}"
+    group: PlacementGroup = placement_group(asked, strategy="PACK")
+    waiting_for = f"{len(asked)} x {', '.join(f'{name} {amount:g}' for name, amount in asked[0].items())}"
+    timeout_s = workers.start_timeout_s
     deadline = time.monotonic() + timeout_s
     while not ray.wait([group.ready()], timeout=min(REPORT_EVERY_S, max(0.0, deadline - time.monotonic())))[0]:
         if time.monotonic() >= deadline:
             remove_placement_group(group)
             raise RunStopped(f"no room for {waiting_for} within {timeout_s:g} s; {resources()}")
         log.warning("waiting for room for %s; %s", waiting_for, resources())
-    return PlacementGroupSchedulingStrategy(placement_group=group)
+    return group
 
 
-def release_gang(strategy: PlacementGroupSchedulingStrategy | None) -> None:
-    """Give the gang's bundles back."""
-    if strategy is not None:
-        group: PlacementGroup = strategy.placement_group
-        remove_placement_group(group)
+def _in_node_order(group: PlacementGroup) -> list[int]:
+    """The group's bundles node by node, so that neighbouring ranks are neighbours."""
+    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return sorted(nodes, key=lambda index: (nodes[index], index))
 
 
 def resources() -> str:
     """What the cluster has and what of it is free, for messages."""
     total, free = ray.cluster_resources(), ray.available_resources()
     shares = [f"{name} {free.get(name, 0):g} of {total[name]:g} free" for name in ("CPU", "GPU") if name in total]
-    return f"cluster: {len(ray.nodes())} node(s), {', '.join(shares)}"
+    nodes = sum(node["Alive"] for node in ray.nodes())  # dead ones stay in the list
+    return f"cluster: {nodes} node(s), {', '.join(shares)}"
 
 
 def wait_all(refs: Sequence[AnyRef], *, timeout_s: float, what: str) -> None:

@@ -1,7 +1,8 @@
 """A pool of identical actors that survives the death of any of them.
 
 The driver owns the policy of recovery: a dead or hung actor is killed, a new one is created, told first what the pool
-was last told (the policy's weights), and given the lost work again. Work carries its own seeds: the result is the same.
+was last told (the policy's weights, whose turn it is), and given the lost work again. Work carries its own seeds: the
+result is the same.
 
     submit -> [start] [sync] [item] [item]      one FIFO per actor, as the actor itself runs its calls
                ^ the head is what the actor is doing; only heads are waited for
@@ -80,7 +81,6 @@ class Pool(Generic[Actor]):
         start_timeout_s: longest wait for one actor's constructor.
         call_timeout_s: longest run of one call; then the actor counts as hung and is killed.
         max_restarts: actors replaced in the pool's lifetime before it gives up.
-        sync: what a new actor is told before any work; replaced by each `broadcast`.
     """
 
     def __init__(
@@ -92,12 +92,11 @@ class Pool(Generic[Actor]):
         start_timeout_s: float,
         call_timeout_s: float,
         max_restarts: int,
-        sync: Callable[[Handle[Actor]], AnyRef] | None = None,
     ) -> None:
         self.name = name
         self.restarts = 0
         self._spawn = spawn
-        self._sync = sync
+        self._told: dict[str, Callable[[Handle[Actor]], AnyRef]] = {}  # by subject, what was told last at the end
         self._limits: dict[Purpose, float] = {"start": start_timeout_s, "sync": call_timeout_s, "work": call_timeout_s}
         self._max_restarts = max_restarts
         self._pending: deque[_Work[Actor]] = deque()
@@ -108,9 +107,13 @@ class Pool(Generic[Actor]):
         while any(member.calls for member in self._members):
             self._advance()
 
-    def broadcast(self, call: Callable[[Handle[Actor]], AnyRef]) -> None:
-        """Submit `call` to every actor, to run after what is submitted and before what is not. Does not wait."""
-        self._sync = call
+    def broadcast(self, call: Callable[[Handle[Actor]], AnyRef], *, about: str = "weights") -> None:
+        """Submit `call` to every actor, to run after what is submitted and before what is not. Does not wait.
+
+        A new actor is told the last call of each subject before any work, in the order in which they came.
+        """
+        self._told.pop(about, None)
+        self._told[about] = call
         for member in self._members:
             member.submit(_Call(ref=call(member.handle), purpose="sync"))
 
@@ -169,8 +172,8 @@ class Pool(Generic[Actor]):
     def _create(self, number: int) -> _Member[Actor]:
         member = _Member(handle=self._spawn(number))
         member.submit(_Call(ref=ready(member.handle), purpose="start"))
-        if self._sync is not None:
-            member.submit(_Call(ref=self._sync(member.handle), purpose="sync"))
+        for call in self._told.values():
+            member.submit(_Call(ref=call(member.handle), purpose="sync"))
         return member
 
     def _freest(self) -> _Member[Actor] | None:

@@ -7,6 +7,7 @@ from dina_rl.alignment.measurement import EvaluationSamples
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
+from dina_rl.sleep import SharedGPU
 from dina_rl.types import Rollout
 
 
@@ -14,6 +15,15 @@ class ScorerActor:
     def __init__(self, run: AlignRun) -> None:
         configure_process(run.workers.threads_per_actor)
         self._worker = ScoringWorker(run)
+        self._gpu = SharedGPU(sleeps=run.workers.sleep)
+
+    @ray.method
+    def rest(self) -> None:
+        self._gpu.rest()
+
+    @ray.method
+    def wake(self) -> None:
+        self._gpu.wake()
 
     @ray.method
     def score(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:

@@ -26,9 +26,10 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """One Ray instance of this worker's own, on the loopback interface, for the whole session; its CPUs are logical.
+    """One Ray instance of this worker's own, on the loopback interface, for the whole session.
 
-    Nothing of it is shared: `local` joins no other, the ports are free ones, and its directory bears the process' id.
+    Its CPUs and GPUs are logical. Nothing of it is shared: `local` joins no other, the ports are free ones, and its
+    directory bears the process' id.
     """
     import ray
 
@@ -36,6 +37,7 @@ def ray_local() -> Iterator[None]:
         address="local",
         include_dashboard=False,
         num_cpus=4,  # no more than that many workers at once import what a task needs
+        num_gpus=4,
         object_store_memory=256 * 1024**2,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",

@@ -27,6 +27,7 @@ class LearnerFootprint:
     weights: int  # parameters and buffers, the reference of full fine-tuning included
     optimizer: int  # gradients and AdamW's moments of what is trained, this rank's share of them
     activations: int  # kept from forward to backward of one micro-batch
+    block: int  # of them without checkpointing, one block's share of one sample
 
     @property
     def total(self) -> int:
@@ -41,15 +42,16 @@ def learner_footprint(run: AlignRun, backbone: Backbone) -> LearnerFootprint:
     """
     learner, ranks = run.learner, run.workers.learner_ranks
     module = backbone.empty_transformer()
-    frozen = _bytes(module)
+    frozen = bytes_of(module)
     make_trainable(module, learner.lora, targets=backbone.lora_targets, seed=run.seed)
     trained = sum(parameter.numel() for parameter in trainable(module).values())
     activations = saved_bytes(module, backbone, run)
+    plain = activations // backbone.num_blocks
     if learner.gradient_checkpointing:
         module.enable_gradient_checkpointing()
-        activations = saved_bytes(module, backbone, run) + activations // backbone.num_blocks
+        activations = saved_bytes(module, backbone, run) + plain
     buffers = sum(_size(buffer) for buffer in module.buffers())
-    parameters, whole = _bytes(module) - buffers, buffers  # `whole` is on every rank whatever the stage
+    parameters, whole = bytes_of(module) - buffers, buffers  # `whole` is on every rank whatever the stage
     if learner.lora is None:
         parameters = trained * FP32
         whole += frozen if run.pipeline.dtype != "float32" else 0  # the cast copy
@@ -57,14 +59,14 @@ def learner_footprint(run: AlignRun, backbone: Backbone) -> LearnerFootprint:
     gradients = trained * FP32 // (ranks if learner.zero_stage >= 2 else 1)
     moments = len(MOMENTS) * trained * FP32 // (ranks if learner.zero_stage >= 1 else 1)
     weights = parameters // (ranks if learner.zero_stage == 3 else 1) + whole
-    return LearnerFootprint(weights=weights, optimizer=gradients + moments, activations=activations)
+    return LearnerFootprint(
+        weights=weights, optimizer=gradients + moments, activations=activations, block=plain // learner.micro_batch_size
+    )
 
 
 def saved_bytes(module: nn.Module, backbone: Backbone, run: AlignRun) -> int:
     """Bytes of the tensors that autograd keeps of one micro-batch's forwards, each storage once, parameters apart."""
-    size = run.learner.micro_batch_size
-    shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
-    tokens, width, pooled = backbone.prompt_shape
+    latents, sigma, prompt = empty_inputs(run, backbone, run.learner.micro_batch_size)
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -74,19 +76,25 @@ def saved_bytes(module: nn.Module, backbone: Backbone, run: AlignRun) -> int:
             kept[storage._cdata] = storage  # held, so that no later storage can have the same address
         return tensor
 
-    with torch.device("meta"):
-        prompt = PromptEmbeds(
-            embeds=torch.empty(size, tokens, width, dtype=backbone.dtype),
-            pooled=torch.empty(size, pooled, dtype=backbone.dtype),
-        )
-        latents, sigma = torch.empty(size, *shape), torch.empty(size)
-    with saved_tensors_hooks(keep, lambda tensor: tensor), _FlashAttention():
+    with saved_tensors_hooks(keep, lambda tensor: tensor), FlashAttention():
         for _ in range(2 if run.learner.guidance_in_loss else 1):
             backbone.velocity(module, latents, sigma, prompt)
     return sum(storage.nbytes() for storage in kept.values())
 
 
-class _FlashAttention(TorchFunctionMode):
+def empty_inputs(run: AlignRun, backbone: Backbone, size: int) -> tuple[torch.Tensor, torch.Tensor, PromptEmbeds]:
+    """Latents, sigmas and prompts of `size` samples, without data."""
+    shape = backbone.latent_shape(*image_size(run.pipeline, backbone))
+    tokens, width, pooled = backbone.prompt_shape
+    with torch.device("meta"):
+        prompt = PromptEmbeds(
+            embeds=torch.empty(size, tokens, width, dtype=backbone.dtype),
+            pooled=torch.empty(size, pooled, dtype=backbone.dtype),
+        )
+        return torch.empty(size, *shape), torch.empty(size), prompt
+
+
+class FlashAttention(TorchFunctionMode):
     """Attention as GPUs compute it, which keeps no attention matrix; on meta tensors torch would take the plain one."""
 
     def __torch_function__(
@@ -102,7 +110,8 @@ class _FlashAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _bytes(module: nn.Module) -> int:
+def bytes_of(module: nn.Module) -> int:
+    """Of parameters and buffers."""
     return sum(_size(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 

@@ -1,8 +1,8 @@
 """Settings of the alignment, section by section."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dina_rl.config.base import (
     Fraction,
@@ -112,6 +112,14 @@ class WatchConfig(Section):
 class WorkersConfig(Section):
     """Processes of the alignment run and how long to wait for them."""
 
+    layout: Literal["colocated", "split"] | None = None
+    """colocated: every GPU holds a rollout actor, a scorer and a learner rank, which work in turns; split: each actor
+    has GPUs of its own, as gpus_per_* say; None: colocated where workers.gpus is given"""
+    gpus: NonNegative = 0
+    """GPUs of the colocated layout; as many are its rollout actors, its scorers and its learner ranks"""
+    sleep: bool = False
+    """colocated: models whose turn it is not wait in pinned host memory; for those that --plan says do not fit a GPU
+    together"""
     rollout_workers: Positive = 2
     """rollout actors"""
     scorers: Positive = 1
@@ -121,11 +129,11 @@ class WorkersConfig(Section):
     cpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
     """CPUs Ray reserves for one actor; 0 lets the phases of a small machine share its cores"""
     gpus_per_rollout: Annotated[float, Field(ge=0)] = 0
-    """GPUs of one rollout actor"""
+    """split: GPUs of one rollout actor"""
     gpus_per_scorer: Annotated[float, Field(ge=0)] = 0
-    """GPUs of one scorer"""
+    """split: GPUs of one scorer"""
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0
-    """GPUs of one learner rank"""
+    """split: GPUs of one learner rank"""
     threads_per_actor: Positive = 1
     """torch threads of one actor on the CPU"""
     start_timeout_s: Rate = 300.0
@@ -136,3 +144,47 @@ class WorkersConfig(Section):
     """size of the parts in which the policy's weights travel to the rollout actors, in MiB"""
     max_restarts: NonNegative = 3
     """dead or hung actors replaced per pool before the run stops"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_each_on_a_gpu(cls, values: object) -> object:
+        """Numbers of actors that are not given are the number of GPUs."""
+        if not isinstance(values, dict) or values.get("layout") == "split" or not _is_count(values.get("gpus")):
+            return values
+        return {**dict.fromkeys(_NUMBERS, values["gpus"]), **values}
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_layout(self) -> Self:
+        if self.colocated:
+            self._check_colocated()
+        elif self.gpus:
+            raise ValueError("workers.gpus is of the colocated layout; the split one has workers.gpus_per_*")
+        elif self.sleep:
+            raise ValueError("workers.sleep is of the colocated layout: give workers.gpus")
+        return self
+
+    def _check_colocated(self) -> None:
+        if not self.gpus:
+            raise ValueError("workers.layout colocated needs workers.gpus, the number of GPUs")
+        for name in _SHARES:
+            if getattr(self, name):
+                raise ValueError(f"workers.{name} is of the split layout; a colocated GPU is shared by all three kinds")
+        for name in _NUMBERS:
+            if getattr(self, name) != self.gpus:
+                raise ValueError(
+                    f"workers.{name} is {getattr(self, name)}, but the colocated layout has one on each of its "
+                    f"workers.gpus {self.gpus}; leave it out"
+                )
+
+    @property
+    def colocated(self) -> bool:
+        """Every GPU holds one actor of each kind."""
+        return self.layout == "colocated" or (self.layout is None and self.gpus > 0)
+
+
+_NUMBERS = ("rollout_workers", "scorers", "learner_ranks")
+_SHARES = ("gpus_per_rollout", "gpus_per_scorer", "gpus_per_rank")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -13,7 +13,7 @@ from dina_rl.config.alignment import (
     WatchConfig,
     WorkersConfig,
 )
-from dina_rl.config.base import PipelineConfig, Positive, Section
+from dina_rl.config.base import PipelineConfig, Positive, Rate, Section
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig
 from dina_rl.config.keys import Mark
 from dina_rl.config.rewards import GoldenConfig, RewardsConfig
@@ -48,7 +48,11 @@ class AlignRun(_Run):
     algorithm: AlgorithmName = "grpo"
     """grpo: Flow-GRPO(-Fast); refl: ReFL; nft: DiffusionNFT. Each has a section of its own; the others' are not read"""
     plan: bool = False
-    """print batch arithmetic, actors, memory and steps, and start nothing"""
+    """print work, busy share of the GPUs, memory and steps, and start nothing"""
+    plan_tflops: Annotated[Rate | None, Mark.PROCESS] = None
+    """what one GPU does of this in practice, in 10^12 operations a second: the plan tells times too"""
+    plan_gib: Annotated[Rate, Mark.PROCESS] = 79.0
+    """memory of one GPU that the plan is held against, in GiB; one of 80 GB has about 79"""
     inline: Annotated[bool, Mark.PROCESS] = False
     """run the same loop in this one process, without Ray and DeepSpeed"""
     iterations: Positive = 150

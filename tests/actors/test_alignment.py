@@ -140,9 +140,8 @@ def test_nft_on_ray_equals_the_in_process_run(make_run, tmp_path):
     assert_same(finish(make_run(tmp_path / "ray", learner={"engine": "torch"}, **nft)), inline)
 
 
-def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path):
-    workers = {"rollout_workers": 2, "scorers": 2, "max_restarts": 1}
-    run = make_run(tmp_path, learner={"engine": "torch"}, workers=workers)
+def finish_sabotaged(run: AlignRun) -> Outcome:
+    """The run's outcome although an actor of each kind is killed under it."""
     recorder = Recorder(run, run.run_dir, exporter(run))
     with open_actors(run) as (experience, learner):
         sabotaged = Sabotaged(experience, learner)
@@ -151,9 +150,17 @@ def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path):
         assert experience.rollouts.restarts == 1
         assert experience.scorers.restarts == 1
         assert learner.restarts == 1
-    assert_same(outcome(recorder), inline)
+    return outcome(recorder)
 
 
-def test_deepspeed_ranks_equal_the_in_process_run(make_run, inline, tmp_path):
-    run = make_run(tmp_path, learner={"zero_stage": 2}, workers={"learner_ranks": 2})
-    assert_close(finish(run), inline)
+def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path):
+    workers = {"rollout_workers": 2, "scorers": 2, "max_restarts": 1}
+    run = make_run(tmp_path, learner={"engine": "torch"}, workers=workers)
+    assert_same(finish_sabotaged(run), inline)
+
+
+def test_actors_that_take_turns_at_two_gpus_change_nothing(make_run, inline, tmp_path):
+    numbers = {"rollout_workers": 2, "scorers": 2, "learner_ranks": 2}
+    workers = {"gpus": 2, "sleep": True, "max_restarts": 1, **numbers}
+    run = make_run(tmp_path, learner={"zero_stage": 2}, workers=workers)
+    assert_close(finish_sabotaged(run), inline)

@@ -10,7 +10,6 @@ import ray
 import torch
 
 from actors.gang import Gang, GangLost, GangMember
-from actors.placement import place_gang
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 # Workers cannot import test modules by name.
@@ -79,9 +78,3 @@ def test_one_failing_rank_ends_all(gang, handles, call: Callable, error: type[Ex
     with pytest.raises(error, match=message):
         gang.call(call)
     assert_dead(handles)
-
-
-def test_the_gang_is_placed_together_or_not_at_all(ray_local):
-    assert place_gang(2, num_cpus=0, num_gpus=0, timeout_s=1) is None
-    with pytest.raises(RuntimeError, match=r"no room for 2 learner ranks of {'GPU': 1} within 1 s; cluster: 1 node"):
-        place_gang(2, num_cpus=0, num_gpus=1, timeout_s=1)

@@ -160,6 +160,16 @@ def test_a_dead_actor_is_replaced_synced_and_its_item_redone(pool, tmp_path):
     assert pool.restarts == restarts + 1
 
 
+def test_a_new_actor_is_told_the_last_of_each_subject_in_order(shared_pool, handles):
+    for factor, about in ((2, "weights"), (3, "turn"), (4, "weights"), (5, "turn")):
+        shared_pool.broadcast(lambda actor, factor=factor: actor.set_factor.remote(factor), about=about)
+    made = len(handles)
+    ray.kill(handles[-1])
+    shared_pool.wait_until_ready()
+    assert len(handles) == made + 1
+    assert ray.get(handles[-1].multiply.remote(10), timeout=60) == 50
+
+
 def test_an_actor_killed_from_outside_mid_item_is_replaced(pool, handles, tmp_path):
     restarts, made = pool.restarts, len(handles)
     marker = tmp_path / "release"

@@ -41,7 +41,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         "max_grad_norm ema_decay autocast",
     },
     AlignRun: {
-        Mark.PROCESS: "inline checkpoint_every workers",
+        Mark.PROCESS: "plan_tflops plan_gib inline checkpoint_every workers",
         Mark.PLACE: "run_dir resume",
         DECIDES: "seed algorithm plan iterations",
     },
@@ -60,8 +60,8 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         "micro_batch_size ema_decay guidance_in_loss",
     },
     WorkersConfig: {
-        Mark.PROCESS: "rollout_workers scorers learner_ranks cpus_per_actor gpus_per_rollout gpus_per_scorer "
-        "gpus_per_rank threads_per_actor start_timeout_s call_timeout_s weights_part_mib max_restarts"
+        Mark.PROCESS: "layout gpus sleep rollout_workers scorers learner_ranks cpus_per_actor gpus_per_rollout "
+        "gpus_per_scorer gpus_per_rank threads_per_actor start_timeout_s call_timeout_s weights_part_mib max_restarts"
     },
     EvaluateRun: {
         Mark.PROCESS: "inline max_broken workers",

@@ -31,7 +31,10 @@ class Work:
 
     title: str
     sampling: str  # how a sample comes about
+    sampled_passes: float  # forwards of one sample in the rollout, guidance apart; the mean where it is drawn
+    prepared_passes: float  # forwards of one sample without a gradient, before an iteration's first update
     trained_passes: int  # forwards with a backward pass of one sample in one epoch
+    reward_passes: int  # times that the learner differentiates the reward of one sample in one epoch
     latents_kept: int  # latents of one sample that travel from rollout to learner
     charts: Mapping[str, str]  # what to look at of the learner's metrics: title -> metric
 

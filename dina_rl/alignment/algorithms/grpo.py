@@ -75,10 +75,14 @@ class FlowGRPO:
         if rollout.window_range is not None:
             first, end = rollout.window_range
             window = f"{rollout.window_steps} steps drawn within {first} to {end - 1}"
+        later = 1 - 1 / self._run.learner.updates_per_iteration  # minibatches after the first
         return Work(
             title="Flow-GRPO",
             sampling=f"{rollout.num_steps} steps, {dynamics(self._run)} and trained: {window}",
+            sampled_passes=rollout.num_steps,
+            prepared_passes=rollout.window_steps * later if recomputes(self._run) else 0,
             trained_passes=rollout.window_steps,
+            reward_passes=0,
             latents_kept=rollout.window_steps + 2,
             charts={
                 "mean policy ratio": "ratio_mean",
@@ -93,6 +97,13 @@ class FlowGRPO:
 def dynamics(run: AlignRun) -> Dynamics:
     """The stochastic step of the window."""
     return "flow_sde" if run.rollout.dynamics == "auto" else run.rollout.dynamics
+
+
+def recomputes(run: AlignRun) -> bool:
+    """Whether the old log-probabilities are the learner's own rather than the rollout's."""
+    if run.grpo.old_log_probs == "auto":
+        return run.grpo.guard or run.pipeline.dtype != "float32"
+    return run.grpo.old_log_probs == "recompute"
 
 
 def window_start(run: AlignRun, iteration: int) -> int:
@@ -177,10 +188,7 @@ class GRPOObjective(SamplesItself):
     def __init__(self, run: AlignRun, policy: Policy) -> None:
         super().__init__(policy)
         self._run = run
-        own = run.grpo.old_log_probs == "recompute"
-        if run.grpo.old_log_probs == "auto":
-            own = run.grpo.guard or run.pipeline.dtype != "float32"
-        self._recomputes = own
+        self._recomputes = recomputes(run)
 
     def prepare(self, minibatches: Sequence[Sequence[TrainingGroup[Trajectory]]]) -> PreparedUpdates:
         """Old log-probabilities are recomputed here, at the learner's forward geometry, if configured.

@@ -82,7 +82,10 @@ class DiffusionNFT:
         return Work(
             title="DiffusionNFT",
             sampling=f"ODE of {steps} steps, trained at {levels} of their {steps} noise levels",
+            sampled_passes=steps,
+            prepared_passes=levels,
             trained_passes=levels,
+            reward_passes=0,
             latents_kept=1,
             charts={"squared distance from the copy that samples": "distance_from_old"},
         )

@@ -64,12 +64,15 @@ class ReFL:
         return None
 
     def work(self) -> Work:
-        first, last = self._run.refl.stop_range
-        steps = self._run.rollout.num_steps
+        refl, steps = self._run.refl, self._run.rollout.num_steps
+        first, last = refl.stop_range
         return Work(
             title="ReFL",
             sampling=f"ODE of {steps} steps, stopped before one of the steps {first} to {last}",
-            trained_passes=1,
+            sampled_passes=(first + last) / 2 + 1,  # and the prediction
+            prepared_passes=0,
+            trained_passes=2 if refl.pretraining_weight else 1,
+            reward_passes=1 if refl.reward_gradient == "learner" else 0,
             latents_kept=3,  # stopped, predicted, gradient
             charts={
                 "norm of the reward's gradient": "reward_gradient_norm",

@@ -1,0 +1,158 @@
+"""An iteration as the GPUs of a layout see it: who computes how much, and who waits for whom.
+
+Time is counted in operations of one GPU: all GPUs are alike and keep one pace in all phases.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from dina_rl.alignment.algorithms.base import Work
+from dina_rl.alignment.costs import Costs
+from dina_rl.alignment.layout import KINDS, Kind, Layout, layout_of
+from dina_rl.config import AlignRun, WorkersConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """What an iteration is made of, whoever does it."""
+
+    sampled: float  # forwards of the rollout
+    scored: int  # samples
+    trained: int  # forwards with a backward
+    reference: int  # forwards of the base
+    prepared: float  # forwards before the first update
+    rewarded: int  # samples whose reward the learner differentiates
+
+
+def count_passes(run: AlignRun, work: Work) -> Passes:
+    """Passes of one sample each; a guided velocity is two."""
+    learner, samples = run.learner, run.rollout.prompts_per_iteration * run.rollout.group_size
+    guided = 2 if learner.guidance_in_loss else 1
+    trained = samples * work.trained_passes * learner.epochs * guided
+    return Passes(
+        sampled=samples * work.sampled_passes * (1 if run.rollout.guidance_scale == 1 else 2),
+        scored=samples,
+        trained=trained,
+        reference=trained if run.kl_weight else 0,
+        prepared=samples * work.prepared_passes * guided,
+        rewarded=samples * work.reward_passes * learner.epochs,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operations:
+    """Operations of an iteration by phase."""
+
+    rollout: float
+    scorer: float
+    learner: float
+
+    def of(self, kind: Kind) -> float:
+        return {"rollout": self.rollout, "scorer": self.scorer, "learner": self.learner}[kind]
+
+    @property
+    def total(self) -> float:
+        return self.rollout + self.scorer + self.learner
+
+
+def count_operations(run: AlignRun, passes: Passes, costs: Costs, *, with_gradient: bool) -> Operations:
+    """Operations of an iteration; `with_gradient`: the scorers differentiate the reward too."""
+    return Operations(
+        rollout=passes.sampled * costs.forward + run.rollout.prompts_per_iteration * costs.prompt,
+        scorer=passes.scored * (costs.score_gradient if with_gradient else costs.score),
+        learner=passes.trained * costs.trained
+        + (passes.reference + passes.prepared) * costs.forward
+        + passes.rewarded * costs.score_gradient,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """An iteration on the GPUs of a layout."""
+
+    length: float  # from start to end
+    busy: tuple[float, ...]  # share of it in which each GPU computes
+
+    @property
+    def mean_busy(self) -> float:
+        return sum(self.busy) / len(self.busy)
+
+
+def timeline(run: AlignRun, layout: Layout, operations: Operations) -> Timeline | None:
+    """How an iteration passes; None where not every actor has a GPU."""
+    gpus = layout.gpus()
+    if any(seat.gpus == 0 for seat in layout.seats()):
+        return None
+    calls = calls_of(run)
+    numbers = {kind: sum(seat.kind == kind for seat in layout.seats()) for kind in KINDS}
+    dealt = {"rollout": _dealt(calls, numbers["rollout"]), "scorer": _dealt(calls, numbers["scorer"])}
+    dealt["learner"] = [1 / numbers["learner"]] * numbers["learner"]
+    loads = [
+        {
+            kind: sum(dealt[kind][seat.number] * operations.of(kind) for seat in gpu if seat.kind == kind)
+            for kind in KINDS
+        }
+        for gpu in gpus
+    ]
+    length = _length(layout, loads, operations, calls)
+    return Timeline(length=length, busy=tuple(sum(load.values()) / length for load in loads))
+
+
+def calls_of(run: AlignRun) -> int:
+    """Calls of rollout actors in an iteration."""
+    return -(-run.rollout.prompts_per_iteration // run.rollout.groups_per_call)
+
+
+def _dealt(calls: int, actors: int) -> list[float]:
+    """The share of equal calls that each actor has."""
+    return [(calls // actors + (number < calls % actors)) / calls for number in range(actors)]
+
+
+def _length(layout: Layout, loads: Sequence[Mapping[Kind, float]], operations: Operations, calls: int) -> float:
+    """A phase ends with the GPU that has most of it; where scoring overlaps with sampling it lags by one call."""
+    longest = {kind: max(load[kind] for load in loads) for kind in KINDS}
+    if layout.in_turns:
+        return sum(longest.values())
+    both = max(load["rollout"] + load["scorer"] for load in loads)
+    ends = longest["rollout"] + operations.scorer / calls, longest["scorer"] + operations.rollout / calls
+    return max(both, *ends) + longest["learner"]
+
+
+def other_layouts(run: AlignRun, gpus: int) -> Iterator[WorkersConfig]:
+    """Layouts of as many GPUs that the run's batches divide over."""
+    workers, rollout, learner = run.workers, run.rollout, run.learner
+    minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * rollout.group_size
+
+    def fits(ranks: int) -> bool:
+        alone = learner.engine == "torch" and ranks > 1
+        return not alone and minibatch % (learner.micro_batch_size * ranks) == 0
+
+    kept = {"cpus_per_actor": workers.cpus_per_actor, "threads_per_actor": workers.threads_per_actor}
+    if fits(gpus):
+        yield WorkersConfig(gpus=gpus, **kept)
+    shares = {"gpus_per_rollout": 1, "gpus_per_scorer": 1, "gpus_per_rank": 1}
+    for ranks in filter(fits, range(1, gpus - 1)):
+        for scorers in range(1, gpus - ranks):
+            numbers = {"rollout_workers": gpus - ranks - scorers, "scorers": scorers, "learner_ranks": ranks}
+            yield WorkersConfig.model_validate({**kept, **shares, **numbers})
+
+
+def best_layout(run: AlignRun, gpus: int, operations: Operations) -> tuple[WorkersConfig, Timeline] | None:
+    """The layout of as many GPUs whose iterations are shortest; None where the batches divide over none."""
+    found = [(workers, timeline(run, layout_of(workers), operations)) for workers in other_layouts(run, gpus)]
+    known = [(workers, line) for workers, line in found if line is not None]
+    return min(known, key=lambda pair: pair[1].length, default=None)
+
+
+def measuring(run: AlignRun, costs: Costs) -> float:
+    """Operations of all measurements of a run: dev samples along the way, test samples before and after."""
+    golden, scale = run.golden, run.rollout.guidance_scale
+    steps = golden.num_steps or run.rollout.num_steps
+    points = 1 + -(-run.iterations // golden.every)
+
+    def sampling(samples: int, guidances: Sequence[float]) -> float:
+        passes = sum(steps * (1 if each == 1 else 2) for each in guidances)
+        return samples * (passes * costs.forward + len(guidances) * (costs.score + costs.golden))
+
+    tested = [*{scale, *golden.guidances}, *{scale, *golden.aligned_guidances}]
+    return points * sampling(golden.dev_samples, [scale]) + sampling(golden.test_samples, tested)

@@ -1,0 +1,106 @@
+"""Where actors sit, on GPUs that only Ray believes in: two nodes of four."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from actors.placement import Placement
+from actors.pool import Pool
+from dina_rl.alignment.layout import KINDS, Kind
+from dina_rl.config import WorkersConfig
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+# Workers cannot import test modules by name.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+Place = tuple[str, tuple[str, ...]]  # node, GPUs
+
+
+class Sitter:
+    """Stands for an actor of any kind; it knows where it sits."""
+
+    def place(self, number: int) -> Place:
+        return ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
+
+
+@pytest.fixture(scope="module")
+def two_nodes(ray_local) -> Iterator[None]:
+    """A second node of four GPUs beside the session's own."""
+    command = ["ray", "start", "--address", ray.get_runtime_context().gcs_address, "--node-ip-address", "127.0.0.1"]
+    command += ["--num-cpus", "0", "--num-gpus", "4", "--object-store-memory", str(100 * 2**20), "--block"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as node:
+        yield
+        node.terminate()
+
+
+@pytest.fixture(scope="module")
+def placement(two_nodes) -> Iterator[Placement]:
+    placement = Placement(WorkersConfig(gpus=8, start_timeout_s=120))
+    yield placement
+    placement.release()
+
+
+@pytest.fixture(scope="module")
+def handles() -> dict[tuple[Kind, int], ray.actor.ActorHandle]:
+    """Who sits in each seat."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def pools(placement, handles) -> Iterator[dict[Kind, Pool]]:
+    def spawn(kind: Kind, number: int) -> ray.actor.ActorHandle:
+        handles[kind, number] = ray.remote(**placement.options(kind, number))(Sitter).remote()
+        return handles[kind, number]
+
+    def pool(kind: Kind) -> Pool:
+        settings = {"name": kind, "start_timeout_s": 240, "call_timeout_s": 120, "max_restarts": 1}
+        return Pool(lambda number: spawn(kind, number), 8, **settings)
+
+    pools = {kind: pool(kind) for kind in KINDS}
+    yield pools
+    for each in pools.values():
+        each.shutdown()
+
+
+@pytest.fixture(scope="module")
+def places(pools) -> dict[Kind, list[Place]]:
+    """Where each of eight items was worked on, kind after kind."""
+    return {
+        kind: ray.get(pool.map(range(8), lambda actor, item: actor.place.remote(item)), timeout=60)
+        for kind, pool in pools.items()
+    }
+
+
+def test_every_gpu_is_used_by_each_phase(places):
+    assert all(len(set(each)) == 8 for each in places.values())
+    assert places["rollout"] == places["scorer"] == places["learner"]
+
+
+def test_no_two_ranks_share_a_gpu_and_neighbours_are_on_one_node(places):
+    ranks = places["learner"]
+    assert all(len(gpus) == 1 for _, gpus in ranks)
+    nodes = [node for node, _ in ranks]
+    assert len(set(nodes[:4])) == len(set(nodes[4:])) == 1
+    assert nodes[0] != nodes[4]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lost_actor_comes_back_into_its_bundle(pools, handles, places, kind: Kind):
+    lost = handles[kind, 5]
+    ray.kill(lost)
+    pools[kind].map(range(8), lambda actor, item: actor.place.remote(item))
+    assert handles[kind, 5] is not lost
+    assert ray.get(handles[kind, 5].place.remote(0), timeout=60) == places[kind][5]
+
+
+def test_actors_that_ask_for_nothing_reserve_nothing():
+    placement = Placement(WorkersConfig())
+    assert placement.options("learner", 1)["scheduling_strategy"] is None
+
+
+def test_ranks_are_reserved_together_or_not_at_all():
+    with pytest.raises(RuntimeError, match=r"no room for 2 x GPU 16 within 1 s; cluster: [12] node"):
+        Placement(WorkersConfig(gpus_per_rank=16, start_timeout_s=1))
