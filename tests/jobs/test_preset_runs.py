@@ -13,8 +13,9 @@ from tests.tiny_clip import save_tiny_clip
 from tests.tiny_reward import write_preferences
 
 SIZE = ("--pipeline.height", "32", "--pipeline.width", "32", "--inline")
-FIT = ("--dataset.buckets", "pipeline", "--reward.taps", "1", "2", "3")
-ONE_STEP = ("--fit.steps", "1", "--fit.batch_size", "4", "--fit.num_workers", "1", "--fit.micro_batch_size", "2")
+ONE_WORKER = ("--fit.num_workers", "1", "--fit.threads_per_worker", "1")
+FIT = ("--dataset.buckets", "pipeline", "--reward.taps", "1", "2", "3", *ONE_WORKER)
+ONE_STEP = ("--fit.steps", "1", "--fit.batch_size", "4", "--fit.micro_batch_size", "2")
 ALIGN = {
     "sd35m_flow_grpo_fast": ("--rollout.num_steps", "4", "--rollout.group_size", "2"),
     "sd35m_refl": ("--rollout.num_steps", "4", "--refl.stop_range", "3", "3"),
