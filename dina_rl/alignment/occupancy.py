@@ -97,7 +97,7 @@ def _scorer(
 
 
 def _decoded(run: AlignRun, models: Skeletons, samples: int) -> int:
-    """Feature maps in the VAE's widest layers at full resolution, of as many of `samples` pictures as it decodes at once."""
+    """Feature maps of the pictures that it decodes at once in the VAE's widest layers, at full resolution."""
     width: int = models.vae.config["block_out_channels"][1]
     height, breadth = image_size(run.pipeline, models.backbone)
     pixels = height * breadth
