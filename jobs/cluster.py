@@ -20,7 +20,7 @@ def start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address is not None:
         try:
-            _check_address(address)
+            check_address(address)
             ray.init(log_to_driver=False)
         except (ConnectionError, ValueError) as error:
             fail(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}")
@@ -34,7 +34,7 @@ def start_ray() -> None:
     )
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     """Find out in seconds what Ray itself tries for minutes.
 
     Raises:

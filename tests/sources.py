@@ -203,6 +203,7 @@ RELEASED: dict[str, Values] = {
     **OFFICIAL,
     "sd35m_flow_grpo": FLOW_GRPO,
     "sd35m_flow_grpo_fast": FAST,
+    "sd35m_flow_grpo_fast_1gpu": FAST,
     "sd35m_nft": NFT,
     "sd35m_refl": {
         "pipeline.height": REFL["pipeline.height"],

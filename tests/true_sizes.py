@@ -9,8 +9,6 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
-from dina_rl.config.base import SHIPPED_PIPELINE
-
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
@@ -91,9 +89,11 @@ def write_pipeline(directory: Path, published: Published) -> Path:
     return directory
 
 
-def add_tokenizers(directory: Path) -> Path:
-    """The miniature SD3.5's tokenizers and its index, which says that they are there."""
-    for part in ("tokenizer", "tokenizer_2", "tokenizer_3", "scheduler"):
-        shutil.copytree(SHIPPED_PIPELINE / part, directory / part)
-    shutil.copy(SHIPPED_PIPELINE / "model_index.json", directory)
+def complete(directory: Path, tiny: Path) -> Path:
+    """Files of the family's miniature stand in for what `directory` lacks: index, tokenizers, scheduler, weights."""
+    for file in tiny.rglob("*"):
+        copy = directory / file.relative_to(tiny)
+        if file.is_file() and (file.name == "model_index.json" or not copy.exists()):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(file, copy)
     return directory

@@ -111,16 +111,16 @@ def test_a_run_that_cannot_go_on_ends_with_one_line(tmp_path, tiny_pipeline, tin
     ("arguments", "message"),
     [
         (["--rewards.dina.path", "/nowhere/reward"], "reward model /nowhere/reward does not exist"),
-        (["--pipeline.max-sequence-length", "4"], "text tokens; shapes has 128 and 4"),
+        (["--pipeline.max-sequence-length", "4"], "has 128 and 4; pipeline.max_sequence_length 8 is the fit's"),
         (["--rollout.prompts-per-iteration", "480"], "exceeds the 464 training prompts"),
     ],
 )
-def test_an_alignment_that_cannot_work_is_refused(tmp_path, tiny_reward, capsys, arguments, message):
+def test_an_alignment_that_cannot_work_is_refused(tmp_path, tiny_pipeline, tiny_reward, capsys, arguments, message):
     from jobs.align import main
 
     base = ["--config", str(ROOT / "configs" / "shapes_flow_grpo_fast.yaml"), "--run-dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
-        main([*base, "--rewards.dina.path", str(tiny_reward), *arguments])
+        main([*base, "--pipeline.path", str(tiny_pipeline), "--rewards.dina.path", str(tiny_reward), *arguments])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -135,6 +135,6 @@ def test_a_submitted_job_aligns_and_an_uninvited_client_is_refused(cluster, home
     (size,) = re.findall(r"submitted with \d+ files, (\S+) MiB", done.stdout)
     assert float(size) < 10, "only what a job needs"
 
-    lost = submit(cluster, "--run-dir", "runs/lost")
+    lost = submit(cluster, *ALIGN, "--run-dir", "runs/lost")
     assert lost.returncode != 0
     assert "run_dir runs/lost is relative: in a submitted job" in lost.stdout + lost.stderr

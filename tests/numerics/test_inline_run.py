@@ -114,29 +114,33 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
 
 
 def test_a_finished_run_that_is_made_longer_equals_the_one_that_was_longer(
-    tmp_path, tiny_pipeline, tiny_reward, finished, capsys
+    tmp_path, tiny_pipeline, tiny_reward, capsys
 ):
-    whole, recorder = finished
-    shorter = tiny_run(tmp_path, tiny_pipeline, tiny_reward, iterations=2)
-    with opened(shorter):
+    whole = tiny_run(
+        tmp_path / "whole", tiny_pipeline, tiny_reward
+    )  # at a constant rate, which does not bind the length
+    recorder = perform(whole)
+    shorter = tiny_run(tmp_path / "run", tiny_pipeline, tiny_reward, iterations=2)
+    prompts = load_prompts(shorter.prompts)
+    with opened(shorter, prompts):
         perform(shorter)
-    (tmp_path / "result.json").unlink()  # as version 0.1 left it
+    (shorter.run_dir / "result.json").unlink()  # as version 0.1 left it
     of_the_shorter = adapter_of(shorter)
-    assert is_finished(shorter, tmp_path)
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, resume=True)
-    assert not is_finished(run, tmp_path)
-    with opened(run), pytest.raises(Killed):
+    assert is_finished(shorter, shorter.run_dir)
+    run = tiny_run(tmp_path / "run", tiny_pipeline, tiny_reward, resume=True)
+    assert not is_finished(run, run.run_dir)
+    with opened(run, prompts), pytest.raises(Killed):
         perform(run, DiesAt(run, iteration=2))
     assert_same_tensors(adapter_of(run), of_the_shorter)
-    assert not is_finished(run, tmp_path)
-    with opened(run):
+    assert not is_finished(run, run.run_dir)
+    with opened(run, prompts):
         longer = perform(run)
-    assert is_finished(run, tmp_path)
+    assert is_finished(run, run.run_dir)
     assert_same_tensors(adapter_of(run), adapter_of(whole))
     assert longer.history.entries == recorder.history.entries
     with (
         pytest.raises(ValueError, match="iterations 2: it has 3, which can only grow"),
-        opened(run.model_copy(update={"iterations": 2})),
+        opened(run.model_copy(update={"iterations": 2}), prompts),
     ):
         pass
     exports_are_what_the_run_keeps(run, longer, capsys)

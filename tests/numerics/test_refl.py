@@ -43,7 +43,7 @@ def make(tmp_path, tiny_pipeline, tiny_reward):
 class Recording(TorchEngine):
     """Keeps the gradient of every parameter instead of stepping."""
 
-    def step(self):
+    def step(self, rate):
         self.gradients = {name: each.grad.clone() for name, each in self._parameters.items()}
         self._optimizer.zero_grad()
         return 1.0

@@ -61,6 +61,9 @@ def test_gradients_of_the_reward_and_checkpointing_cost_more(tiny_pipeline, tiny
 @pytest.mark.parametrize("pipeline", ["tiny_flux", "tiny_z_image"])
 def test_every_family_is_counted(pipeline, tiny_reward, request):
     run = run_of(request.getfixturevalue(pipeline), "/nowhere/reward")
+    run = run.model_copy(
+        update={"pipeline": run.pipeline.model_copy(update={"height": 32, "width": 32, "max_sequence_length": 8})}
+    )
     with open_skeletons(run) as (local, models):
         costs = count_costs(local, models)
         assert models.reward.assumed

@@ -8,7 +8,8 @@ from torch import nn
 
 from dina_rl.alignment.skeletons import empty_clip
 from dina_rl.backbones.known import AUTOENCODER, CLIP_MODELS, PIPELINES
-from dina_rl.backbones.registry import open_backbone, pipeline_index
+from dina_rl.backbones.registry import open_backbone
+from dina_rl.backbones.source import Source, index_file, read_json
 
 TRANSFORMERS = {
     "stabilityai/stable-diffusion-3-medium-diffusers": 2_028_328_000,
@@ -42,7 +43,7 @@ def test_a_known_pipeline_opens_from_its_numbers(name, tmp_path):
 def test_its_text_encoders_are_as_large_as_they_are(name, tmp_path):
     PIPELINES[name].write(tmp_path)
     sizes = []
-    for component, entry in pipeline_index(tmp_path).items():
+    for component, entry in read_json(index_file(Source(path=str(tmp_path)))).items():
         if component.startswith("text_encoder"):
             kind = getattr(transformers, entry[1])
             with torch.device("meta"):

@@ -41,7 +41,7 @@ def tuned(pipeline: Path, directory: Path, part: str) -> PipelineConfig:
     source = torch.Generator().manual_seed(0)
     tensors = {name: t + 0.05 * torch.randn(t.shape, generator=source) for name, t in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    return PipelineConfig(path=str(copy))
+    return PipelineConfig(path=str(copy), height=32, width=32, max_sequence_length=8)
 
 
 def without_fingerprint(reward: Path, directory: Path, **changes: object) -> Path:
