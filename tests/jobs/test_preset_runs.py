@@ -18,11 +18,10 @@ FIT = ("--dataset.buckets", "pipeline", "--reward.taps", "1", "2", "3", *ONE_WOR
 ONE_STEP = ("--fit.steps", "1", "--fit.batch_size", "4", "--fit.micro_batch_size", "2")
 ALIGN = {
     "sd35m_flow_grpo_fast": ("--rollout.num_steps", "4", "--rollout.group_size", "2"),
-    "sd35m_refl": ("--rollout.num_steps", "4", "--refl.stop_range", "3", "3"),
 }
 ONE_ITERATION = (
     *("--iterations", "1", "--rollout.prompts_per_iteration", "2", "--learner.micro_batch_size", "2"),
-    *("--workers.learner_ranks", "1", "--golden.dev_samples", "2", "--golden.test_samples", "2"),
+    *("--workers.gpus", "1", "--golden.dev_samples", "2", "--golden.test_samples", "2"),
     *("--golden.guidances", "1", "--golden.aligned_guidances", "1"),
 )
 

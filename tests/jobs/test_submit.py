@@ -121,12 +121,6 @@ def test_a_submitted_job_aligns_and_an_uninvited_client_is_refused(cluster, home
     assert refused.returncode != 0
     assert "401" in refused.stdout + refused.stderr or "nauthor" in refused.stdout + refused.stderr
 
-    failed = submit(cluster, *ALIGN, "--iteration", "1")
-    assert failed.returncode != 0
-    assert "failed with exit code 2" in failed.stdout
-    said = {line for line in failed.stdout.splitlines() if line.startswith(("error", "Traceback"))}
-    assert said == {"error: --iteration: unknown key; did you mean --iterations?"}  # by the job, and by Ray once more
-
     done = submit(cluster, *ALIGN, *SHORT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     run_dir = home / "dina_rl" / "shapes_flow_grpo_fast"
@@ -137,4 +131,6 @@ def test_a_submitted_job_aligns_and_an_uninvited_client_is_refused(cluster, home
 
     lost = submit(cluster, *ALIGN, "--run-dir", "runs/lost")
     assert lost.returncode != 0
-    assert "run_dir runs/lost is relative: in a submitted job" in lost.stdout + lost.stderr
+    assert "failed with exit code 2" in lost.stdout
+    (said,) = {line for line in lost.stdout.splitlines() if line.startswith(("error", "Traceback"))}  # Ray repeats it
+    assert said.startswith("error: run_dir runs/lost is relative: in a submitted job")
