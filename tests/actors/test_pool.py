@@ -163,11 +163,15 @@ def test_a_dead_actor_is_replaced_synced_and_its_item_redone(pool, tmp_path):
 def test_a_new_actor_is_told_the_last_of_each_subject_in_order(shared_pool, handles):
     for factor, about in ((2, "weights"), (3, "turn"), (4, "weights"), (5, "turn")):
         shared_pool.broadcast(lambda actor, factor=factor: actor.set_factor.remote(factor), about=about)
-    made = len(handles)
-    ray.kill(handles[-1])
+    made, victim = len(handles), handles[-1]
+    ray.kill(victim)
+    with pytest.raises(ray.exceptions.RayActorError):  # it lives on for a moment, and might answer
+        while True:
+            ray.get(victim.multiply.remote(1), timeout=60)
+    shared_pool.broadcast(lambda actor: actor.set_factor.remote(6), about="weights")
     shared_pool.wait_until_ready()
     assert len(handles) == made + 1
-    assert ray.get(handles[-1].multiply.remote(10), timeout=60) == 50
+    assert ray.get(handles[-1].multiply.remote(10), timeout=60) == 60  # the weights came after the turn
 
 
 def test_an_actor_killed_from_outside_mid_item_is_replaced(pool, handles, tmp_path):
