@@ -115,6 +115,12 @@ def single() -> Iterator[Pool]:
     pool.shutdown()
 
 
+def wait_until_dead(actor: ray.actor.ActorHandle) -> None:
+    """A killed actor lives on for a moment, and might answer. Raises RayActorError when it does not."""
+    while True:
+        ray.get(actor.multiply.remote(1), timeout=60)
+
+
 def values(refs: list[ray.ObjectRef]) -> list[int]:
     return ray.get(refs, timeout=60)
 
@@ -165,9 +171,8 @@ def test_a_new_actor_is_told_the_last_of_each_subject_in_order(shared_pool, hand
         shared_pool.broadcast(lambda actor, factor=factor: actor.set_factor.remote(factor), about=about)
     made, victim = len(handles), handles[-1]
     ray.kill(victim)
-    with pytest.raises(ray.exceptions.RayActorError):  # it lives on for a moment, and might answer
-        while True:
-            ray.get(victim.multiply.remote(1), timeout=60)
+    with pytest.raises(ray.exceptions.RayActorError):
+        wait_until_dead(victim)
     shared_pool.broadcast(lambda actor: actor.set_factor.remote(6), about="weights")
     shared_pool.wait_until_ready()
     assert len(handles) == made + 1
