@@ -8,6 +8,7 @@ import ray
 import torch
 
 from actors.gang import GangMember
+from actors.shifts import OnSharedGPU
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.config import AlignRun
@@ -16,7 +17,7 @@ from dina_rl.sleep import SharedGPU
 from dina_rl.types import PolicyWeights, Rollout, TrainingGroup
 
 
-class LearnerActor(GangMember):
+class LearnerActor(GangMember, OnSharedGPU):
     """A rank of the gang. What every rank computes alike is sent to the driver by rank 0 alone."""
 
     def __init__(self, rank: int, run: AlignRun) -> None:
@@ -26,14 +27,6 @@ class LearnerActor(GangMember):
         self._learner: PolicyLearner
         self._offered: dict[int, PolicyWeights] = {}
         self._gpu = SharedGPU(sleeps=run.workers.sleep)
-
-    @ray.method
-    def rest(self) -> None:
-        self._gpu.rest()
-
-    @ray.method
-    def wake(self) -> None:
-        self._gpu.wake()
 
     @ray.method
     def build(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import ray
 
+from actors.shifts import OnSharedGPU
 from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.config import AlignRun
@@ -12,19 +13,11 @@ from dina_rl.sleep import SharedGPU
 from dina_rl.types import PolicyWeights, Rollout, WorkItem
 
 
-class RolloutActor:
+class RolloutActor(OnSharedGPU):
     def __init__(self, run: AlignRun) -> None:
         configure_process(run.workers.threads_per_actor)
         self._worker = RolloutWorker(run)
         self._gpu = SharedGPU(sleeps=run.workers.sleep)
-
-    @ray.method
-    def rest(self) -> None:
-        self._gpu.rest()
-
-    @ray.method
-    def wake(self) -> None:
-        self._gpu.wake()
 
     @ray.method
     def load_weights(self, weights: PolicyWeights) -> int:

@@ -3,6 +3,7 @@
 import ray
 import torch
 
+from actors.shifts import OnSharedGPU
 from dina_rl.alignment.measurement import EvaluationSamples
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.config import AlignRun
@@ -11,19 +12,11 @@ from dina_rl.sleep import SharedGPU
 from dina_rl.types import Rollout
 
 
-class ScorerActor:
+class ScorerActor(OnSharedGPU):
     def __init__(self, run: AlignRun) -> None:
         configure_process(run.workers.threads_per_actor)
         self._worker = ScoringWorker(run)
         self._gpu = SharedGPU(sleeps=run.workers.sleep)
-
-    @ray.method
-    def rest(self) -> None:
-        self._gpu.rest()
-
-    @ray.method
-    def wake(self) -> None:
-        self._gpu.wake()
 
     @ray.method
     def score(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:

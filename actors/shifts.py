@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import ray
+
 from dina_rl.alignment.layout import Kind
 from dina_rl.config import WorkersConfig
+from dina_rl.sleep import SharedGPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +16,20 @@ class _Crew:
 
     rest: Callable[[], None]
     wake: Callable[[], None]
+
+
+class OnSharedGPU:
+    """What `Shifts` tells an actor; who is one sets `_gpu`."""
+
+    _gpu: SharedGPU
+
+    @ray.method
+    def rest(self) -> None:
+        self._gpu.rest()
+
+    @ray.method
+    def wake(self) -> None:
+        self._gpu.wake()
 
 
 class Shifts:

@@ -170,7 +170,7 @@ def file_digest(file: Path, *, whole: int = WHOLE_BYTES) -> str:
 
 def _weights_digest(part: Path, variant: str | None) -> str | None:
     """Of the tensors in a part of a pipeline, however they are cut into files; None: they are not all here."""
-    files = _weight_files(part, variant)
+    files = weight_files(part, variant)
     if not files:
         return None
     try:
@@ -181,7 +181,7 @@ def _weights_digest(part: Path, variant: str | None) -> str | None:
         return None
 
 
-def _weight_files(part: Path, variant: str | None) -> list[Path]:
+def weight_files(part: Path, variant: str | None) -> list[Path]:
     """What `from_pretrained` would load: files of the variant, else plain ones; safetensors before pickles."""
     found = sorted(part.glob("*.safetensors"))
     named = [file for file in found if variant is not None and file.name.split(".")[1].startswith(variant)]

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
+from dina_rl.fingerprint import local_directory, weight_files
+
 LARGE = 64 * 2**20
 """Bytes below which nothing is said: what is so small is there at once."""
 
@@ -59,14 +61,7 @@ def on_disk(what: str, path: str | Path, variant: str | None = None) -> int | No
     if root is None:
         return None
     folders = [root / "."] if what not in FOLDERS else sorted(root.glob(FOLDERS[what]))
-    return sum(file.stat().st_size for folder in folders for file in _weight_files(folder, variant))
-
-
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """Of a folder that may hold the same weights in several variants: NAME.safetensors, NAME.fp16.safetensors."""
-    found = list(folder.glob("*.safetensors"))
-    named = [file for file in found if variant is not None and file.name.split(".")[1].startswith(variant)]
-    return named or [file for file in found if file.name.count(".") == 1] or found
+    return sum(file.stat().st_size for folder in folders for file in weight_files(folder, variant))
 
 
 def shown_bytes(count: int) -> str:
@@ -74,16 +69,8 @@ def shown_bytes(count: int) -> str:
 
 
 def _directory(path: str | Path) -> Path | None:
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = [try_to_load_from_cache(str(path), name) for name in ("model_index.json", "config.json")]
-    except HFValidationError:
-        return None
-    return next((Path(file).parent for file in found if isinstance(file, str)), None)
+    found = (local_directory(str(path), name) for name in ("model_index.json", "config.json"))
+    return next((directory for directory in found if directory is not None), None)
 
 
 def _takes_time(size: int | None) -> bool:

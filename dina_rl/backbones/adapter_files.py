@@ -113,6 +113,7 @@ def read_adapter(file: Path, convert: Convert) -> dict[str, LoRALayer]:
 def _converted(file: Path, tensors: Tensors, convert: Convert) -> Tensors:
     try:
         return convert(dict(tensors))
+    # Stock converters check little: on keys that are not theirs they fail wherever their parsing first meets one.
     except (ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"learner.lora.init: {file} has keys of another program that cannot be converted (first: {min(tensors)!r})"

@@ -20,9 +20,16 @@ from dina_rl.backbones.files import Need, check_files
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
 from dina_rl.backbones.source import Options, Source, refuse_distilled_guidance
-from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by, own_text_length
+from dina_rl.backbones.text import (
+    CACHED_PROMPTS,
+    CachedTextEncoder,
+    CutPrompts,
+    cut_by,
+    load_text_pipeline,
+    load_tokenizers,
+    own_text_length,
+)
 from dina_rl.backbones.transformer import load_frozen, without_weights
-from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -125,16 +132,7 @@ class Flux:
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """T5's tokens and CLIP-L's pooled embedding through the stock pipeline's `encode_prompt`."""
         self.check("text")
-        with loading(TEXT, self.path, self._source.variant):
-            pipeline = FluxPipeline.from_pretrained(
-                self.path,
-                transformer=None,
-                vae=None,
-                dtype=self.dtype,
-                revision=self._source.revision,
-                variant=self._source.variant,
-            )
-            pipeline.to(self.device)
+        pipeline = load_text_pipeline(FluxPipeline, self._source, self._options)
 
         def encode(prompt: str) -> PromptEmbeds:
             embeds, pooled, _ = pipeline.encode_prompt(
@@ -146,14 +144,7 @@ class Flux:
 
     def cut_prompts(self, prompts: Sequence[str]) -> CutPrompts:
         """By CLIP-L and by T5."""
-        pipeline = FluxPipeline.from_pretrained(
-            self.path,
-            transformer=None,
-            vae=None,
-            text_encoder=None,
-            text_encoder_2=None,
-            revision=self._source.revision,
-        )
+        pipeline = load_tokenizers(FluxPipeline, self._source, {"text_encoder": None, "text_encoder_2": None})
         clip, t5 = pipeline.tokenizer, pipeline.tokenizer_2
         return cut_by((("CLIP", clip, clip.model_max_length), ("T5", t5, self.max_sequence_length)), prompts)
 

@@ -16,9 +16,16 @@ from dina_rl.backbones.files import Need, check_files, left_out
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import scheduled_sigmas
 from dina_rl.backbones.source import Options, Source, check_config, refuse_distilled_guidance
-from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, cut_by, own_text_length
+from dina_rl.backbones.text import (
+    CACHED_PROMPTS,
+    CachedTextEncoder,
+    CutPrompts,
+    cut_by,
+    load_text_pipeline,
+    load_tokenizers,
+    own_text_length,
+)
 from dina_rl.backbones.transformer import load_frozen, without_weights
-from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -117,17 +124,9 @@ class SD3:
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """CLIP-L, CLIP-G and T5 through the stock pipeline's `encode_prompt`; zeros for T5 where there is none."""
         self.check("text")
-        with loading(TEXT, self.path, self._source.variant):
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                self.path,
-                transformer=None,
-                vae=None,
-                dtype=self.dtype,
-                revision=self._source.revision,
-                variant=self._source.variant,
-                **left_out(self._source, T5_PARTS),
-            )
-            pipeline.to(self.device)
+        pipeline = load_text_pipeline(
+            StableDiffusion3Pipeline, self._source, self._options, left_out(self._source, T5_PARTS)
+        )
         if pipeline.text_encoder_3 is None:
             pipeline.register_modules(transformer=self.empty_transformer())  # the zeros' width is read of it
 
@@ -146,14 +145,9 @@ class SD3:
 
     def cut_prompts(self, prompts: Sequence[str]) -> CutPrompts:
         """By CLIP-L, whose tokens are CLIP-G's, and by T5."""
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            self.path,
-            transformer=None,
-            vae=None,
-            text_encoder=None,
-            text_encoder_2=None,
-            revision=self._source.revision,
-            **{"text_encoder_3": None, **left_out(self._source, T5_PARTS)},
+        encoders = {"text_encoder": None, "text_encoder_2": None, "text_encoder_3": None}
+        pipeline = load_tokenizers(
+            StableDiffusion3Pipeline, self._source, {**encoders, **left_out(self._source, T5_PARTS)}
         )
         clip, t5 = pipeline.tokenizer, pipeline.tokenizer_3
         return cut_by((("CLIP", clip, clip.model_max_length), ("T5", t5, self.max_sequence_length)), prompts)

@@ -1,20 +1,25 @@
 """Prompts to embeddings, each distinct prompt once; and which prompts are too long for that."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
+from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from dina_rl.backbones.source import Source
+from dina_rl.backbones.source import Options, Source
+from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
 # What a prompt costs in bfloat16: SD3.5 2.7 MB (333 tokens), FLUX 4.2 MB (512), Z-Image 2.6 MB (512), so 11 to 17 GB
 # when full; the tiny world 4 KB.
 CACHED_PROMPTS = 4096
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 CutPrompts = dict[str, list[str]]
 """Prompts that a text encoder does not read to their end, by its name and length."""
@@ -26,6 +31,32 @@ def own_text_length(pipeline: type[DiffusionPipeline], source: Source, tokenizer
     config = get_tokenizer_config(source.path, subfolder=tokenizer, revision=source.revision)
     own: int = config.get("model_max_length", stock)
     return min(stock, own)
+
+
+def load_text_pipeline(
+    cls: type[Pipeline], source: Source, options: Options, left_out: Mapping[str, None] = MappingProxyType({})
+) -> Pipeline:
+    """Text encoders and tokenizers of a pipeline as its stock class loads them, but for parts that it is without."""
+    with loading(TEXT, source.path, source.variant):
+        pipeline: Pipeline = cls.from_pretrained(
+            source.path,
+            transformer=None,
+            vae=None,
+            dtype=options.dtype,
+            revision=source.revision,
+            variant=source.variant,
+            **left_out,
+        )
+        pipeline.to(options.device)
+    return pipeline
+
+
+def load_tokenizers(cls: type[Pipeline], source: Source, left_out: Mapping[str, None]) -> Pipeline:
+    """The tokenizers of a pipeline; `left_out` names its text encoders too."""
+    pipeline: Pipeline = cls.from_pretrained(
+        source.path, transformer=None, vae=None, revision=source.revision, **left_out
+    )
+    return pipeline
 
 
 class CachedTextEncoder:

@@ -23,9 +23,16 @@ from dina_rl.backbones.files import Need, check_files
 from dina_rl.backbones.lora import export_adapter
 from dina_rl.backbones.schedule import shifted_sigmas
 from dina_rl.backbones.source import Options, Source, refuse_distilled_guidance
-from dina_rl.backbones.text import CACHED_PROMPTS, CachedTextEncoder, CutPrompts, longer, own_text_length
+from dina_rl.backbones.text import (
+    CACHED_PROMPTS,
+    CachedTextEncoder,
+    CutPrompts,
+    load_text_pipeline,
+    load_tokenizers,
+    longer,
+    own_text_length,
+)
 from dina_rl.backbones.transformer import load_frozen, without_weights
-from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -166,16 +173,7 @@ class ZImage:
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """Qwen3's last hidden states but one of the chat, through the stock pipeline's `encode_prompt`."""
         self.check("text")
-        with loading(TEXT, self.path, self._source.variant):
-            pipeline = ZImagePipeline.from_pretrained(
-                self.path,
-                transformer=None,
-                vae=None,
-                dtype=self.dtype,
-                revision=self._source.revision,
-                variant=self._source.variant,
-            )
-            pipeline.to(self.device)
+        pipeline = load_text_pipeline(ZImagePipeline, self._source, self._options)
 
         def encode(prompt: str) -> PromptEmbeds:
             (tokens,), _ = pipeline.encode_prompt(
@@ -194,9 +192,7 @@ class ZImage:
 
     def cut_prompts(self, prompts: Sequence[str]) -> CutPrompts:
         """By Qwen3, in the chat that the stock pipeline makes of a prompt."""
-        pipeline = ZImagePipeline.from_pretrained(
-            self.path, transformer=None, vae=None, text_encoder=None, revision=self._source.revision
-        )
+        pipeline = load_tokenizers(ZImagePipeline, self._source, {"text_encoder": None})
 
         def chat(prompt: str) -> str:
             text: str = pipeline.tokenizer.apply_chat_template(
