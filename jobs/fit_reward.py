@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dina_rl.backbones.base import Backbone
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import FitRun
-from dina_rl.reward.fit import FitResult
 from dina_rl.reward.inline import work_here
 from dina_rl.reward.job import FitWork, fit_reward
+from dina_rl.reward.outcome import FitResult
 from dina_rl.reward.session import REWARD_BEST
 from dina_rl.runtime import configure_process
 from jobs.encode import DEFAULT_CONFIG

@@ -16,7 +16,8 @@ from dina_rl.data.stores.open import open_store
 from dina_rl.reward.fit import RewardFit
 from dina_rl.reward.inputs import open_encoder
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import Outcome, run_fit
+from dina_rl.reward.outcome import Outcome
+from dina_rl.reward.session import run_fit
 from dina_rl.runtime import configure_process, open_pipeline
 from jobs.pair_stream import pair_batches
 

@@ -11,8 +11,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from dina_rl.config import FitRun
 from dina_rl.errors import RunStopped
 from dina_rl.loading import announce
-from dina_rl.reward.inputs import loads
-from dina_rl.reward.session import LOG_FILE, Outcome
+from dina_rl.reward.outcome import LOG_FILE, Outcome
 from jobs.cluster import visible_gpus
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
@@ -32,6 +31,8 @@ class RayTraining:
     """`Training` by Ray Train. Ray must be initialised."""
 
     def train(self, run: FitRun, latents: Path, run_dir: Path) -> Outcome:
+        from dina_rl.reward.inputs import loads  # here: Ray Train's controller imports this module, and needs no models
+
         announce(f"{run.fit.num_workers} workers", loads(run, latents))
         with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
             result = _trainer(run, run_dir, latents).fit()
@@ -51,7 +52,7 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
         return pair_dataset(run, latents, first_step=_checkpointed_step(train_dir))
 
     def on_worker() -> Outcome | Stopped:
-        # Imported here: the driver and Ray Train's controller need no models, and importing those takes seconds of CPU.
+        # Imported here: see above. It takes seconds of CPU.
         from jobs.fit_worker import fit_on_worker
 
         try:

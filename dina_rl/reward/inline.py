@@ -16,11 +16,12 @@ from dina_rl.data.stores.latents import PairStore
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.units import TrainingBatch, fit_units, read_units
-from dina_rl.reward.fit import FitResult, RewardFit, StepReport
+from dina_rl.reward.fit import RewardFit, StepReport
 from dina_rl.reward.inputs import open_encoder
 from dina_rl.reward.job import FitWork, fit_reward
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import Outcome, run_fit
+from dina_rl.reward.outcome import FitResult, Outcome
+from dina_rl.reward.session import run_fit
 
 
 class TrainingHere:

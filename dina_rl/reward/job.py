@@ -23,7 +23,7 @@ from dina_rl.data.stores.latents import LatentStore
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.units import Units, fit_units
-from dina_rl.reward.fit import METRICS_FILE, FitResult, rate_factor
+from dina_rl.reward.fit import rate_factor
 from dina_rl.reward.inputs import (
     check_fit_inputs,
     encode_missing,
@@ -32,7 +32,8 @@ from dina_rl.reward.inputs import (
     unseen_pairs,
     without_embeddings,
 )
-from dina_rl.reward.session import Outcome, result_of
+from dina_rl.reward.outcome import METRICS_FILE, FitResult, Outcome
+from dina_rl.reward.session import result_of
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import open_pipeline
 from dina_rl.textfiles import read_text

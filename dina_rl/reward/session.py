@@ -11,7 +11,6 @@ The Ray Train worker and the fit without Ray run this same function. In the run 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol
@@ -30,13 +29,13 @@ from dina_rl.data.stores.order import evaluation_batches
 from dina_rl.data.stores.units import TrainingBatch
 from dina_rl.markdown import grid, settings
 from dina_rl.reward.checkpoint import save_reward
-from dina_rl.reward.fit import REWARD, Accuracies, FitResult, RewardFit, StepReport, fit
+from dina_rl.reward.fit import REWARD, RewardFit, StepReport, fit
 from dina_rl.reward.held_out import pairwise_accuracy, score_pairs, store_ceiling
 from dina_rl.reward.model import LatentRewardModel
+from dina_rl.reward.outcome import LOG_FILE, Accuracies, FitResult, Outcome
 from dina_rl.runtime import image_size
 from dina_rl.textfiles import read_text
 
-LOG_FILE = "fit.jsonl"
 TENSORBOARD = "tensorboard"
 REWARD_BEST = "reward_best"
 LOG_EVERY = 10
@@ -68,17 +67,6 @@ class OneRank:
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
         return [values]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What `run_fit` returns, the same on every rank."""
-
-    held_out: Accuracies
-    best_step: int | None
-    best_accuracy_single: float | None
-    pairs_per_second: float
-    fit_seconds: float
 
 
 def run_fit(

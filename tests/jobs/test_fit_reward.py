@@ -16,10 +16,11 @@ from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, SKIPPED_FILE
 from dina_rl.data.images import load_image
 from dina_rl.data.stores.latents import LatentStore
-from dina_rl.reward.fit import METRICS_FILE, REWARD, FitResult, RewardFit, fit
+from dina_rl.reward.fit import REWARD, RewardFit, fit
 from dina_rl.reward.inline import fit_inline, training_batches
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD
+from dina_rl.reward.outcome import LOG_FILE, METRICS_FILE, FitResult
+from dina_rl.reward.session import REWARD_BEST, TENSORBOARD
 from dina_rl.runtime import open_pipeline
 from jobs import encode, fit_reward, training
 from tests.processes import title_of

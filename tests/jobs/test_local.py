@@ -21,7 +21,9 @@ SHORT = [
     *("--fit.steps", "12", "--fit.batch-size", "24", "--fit.warmup-steps", "4", "--fit.checkpoint-every", "6"),
     *("--iterations", "2", "--rollout.prompts-per-iteration", "4", "--rollout.groups-per-call", "1"),
     *("--learner.micro-batch-size", "12", "--golden.dev-samples", "8", "--golden.test-samples", "8"),
-    *("--golden.guidances", "1", "2", "--golden.aligned-guidances", "2", "--fit.num-workers", "1"),
+    *("--golden.guidances", "1", "2", "--golden.aligned-guidances", "2"),
+    # One of each: that more give the same is said in tests/actors, and every process loads torch.
+    *("--fit.num-workers", "1", "--workers.rollout-workers", "1", "--workers.learner-ranks", "1"),
 ]
 SUMMARY = {
     "reward": {"accuracy_single", "accuracy_ensemble", "label_ceiling"},

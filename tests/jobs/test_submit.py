@@ -28,6 +28,7 @@ SHORT = (
     *("--iterations", "1", "--rollout.prompts-per-iteration", "2", "--rollout.group-size", "4"),
     *("--rollout.num-steps", "4", "--learner.micro-batch-size", "2", "--golden.dev-samples", "8"),
     *("--golden.test-samples", "8", "--golden.guidances", "2", "--golden.aligned-guidances", "2"),
+    *("--workers.rollout-workers", "1", "--workers.scorers", "1", "--workers.learner-ranks", "1"),
 )
 
 

@@ -14,7 +14,8 @@ from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.fit import REWARD, RewardFit
 from dina_rl.reward.inline import training_batches
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.session import LOG_FILE, REWARD_BEST, TENSORBOARD, Outcome, run_fit
+from dina_rl.reward.outcome import LOG_FILE, Outcome
+from dina_rl.reward.session import REWARD_BEST, TENSORBOARD, run_fit
 from dina_rl.runtime import open_pipeline
 from tests.tiny_preprocessed import write_part
 from tests.tiny_reward import TINY_REWARD, write_store

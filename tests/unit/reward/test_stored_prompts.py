@@ -13,7 +13,7 @@ from dina_rl.data.stores.latents import LatentStore
 from dina_rl.data.stores.prompts import PROMPTS, PromptsInfo, PromptStore
 from dina_rl.reward.fit import REWARD
 from dina_rl.reward.inline import fit_inline
-from dina_rl.reward.session import LOG_FILE
+from dina_rl.reward.outcome import LOG_FILE
 from dina_rl.runtime import open_pipeline
 from tests.tensors import assert_same_tensors
 from tests.tiny_reward import TINY_REWARD, write_preferences, write_store

@@ -1,0 +1,187 @@
+"""The colocated layout against the split one, beside what `--plan` says of them: `python -m benchmarks.layouts`.
+
+Cores stand for GPUs: Ray is told of two for each layout, every actor computes with one thread on the core that stands
+for its GPU, and nobody else works. Colocated: both cores hold a rollout actor, a scorer and a learner rank, in turns.
+Split: one core samples; a scorer and a rank share the other. Both are up at once and take turns by iteration, and a
+ratio is of neighbours. Real actors, a real DeepSpeed learner, the miniature SD3.5 and a reward model of random weights:
+three minutes on two cores that have nothing else to do.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import psutil
+import ray
+import torch
+
+from actors.alignment import open_actors
+from dina_rl.alignment.algorithms.registry import open_algorithm
+from dina_rl.alignment.costs import count_costs
+from dina_rl.alignment.layout import KINDS, Kind, layout_of
+from dina_rl.alignment.loop import plan
+from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.skeletons import open_skeletons
+from dina_rl.alignment.timeline import Timeline, count_operations, count_passes, timeline
+from dina_rl.cli import fail, load
+from dina_rl.config import AlignRun, LoRAConfig, RewardModelConfig
+from dina_rl.config.base import Positive, Section
+from dina_rl.reward.checkpoint import save_reward
+from dina_rl.reward.model import LatentRewardModel
+from dina_rl.runtime import configure_process, open_pipeline
+
+CORES = 2
+COLOCATED, SPLIT = "colocated", "split"
+LAYOUTS = {
+    COLOCATED: {"gpus": CORES},
+    SPLIT: {
+        **{"rollout_workers": 1, "scorers": 1, "learner_ranks": 1},
+        **{"gpus_per_rollout": 1, "gpus_per_scorer": 0.5, "gpus_per_rank": 0.5},
+    },
+}
+CORES_OF: dict[str, dict[Kind, tuple[int, ...]]] = {
+    COLOCATED: {kind: tuple(range(CORES)) for kind in KINDS},
+    SPLIT: {"rollout": (0,), "scorer": (1,), "learner": (1,)},
+}
+TITLES: dict[Kind, str] = {"rollout": "ray::RolloutActor", "scorer": "ray::ScorerActor", "learner": "ray::LearnerActor"}
+
+
+class BenchmarkRun(Section):
+    """Seconds of an iteration by layout."""
+
+    iterations: Positive = 6
+    """iterations of each layout, after one that does not count"""
+    prompts: Positive = 8
+    """groups of an iteration"""
+    group_size: Positive = 12
+    """samples of a group"""
+    micro_batch_size: Positive = 24
+    """samples of a learner's forward"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What was measured and what was planned, by layout."""
+
+    seconds: dict[str, list[float]]  # of every iteration
+    planned: dict[str, Timeline]
+
+
+def alignment(run: BenchmarkRun, layout: str, directory: Path) -> AlignRun:
+    """Flow-GRPO-Fast on the miniature world, as `configs/shapes_flow_grpo_fast.yaml` has it."""
+    return AlignRun.model_validate(
+        {
+            "run_dir": directory / layout,
+            "rewards": {"dina": {"path": str(directory / "reward"), "levels": [0.4]}},
+            "rollout": {
+                **{"num_steps": 10, "guidance_scale": 2.0, "noise_level": 0.7, "window_steps": 3},
+                **{"prompts_per_iteration": run.prompts, "group_size": run.group_size, "groups_per_call": 2},
+            },
+            "grpo": {"clip_range": 1e-4, "kl_weight": 0.1},
+            "learner": {
+                **{"lora": {"rank": 16, "alpha": 32}, "updates_per_iteration": 2},
+                **{"micro_batch_size": run.micro_batch_size},
+            },
+            "workers": LAYOUTS[layout],
+        }
+    )
+
+
+def planned(run: AlignRun) -> Timeline:
+    """An iteration as `--plan` counts it."""
+    algorithm = open_algorithm(run)
+    with open_skeletons(run) as (local, models):
+        costs = count_costs(local, models)
+    passes = count_passes(run, algorithm.work())
+    counted = count_operations(run, passes, costs, with_gradient=algorithm.wants_reward_gradients)
+    line = timeline(run, layout_of(run.workers), counted)
+    assert line is not None, "every actor has a GPU"
+    return line
+
+
+def pin(layout: str, processes: Sequence[psutil.Process]) -> None:
+    """Let every actor among `processes` compute on its own core alone; all actors of a kind are alike."""
+    for kind, cores in CORES_OF[layout].items():
+        actors = [process for process in processes if process.cmdline()[:1] == [TITLES[kind]]]
+        assert len(actors) == len(cores), f"{len(actors)} actors are called {TITLES[kind]}"
+        for actor, core in zip(actors, cores, strict=True):
+            for thread in actor.threads():
+                os.sched_setaffinity(thread.id, {core})
+
+
+@contextmanager
+def iterations(run: AlignRun, layout: str) -> Iterator[Callable[[int], None]]:
+    """A function that does one iteration of the loop on actors that are up."""
+    algorithm, prompts = open_algorithm(run), load_prompts(run.prompts)
+    before = set(psutil.Process().children(recursive=True))
+    with open_actors(run) as (experience, learner):
+        pin(layout, [each for each in psutil.Process().children(recursive=True) if each not in before])
+        experience.publish(learner.policy())
+
+        def iterate(iteration: int) -> None:
+            groups = experience.collect(plan(run, prompts.train, iteration))
+            scores = {name: torch.stack([group.scores[name] for group in groups]) for name in run.rewards.scorers}
+            advantages = algorithm.weigh(scores)
+            learner.update(iteration, [group.handle for group in groups], advantages.values, 1.0)
+            experience.publish(learner.policy())
+
+        yield iterate
+
+
+def measure(run: BenchmarkRun) -> Result:
+    """Iterations of both layouts in turns."""
+    with TemporaryDirectory() as scratch, ExitStack() as stack:
+        directory = Path(scratch)
+        runs = {layout: alignment(run, layout, directory) for layout in LAYOUTS}
+        backbone = open_pipeline(runs[SPLIT].pipeline)
+        reward = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=16, alpha=32))
+        save_reward(LatentRewardModel(backbone, reward, seed=0), directory / "reward", pipeline=runs[SPLIT].pipeline)
+        ray.init(
+            **{"address": "local", "include_dashboard": False, "log_to_driver": False},
+            **{"num_cpus": CORES, "num_gpus": CORES * len(LAYOUTS), "_node_ip_address": "127.0.0.1"},
+        )
+        stack.callback(ray.shutdown)
+        opened = {layout: stack.enter_context(iterations(each, layout)) for layout, each in runs.items()}
+        seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
+        for iteration in range(run.iterations + 1):
+            for layout, iterate in opened.items():
+                begin = perf_counter()
+                iterate(iteration)
+                if iteration:  # the first one warms up
+                    seconds[layout].append(perf_counter() - begin)
+        return Result(seconds=seconds, planned={layout: planned(each) for layout, each in runs.items()})
+
+
+def table(result: Result) -> str:
+    """Seconds and shares by layout, and the ratio as measured and as planned."""
+    lines = [f"{'':<20}{'min':>8}{'median':>8}{'max':>8}{'planned busy':>14}"]
+    for layout, values in result.seconds.items():
+        numbers = "".join(f"{f(values):>8.2f}" for f in (min, median, max))
+        lines.append(f"{layout + ', s':<20}{numbers}{result.planned[layout].mean_busy:>14.0%}")
+    ratios = [a / b for a, b in zip(result.seconds[COLOCATED], result.seconds[SPLIT], strict=True)]
+    numbers = "".join(f"{f(ratios):>8.2f}" for f in (min, median, max))
+    lines.append(f"{'colocated / split':<20}{numbers}")
+    plan = result.planned[COLOCATED].length / result.planned[SPLIT].length
+    lines.append(f"{'  by the plan':<20}{plan:>16.2f}; measured is {median(ratios) / plan - 1:+.0%} from it")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    run = load(BenchmarkRun, argv, program="python -m benchmarks.layouts")
+    cores = len(os.sched_getaffinity(0))
+    if cores < CORES:
+        fail(f"{CORES} cores stand for GPUs here; this process may use {cores}")
+    configure_process(1)
+    result = measure(run)
+    print(f"{CORES} cores as GPUs; {run.iterations} iterations of {run.prompts} x {run.group_size} images by layout")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
