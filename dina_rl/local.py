@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         check_fit(run.fit_run(run.run_dir, run.run_dir), backbone)
         align.check_adapter(run, backbone)
         check_captions(run.prompts, load_prompts(run.prompts), run.golden)
-        align.check_clip_models(run)
+        align.check_image_scorers(run)
     except ValueError as error:
         fail(str(error))
     with ExitStack() as stack:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dina_rl import loading, runtime
 from dina_rl.backbones.base import Backbone, LatentCodec, TextEncoder
-from dina_rl.config import PictureScorerConfig, PipelineConfig
+from dina_rl.config import ImageScorerConfig, PictureScorerConfig, PipelineConfig
 from dina_rl.data.buckets import Size, assign
 from dina_rl.data.images import MAX_PIXELS, image_size, load_image
 from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, on_disk
@@ -66,7 +66,7 @@ class PictureScorer:
     Attributes:
         config: what it was opened with; for a DiNa-LRM with what the card decided filled in.
         space: what the scorer itself reads, "latents" or "images"; the other is encoded or decoded first.
-        card: of the reward model; None for a CLIP model.
+        card: of the reward model; None for a scorer of images.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class PictureScorer:
     def _picture_size(self, size: Size) -> Size:
         """(height, width) at which an image file of that size is scored.
 
-        As in the fit: stretched to its one size, or to the bucket of its aspect. A CLIP model, which has its own
+        As in the fit: stretched to its one size, or to the bucket of its aspect. A scorer of images, which has its own
         preprocessing, gets the image as it is.
         """
         if not self._sizes:
@@ -268,13 +268,14 @@ def open_scorer(
     config = scorer if isinstance(scorer, PictureScorerConfig) else PictureScorerConfig(path=str(scorer))
     if pipeline is not None:
         config = config.model_copy(update={"pipeline": str(pipeline)})
-    return _open_dina(config, seed) if config.kind == "dina" else _open_images(config, seed)
+    images = config.of_images
+    return _open_dina(config, seed) if images is None else _open_images(config, images, seed)
 
 
 def loads(config: PictureScorerConfig) -> Sizes:
     """What a process loads that scores images by `config`. Raises ValueError where there is no such reward model."""
-    if config.kind != "dina":
-        return {config.kind: on_disk(config.kind, config.clip.path)}
+    if config.of_images is not None:
+        return {config.kind: on_disk(config.kind, config.of_images.path)}
     pipeline = dina_pipeline(config, read_card(config.dina.location))
     return loading.sizes(pipeline.location, TRANSFORMER, TEXT, VAE, variant=pipeline.variant)
 
@@ -334,7 +335,7 @@ def _open_dina(config: PictureScorerConfig, seed: int) -> PictureScorer:
     return PictureScorer(config, dina, parts=Parts(backbone), card=card, sizes=sizes, seed=seed)
 
 
-def _open_images(config: PictureScorerConfig, seed: int) -> PictureScorer:
+def _open_images(config: PictureScorerConfig, images: ImageScorerConfig, seed: int) -> PictureScorer:
     backbone = None
     if config.pipeline is not None:
         backbone = runtime.open_pipeline(
@@ -345,7 +346,7 @@ def _open_images(config: PictureScorerConfig, seed: int) -> PictureScorer:
                 dtype=config.dtype or "float32",
             )
         )
-    scorer = open_image_scorer(config.kind, config.clip, device=runtime.device())
+    scorer = open_image_scorer(images, device=runtime.device())
     parts = Parts(backbone)
     return PictureScorer(config, scorer, parts=parts, card=None, sizes=(), seed=seed, reduce=scorer.reduce)
 

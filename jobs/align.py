@@ -25,7 +25,7 @@ from dina_rl.config import AlignRun
 from dina_rl.reward.home import check_home
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, image_size, open_pipeline, sized
-from dina_rl.scorers.clip import check_clip
+from dina_rl.scorers.registry import check_image_scorer
 from jobs.submitted import check_results
 
 Run = TypeVar("Run", bound=AlignRun)
@@ -90,7 +90,7 @@ def preflight(run: AlignRun) -> Prompts:
     backbone.sigmas(run.rollout.num_steps, *size)
     check_adapter(run, backbone)
     notes = () if run.rewards.dina is None else check_home(run.rewards.dina, run.pipeline, backbone)
-    check_clip_models(run)
+    check_image_scorers(run)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
     check_captions(run.prompts, prompts, run.golden)
@@ -113,11 +113,11 @@ def check_adapter(run: AlignRun, backbone: Backbone) -> None:
         initial_state(module, lora, backbone.convert_adapter)
 
 
-def check_clip_models(run: AlignRun) -> None:
-    """Raises ValueError where a CLIP model of the rewards or of the golden metric cannot be read."""
-    for model in (run.golden.clip_model, run.rewards.pickscore, run.rewards.clip_score):
-        if model is not None:
-            check_clip(model)
+def check_image_scorers(run: AlignRun) -> None:
+    """Raises ValueError where a model of the rewards or of the golden metric cannot be read."""
+    for scorer in (run.golden.of_images, *run.rewards.of_images):
+        if scorer is not None:
+            check_image_scorer(scorer)
 
 
 def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:

@@ -1,6 +1,6 @@
 """What a run computes, in floating-point operations: each part counted once on tensors without data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -8,12 +8,12 @@ from functools import cache
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPModel, CLIPVisionConfig
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.footprint import FlashAttention, empty_inputs
 from dina_rl.alignment.skeletons import EmptyReward, Skeletons
 from dina_rl.config import AlignRun
+from dina_rl.scorers.base import EmptyImageScorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,22 +81,18 @@ def _latent_score(run: AlignRun, models: Skeletons, reward: EmptyReward, levels:
     return counter.get_total_flops()
 
 
-def _seen(run: AlignRun, models: Skeletons, clips: tuple[CLIPModel, ...]) -> int:
-    """One sample decoded and looked at by CLIP models."""
+def _seen(run: AlignRun, models: Skeletons, scorers: Sequence[EmptyImageScorer]) -> int:
+    """One sample decoded and looked at by scorers of images."""
     latents, _, _ = empty_inputs(run, models.backbone, 1)
     with operations() as counter:
         models.vae.decode(latents.to(models.backbone.dtype))
-    return counter.get_total_flops() + sum(_looked(clip) for clip in clips)
+    return counter.get_total_flops() + sum(map(_looked, scorers))
 
 
 @cache
-def _looked(clip: CLIPModel) -> int:
-    vision = clip.config.vision_config
-    assert isinstance(vision, CLIPVisionConfig)
-    edge = vision.image_size
-    assert isinstance(edge, int)
+def _looked(scorer: EmptyImageScorer) -> int:
     with operations() as counter:
-        clip.get_image_features(pixel_values=torch.empty(1, 3, edge, edge, device="meta"))
+        scorer.look()
     return counter.get_total_flops()
 
 

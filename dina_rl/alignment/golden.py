@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 
 from dina_rl import runtime
-from dina_rl.config import CLIPModelConfig, GoldenConfig
+from dina_rl.config import GoldenConfig, ImageScorerConfig
+from dina_rl.scorers.base import Conditions
+from dina_rl.scorers.registry import open_image_scorer
 from dina_rl.types import GoldenScores
 
 
@@ -25,21 +27,20 @@ def open_metric(config: GoldenConfig) -> GoldenMetric:
     Raises:
         ValueError: the model cannot be read.
     """
-    if config.clip_model is None:
+    if config.of_images is None:
         from dina_rl.shapes.metric import ShapesMetric
 
         return ShapesMetric()
-    return CLIPMetric(config.clip_model, learned_scale=config.scorer == "pickscore")
+    return ImageMetric(config.of_images)
 
 
-class CLIPMetric:
-    """`GoldenMetric` by PickScore or CLIPScore."""
+class ImageMetric:
+    """`GoldenMetric` by a scorer of images."""
 
-    def __init__(self, model: CLIPModelConfig, *, learned_scale: bool) -> None:
-        from dina_rl.scorers.clip import CLIPScorer
-
-        self._scorer = CLIPScorer(model, learned_scale=learned_scale, device=runtime.device())
+    def __init__(self, config: ImageScorerConfig) -> None:
+        self._scorer = open_image_scorer(config, device=runtime.device())
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> GoldenScores:
-        return GoldenScores(values=tuple(self._scorer.score(images, tuple(prompts)).tolist()), parts={})
+        scores = self._scorer(images, Conditions.of_images(prompts))
+        return GoldenScores(values=tuple(scores.tolist()), parts={})

@@ -1,5 +1,7 @@
 """What an alignment run is made from."""
 
+from dataclasses import replace
+
 from dina_rl.alignment.prompts import Prompts
 from dina_rl.backbones.adapter_files import adapter_file
 from dina_rl.checkpoint import Input
@@ -7,6 +9,7 @@ from dina_rl.config import AlignRun
 from dina_rl.fingerprint import file_parts, pipeline_parts, repository_parts, store_parts, text_parts
 from dina_rl.reward.home import find_home
 from dina_rl.reward.published import local_directory
+from dina_rl.scorers.registry import image_scorer_inputs
 
 
 def align_inputs(run: AlignRun, prompts: Prompts) -> list[Input]:
@@ -29,11 +32,9 @@ def align_inputs(run: AlignRun, prompts: Prompts) -> list[Input]:
     if run.algorithm == "refl" and run.refl.pretraining_weight:
         store = run.refl.pretraining_location
         inputs.append(Input(key="refl.pretraining_latents", path=str(store), parts=store_parts(store)))
-    models = {"golden": run.golden.clip_model}
-    models |= {"rewards.pickscore": run.rewards.pickscore, "rewards.clip_score": run.rewards.clip_score}
-    for section, model in models.items():
-        if model is not None:
-            for name, known in (("path", "config.json"), ("processor", "preprocessor_config.json")):
-                path = dict(model)[name]
-                inputs.append(Input(key=f"{section}.{name}", path=path, parts=repository_parts(path, known)))
+    sections = {f"rewards.{each.name}": each for each in run.rewards.of_images}
+    if run.golden.of_images is not None:
+        sections["golden"] = run.golden.of_images
+    for section, scorer in sections.items():
+        inputs += [replace(each, key=f"{section}.{each.key}") for each in image_scorer_inputs(scorer)]
     return inputs

@@ -71,7 +71,7 @@ def _gpu(layout: Layout, actors: Mapping[Kind, ActorFootprint], seats: Sequence[
 
 def _rollout(run: AlignRun, models: Skeletons, learner: LearnerFootprint) -> ActorFootprint:
     held = [models.transformer, models.vae, *models.text_encoders.values()]
-    held += [] if models.golden is None else [models.golden]
+    held += [] if models.golden is None else [models.golden.model]
     sampled = run.rollout.groups_per_call * run.rollout.group_size
     measured = run.golden.batch_size
     working = max(learner.block * max(sampled, measured), _decoded(run, models, measured))
@@ -83,7 +83,7 @@ def _scorer(
 ) -> ActorFootprint:
     """The rewards, on a call's samples, or on `samples`."""
     batch = samples or max(run.rollout.groups_per_call * run.rollout.group_size, run.golden.batch_size)
-    held: list[nn.Module] = [*models.pixel_rewards]
+    held: list[nn.Module] = [each.model for each in models.pixel_rewards]
     working = 0
     if models.reward is not None and run.rewards.dina is not None:
         held += [models.reward.truncated, models.reward.head]

@@ -46,10 +46,9 @@ def describe(run: AlignRun) -> str:
 def loads(run: AlignRun) -> dict[str, Sizes]:
     """What the actors of each kind load, each of them."""
     of_pipeline = partial(sizes, run.pipeline.location, variant=run.pipeline.variant)
-    workers, golden = run.workers, run.golden
-    metric = {} if golden.clip_model is None else {golden.scorer: on_disk(golden.scorer, golden.clip_model.path)}
-    models = {"pickscore": run.rewards.pickscore, "clip_score": run.rewards.clip_score}
-    pixels = {name: on_disk(name, model.path) for name, model in models.items() if model is not None}
+    workers, golden = run.workers, run.golden.of_images
+    metric = {} if golden is None else {golden.name: on_disk(golden.name, golden.path)}
+    pixels = {each.name: on_disk(each.name, each.path) for each in run.rewards.of_images}
     latents = [] if run.rewards.dina is None else [TRANSFORMER]
     return {
         f"{workers.rollout_workers} rollout workers": of_pipeline(TRANSFORMER, TEXT, VAE) | metric,

@@ -89,10 +89,10 @@ def check_captions(config: PromptsConfig, prompts: Prompts, golden: GoldenConfig
             f"({SHAPES}): give prompts.train, prompts.dev and prompts.test, with a golden.scorer for them"
         )
     for split in ("dev", "test"):
-        if split in other and golden.clip_model is None:
+        if split in other and golden.of_images is None:
             raise ValueError(
                 f"golden.scorer {golden.scorer} judges the miniature world's captions alone, and prompts.{split} holds "
-                f"{shown(other[split])}; set golden.scorer to pickscore or clip_score"
+                f"{shown(other[split])}; set golden.scorer to a scorer of images, e.g. pickscore"
             )
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,10 +10,9 @@ import torch
 import transformers
 from diffusers.models import AutoencoderKL
 from torch import nn
-from transformers import AutoConfig, CLIPConfig, CLIPModel
 
 from dina_rl.backbones.base import Backbone
-from dina_rl.backbones.known import CLIP_MODELS, PIPELINES
+from dina_rl.backbones.known import PIPELINES
 from dina_rl.backbones.lora import add_lora
 from dina_rl.backbones.source import Source, index_file, read_json
 from dina_rl.backbones.trained import make_trainable
@@ -22,6 +20,8 @@ from dina_rl.config import AlignRun, RewardModelConfig
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.head import RewardHead
 from dina_rl.runtime import open_pipeline
+from dina_rl.scorers.base import EmptyImageScorer
+from dina_rl.scorers.registry import empty_image_scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,8 @@ class Skeletons:
     text_encoders: Mapping[str, nn.Module]  # by component
     vae: AutoencoderKL
     reward: EmptyReward | None
-    pixel_rewards: tuple[CLIPModel, ...]
-    golden: CLIPModel | None
+    pixel_rewards: tuple[EmptyImageScorer, ...]
+    golden: EmptyImageScorer | None
 
 
 @contextmanager
@@ -72,8 +72,7 @@ def _skeletons(run: AlignRun, paper: RewardModelConfig | None) -> Skeletons:
     transformer = backbone.empty_transformer()
     reward = _empty_reward(run, backbone, transformer, paper)
     make_trainable(transformer, run.learner.lora, targets=backbone.lora_targets, seed=run.seed)
-    golden = run.golden.clip_model
-    pixels = (run.rewards.pickscore, run.rewards.clip_score)
+    golden = run.golden.of_images
     with torch.device("meta"):
         config = AutoencoderKL.load_config(source.path, **source.config("vae"))
         vae: AutoencoderKL = AutoencoderKL.from_config(config).to(backbone.dtype).requires_grad_(False)
@@ -83,8 +82,8 @@ def _skeletons(run: AlignRun, paper: RewardModelConfig | None) -> Skeletons:
         text_encoders=_text_encoders(source, backbone.dtype),
         vae=vae,
         reward=reward,
-        pixel_rewards=tuple(empty_clip(each.path) for each in pixels if each is not None),
-        golden=None if golden is None else empty_clip(golden.path),
+        pixel_rewards=tuple(empty_image_scorer(each) for each in run.rewards.of_images),
+        golden=None if golden is None else empty_image_scorer(golden),
     )
 
 
@@ -131,24 +130,3 @@ def _text_encoders(source: Source, dtype: torch.dtype) -> dict[str, nn.Module]:
             with torch.device("meta"):
                 found[name] = kind(config).to(dtype)
     return found
-
-
-@cache
-def empty_clip(path: str) -> CLIPModel:
-    """A CLIP model, known by its hub id or read from where it is.
-
-    Raises:
-        ValueError: it is neither known nor can be read here, or is no CLIP model.
-    """
-    known = CLIP_MODELS.get(path)
-    if known is not None:
-        config = CLIPConfig(projection_dim=known.projection, text_config=known.text, vision_config=known.vision)
-    else:
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except OSError as error:
-            raise ValueError(f"CLIP model {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    if not isinstance(config, CLIPConfig):
-        raise ValueError(f"model {path} is a {config.model_type}, not a clip")
-    with torch.device("meta"):
-        return CLIPModel(config)

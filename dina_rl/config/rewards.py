@@ -1,7 +1,7 @@
 """Settings of the rewards and of the held-out metric."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -54,15 +54,23 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-class CLIPModelConfig(Section):
+ImageScorerName = Literal["pickscore", "clip_score"]
+
+
+class ImageScorerConfig(ScorerConfig):
+    """A scorer of decoded images: a model, and what turns pictures and prompts into its input."""
+
+    name: ClassVar[ImageScorerName]
     path: str
-    """directory or hub id of the CLIPModel"""
+    """directory or hub id of the weights"""
     processor: str
     """directory or hub id of its tokenizer and image processor"""
 
 
-class PickScoreConfig(ScorerConfig, CLIPModelConfig):
+class PickScoreConfig(ImageScorerConfig):
     """PickScore: learned scale times cosine, on the decoded image."""
+
+    name = "pickscore"
 
     path: str = PICKSCORE
     """directory or hub id of the CLIPModel"""
@@ -70,13 +78,21 @@ class PickScoreConfig(ScorerConfig, CLIPModelConfig):
     """directory or hub id of its tokenizer and image processor"""
 
 
-class CLIPScoreConfig(ScorerConfig, CLIPModelConfig):
+class CLIPScoreConfig(ImageScorerConfig):
     """CLIPScore: cosine, on the decoded image."""
+
+    name = "clip_score"
 
     path: str = CLIP_L
     """directory or hub id of the CLIPModel"""
     processor: str = CLIP_L
     """directory or hub id of its tokenizer and image processor"""
+
+
+IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
+    section.name: section for section in (PickScoreConfig, CLIPScoreConfig)
+}
+"""Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
 
 class RewardsConfig(Section):
@@ -93,19 +109,19 @@ class RewardsConfig(Section):
     @model_validator(mode="after")
     def _something_is_rewarded(self) -> Self:
         if not self.scorers:
-            raise ValueError("no scorer is switched on: set one of dina, pickscore, clip_score")
+            raise ValueError(f"no scorer is switched on: set one of dina, {', '.join(IMAGE_SCORERS)}")
         return self
 
     @property
     def scorers(self) -> dict[str, ScorerConfig]:
         """The scorers that take part, by name, in a fixed order."""
-        every = {"dina": self.dina, "pickscore": self.pickscore, "clip_score": self.clip_score}
-        return {name: scorer for name, scorer in every.items() if scorer is not None}
+        latent: dict[str, ScorerConfig] = {} if self.dina is None else {"dina": self.dina}
+        return {**latent, **{scorer.name: scorer for scorer in self.of_images}}
 
     @property
-    def clip_models(self) -> set[str]:
-        """Paths of the CLIP models that take part."""
-        return {each.path for each in (self.pickscore, self.clip_score) if each is not None}
+    def of_images(self) -> tuple[ImageScorerConfig, ...]:
+        """Those of them that look at decoded images."""
+        return tuple(scorer for name in IMAGE_SCORERS if (scorer := dict(self)[name]) is not None)
 
     @property
     def draws(self) -> int:
@@ -116,10 +132,10 @@ class RewardsConfig(Section):
 class GoldenConfig(Section):
     """The held-out metric. It is measured, never optimised."""
 
-    scorer: Literal["shapes", "pickscore", "clip_score"] = "shapes"
-    """which metric: the miniature world's rules, or a CLIP model's opinion of the decoded image"""
+    scorer: Literal["shapes"] | ImageScorerName = "shapes"
+    """which metric: the miniature world's rules, or a model's opinion of the decoded image"""
     path: str | None = None
-    """directory or hub id of the CLIPModel; None: the published one"""
+    """directory or hub id of its weights; None: the published ones"""
     processor: str | None = None
     """directory or hub id of its tokenizer and image processor; None: the published one"""
     every: Positive = 10
@@ -140,13 +156,16 @@ class GoldenConfig(Section):
     @model_validator(mode="after")
     def _model_is_used(self) -> Self:
         if self.scorer == "shapes" and (self.path or self.processor):
-            raise ValueError("golden.path and golden.processor name a CLIP model; golden.scorer shapes uses none")
+            raise ValueError("golden.path and golden.processor name a model; golden.scorer shapes uses none")
         return self
 
     @property
-    def clip_model(self) -> CLIPModelConfig | None:
-        """The CLIP model behind the metric, if there is one."""
-        if self.scorer == "shapes":
-            return None
-        published = PickScoreConfig() if self.scorer == "pickscore" else CLIPScoreConfig()
-        return CLIPModelConfig(path=self.path or published.path, processor=self.processor or published.processor)
+    def of_images(self) -> ImageScorerConfig | None:
+        """The scorer behind the metric, if there is one."""
+        return None if self.scorer == "shapes" else image_scorer(self.scorer, self.path, self.processor)
+
+
+def image_scorer(name: ImageScorerName, path: str | None, processor: str | None) -> ImageScorerConfig:
+    """The section of a scorer of images, as published where nothing is given."""
+    given = {"path": path, "processor": processor}
+    return IMAGE_SCORERS[name].model_validate({key: value for key, value in given.items() if value is not None})

@@ -81,8 +81,8 @@ class AlignRun(_Run):
         for misfit in self.algorithm_section.misfits(rollout, learner, self.rewards):
             raise ValueError(misfit)
         golden = self.golden.scorer
-        model = self.golden.clip_model
-        if golden in self.rewards.scorers or (model is not None and model.path in self.rewards.clip_models):
+        metric, rewarded = self.golden.of_images, {each.path for each in self.rewards.of_images}
+        if golden in self.rewards.scorers or (metric is not None and metric.path in rewarded):
             raise ValueError(
                 f"golden.scorer {golden} is a reward too: what is optimised cannot be the held-out metric; "
                 f"choose another golden.scorer or set rewards.{golden} to None"

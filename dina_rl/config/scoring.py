@@ -6,18 +6,18 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from dina_rl.config.base import MAX_PIXELS, MaxPixels, NoiseLevels, Positive, Section, Texts
-from dina_rl.config.rewards import CLIPScoreConfig, DiNaScorerConfig, PickScoreConfig
+from dina_rl.config.rewards import DiNaScorerConfig, ImageScorerConfig, ImageScorerName, image_scorer
 
 
 class PictureScorerConfig(Section):
-    """A scorer of pictures: a DiNa-LRM, or a CLIP model."""
+    """A scorer of pictures: a DiNa-LRM, or a model that looks at images."""
 
-    kind: Literal["dina", "pickscore", "clip_score"] = "dina"
-    """dina: a reward model directory, of this project or in the published layout; the others: a CLIP model"""
+    kind: Literal["dina"] | ImageScorerName = "dina"
+    """dina: a reward model directory, of this project or in the published layout; the others: a scorer of images"""
     path: str | None = None
-    """directory or hub id; None: what `fit_reward` writes by default, or the published CLIP model"""
+    """directory or hub id; None: what `fit_reward` writes by default, or the published weights"""
     processor: str | None = None
-    """pickscore, clip_score: directory or hub id of tokenizer and image processor; None: the published ones"""
+    """all but dina: directory or hub id of tokenizer and image processor; None: the published ones"""
     levels: NoiseLevels | None = None
     """dina: one level (Eq. 12) or an ensemble (Eq. 13); None: the reward model's own single level"""
     draws: Positive = 1
@@ -27,8 +27,8 @@ class PictureScorerConfig(Section):
     normalisation: Literal["raw", "readme", "grpo_reward"] = "raw"
     """what becomes of a score s: raw: s; readme: (s + 10) / 10; grpo_reward: (s + 12) / 10"""
     pipeline: str | None = None
-    """pipeline directory, hub id or `shapes`, in place of the one that the reward model names; a CLIP model needs one
-    only to decode latents"""
+    """pipeline directory, hub id or `shapes`, in place of the one that the reward model names; a scorer of images
+    needs one only to decode latents"""
     revision: str | None = None
     """branch, tag or commit of the pipeline, if that is a hub id; None: the fit's, of the fit's own pipeline"""
     variant: str | None = None
@@ -48,7 +48,7 @@ class PictureScorerConfig(Section):
             raise ValueError("height and width go together")
         if self.kind == "dina":
             if self.processor is not None:
-                raise ValueError("processor belongs to a CLIP model; kind is dina")
+                raise ValueError("processor belongs to a scorer of images; kind is dina")
             return self
         wrong = [name for name in ("levels", "max_sequence_length", "height") if dict(self)[name] is not None]
         wrong += ["draws"] if self.draws > 1 else []
@@ -65,12 +65,9 @@ class PictureScorerConfig(Section):
         return DiNaScorerConfig(**{name: value for name, value in given.items() if value is not None})
 
     @property
-    def clip(self) -> PickScoreConfig | CLIPScoreConfig:
-        """The registry's section for a CLIP model."""
-        assert self.kind != "dina"
-        section = PickScoreConfig if self.kind == "pickscore" else CLIPScoreConfig
-        given = {"path": self.path, "processor": self.processor}
-        return section(**{name: value for name, value in given.items() if value is not None})
+    def of_images(self) -> ImageScorerConfig | None:
+        """The registry's section for a scorer of images; None for a dina scorer."""
+        return None if self.kind == "dina" else image_scorer(self.kind, self.path, self.processor)
 
 
 class ScoreRun(Section):

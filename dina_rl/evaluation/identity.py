@@ -10,6 +10,7 @@ from pathlib import Path
 from dina_rl.config import PictureScorerConfig, PipelineConfig
 from dina_rl.fingerprint import cached_commit, files_digest
 from dina_rl.reward.checkpoint import read_card
+from dina_rl.scorers.registry import IMAGE_KINDS
 from dina_rl.scoring import dina_pipeline
 
 
@@ -43,11 +44,12 @@ class Identities:
 
     def of_scorer(self, scorer: PictureScorerConfig) -> dict[str, object]:
         """Which weights score, and on what; raises like `pipeline`."""
-        if scorer.kind == "dina":
+        if scorer.of_images is None:
             weights = self._content(scorer.dina.path, "config.json")
             return {"kind": scorer.kind, "weights": weights, **self.of_pipeline(scorer)}
-        weights = self._content(scorer.clip.path, "config.json")
-        processor = self._content(scorer.clip.processor, "preprocessor_config.json")
+        of_weights, of_processor = IMAGE_KINDS[scorer.of_images.name].files
+        weights = self._content(scorer.of_images.path, of_weights)
+        processor = self._content(scorer.of_images.processor, of_processor)
         return {"kind": scorer.kind, "weights": weights, "processor": processor}
 
     def _content(self, path: str, known_file: str, revision: str | None = None) -> str:

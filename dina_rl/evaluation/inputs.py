@@ -10,6 +10,7 @@ from dina_rl.evaluation.sets import open_source
 from dina_rl.fingerprint import pipeline_parts, records_parts, repository_parts
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.published import local_directory
+from dina_rl.scorers.registry import image_scorer_inputs
 from dina_rl.scoring import dina_pipeline
 
 
@@ -36,12 +37,8 @@ def evaluation_inputs(run: EvaluateRun, runs: Sequence[FittedRun]) -> list[Input
 
 def _scorer_inputs(scorer: PictureScorerConfig) -> list[Input]:
     """A scorer's weights, and what they score on, by the keys of its section."""
-    if scorer.kind != "dina":
-        path, processor = scorer.clip.path, scorer.clip.processor
-        return [
-            Input(key="path", path=path, parts=repository_parts(path, "config.json")),
-            Input(key="processor", path=processor, parts=repository_parts(processor, "preprocessor_config.json")),
-        ]
+    if scorer.of_images is not None:
+        return image_scorer_inputs(scorer.of_images)
     pipeline = dina_pipeline(scorer, read_card(scorer.dina.location))
     weights = repository_parts(str(local_directory(scorer.dina.location)), "config.json")
     return [

@@ -14,6 +14,7 @@ from dina_rl.reward.card import RewardCard
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.home import check_fingerprint
 from dina_rl.runtime import open_pipeline
+from dina_rl.scorers.registry import check_image_scorer
 from dina_rl.scoring import dina_pipeline
 
 PLAIN = View(levels=())
@@ -50,10 +51,8 @@ def named_scorer(
         ValueError: no such model, or sizes that its pipeline does not fit.
     """
     config = _absolute(config)
-    if config.kind != "dina":
-        from dina_rl.scorers.clip import check_clip
-
-        check_clip(config.clip)
+    if config.of_images is not None:
+        check_image_scorer(config.of_images)
         return NamedScorer(
             name=name, config=config, backbone="CLIP", main=PLAIN, ensemble=None, thurstone=None, bucketing=None
         )

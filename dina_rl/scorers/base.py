@@ -1,11 +1,13 @@
 """What the rest of the system needs to know of a reward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from torch import nn
 
+from dina_rl.config import ImageScorerConfig
 from dina_rl.types import PromptEmbeds
 
 
@@ -47,6 +49,28 @@ class Scorer(Protocol):
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Scores [B], fp32, differentiable in `samples`: latents [B, C, H, W] or images [B, 3, h, w] in [0, 1]."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EmptyImageScorer:
+    """A scorer of images on the meta device, for plans."""
+
+    model: nn.Module
+    look: Callable[[], object]  # one picture through it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageKind:
+    """All that is asked of a kind of scorer of images. Every function takes its section of the configuration.
+
+    `open` loads it onto a device, `check` sees whether it is there at all without loading weights, `empty` builds it
+    without weights. All raise ValueError where it cannot be read, or is another kind of model.
+    """
+
+    open: Callable[[ImageScorerConfig, str], "ImageScorer"]
+    check: Callable[[ImageScorerConfig], None]
+    empty: Callable[[ImageScorerConfig], EmptyImageScorer]
+    files: tuple[str, str]  # a file that every repository of its weights, and of its processor, has
 
 
 class ImageScorer(Scorer, Protocol):

@@ -1,19 +1,22 @@
 """Rewards on CLIP's two towers: PickScore (Kirstain et al., 2023) and CLIPScore (Hessel et al., 2021)."""
 
+from functools import cache
+
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
 
-from dina_rl.config import CLIPModelConfig
+from dina_rl.backbones.known import CLIP_MODELS
+from dina_rl.config import ImageScorerConfig
 from dina_rl.loading import loading
-from dina_rl.scorers.base import Conditions, Space
+from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
 
 LONGEST = 16
 """Times the short edge that a picture may be long before its ends, which the crop leaves out, go before resizing."""
 
 
-def check_clip(config: CLIPModelConfig) -> None:
+def check_clip(config: ImageScorerConfig) -> None:
     """Whether the model is there at all, without loading its weights.
 
     Raises:
@@ -42,7 +45,7 @@ class CLIPScorer:
 
     space: Space = "images"
 
-    def __init__(self, config: CLIPModelConfig, *, learned_scale: bool, device: str) -> None:
+    def __init__(self, config: ImageScorerConfig, *, learned_scale: bool, device: str) -> None:
         self._device = device
         self._learned_scale = learned_scale
         check_clip(config)
@@ -113,3 +116,42 @@ def _middle(images: torch.Tensor) -> torch.Tensor:
     most = LONGEST * min(height, width)
     rows, columns = (max(0, edge - most) // 2 for edge in (height, width))
     return images[..., rows : height - rows, columns : width - columns]
+
+
+@cache
+def empty_clip(path: str) -> EmptyImageScorer:
+    """A CLIP model without weights, known by its hub id or read from where it is.
+
+    Raises:
+        ValueError: it is neither known nor can be read here, or is no CLIP model.
+    """
+    known = CLIP_MODELS.get(path)
+    if known is not None:
+        config = CLIPConfig(projection_dim=known.projection, text_config=known.text, vision_config=known.vision)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except OSError as error:
+            raise ValueError(f"CLIP model {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(config, CLIPConfig):
+        raise ValueError(f"model {path} is a {config.model_type}, not a clip")
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    vision = model.config.vision_config
+    assert isinstance(vision, CLIPVisionConfig)
+    edge = vision.image_size
+    assert isinstance(edge, int)
+    picture = torch.empty(1, 3, edge, edge, device="meta")
+    return EmptyImageScorer(model=model, look=lambda: model.get_image_features(pixel_values=picture))
+
+
+def _kind(*, learned_scale: bool) -> ImageKind:
+    return ImageKind(
+        open=lambda config, device: CLIPScorer(config, learned_scale=learned_scale, device=device),
+        check=check_clip,
+        empty=lambda config: empty_clip(config.path),
+        files=("config.json", "preprocessor_config.json"),
+    )
+
+
+PICKSCORE, CLIP_SCORE = _kind(learned_scale=True), _kind(learned_scale=False)

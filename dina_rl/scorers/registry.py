@@ -1,8 +1,17 @@
-"""The configured scorers. Adding one is a file beside `clip.py`, a section of `RewardsConfig` and a line here."""
+"""The configured scorers. One more of images is a file beside `clip.py`, a section of `RewardsConfig`, a line here."""
 
 from dina_rl.backbones.base import Backbone
-from dina_rl.config import CLIPModelConfig, PipelineConfig, RewardsConfig
-from dina_rl.scorers.base import ImageScorer, Scorer
+from dina_rl.checkpoint import Input
+from dina_rl.config import ImageScorerConfig, ImageScorerName, PipelineConfig, RewardsConfig
+from dina_rl.fingerprint import repository_parts
+from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Scorer
+from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
+from dina_rl.scorers.dina import open_dina_beside
+
+IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
+    "pickscore": PICKSCORE,
+    "clip_score": CLIP_SCORE,
+}
 
 
 def open_scorers(rewards: RewardsConfig, generator: PipelineConfig, backbone: Backbone) -> dict[str, Scorer]:
@@ -17,21 +26,39 @@ def open_scorers(rewards: RewardsConfig, generator: PipelineConfig, backbone: Ba
     """
     scorers: dict[str, Scorer] = {}
     if rewards.dina is not None:
-        from dina_rl.scorers.dina import open_dina_beside
-
         scorers["dina"] = open_dina_beside(rewards.dina, generator, backbone)
-    for name, config in (("pickscore", rewards.pickscore), ("clip_score", rewards.clip_score)):
-        if config is not None:
-            scorers[name] = open_image_scorer(name, config, device=backbone.device)
+    for config in rewards.of_images:
+        scorers[config.name] = open_image_scorer(config, device=backbone.device)
     return scorers
 
 
-def open_image_scorer(name: str, config: CLIPModelConfig, *, device: str) -> ImageScorer:
-    """A scorer of images by name, which needs no backbone.
+def open_image_scorer(config: ImageScorerConfig, *, device: str) -> ImageScorer:
+    """A scorer of images, which needs no backbone.
 
     Raises:
         ValueError: a model that cannot be read.
     """
-    from dina_rl.scorers.clip import CLIPScorer
+    return IMAGE_KINDS[config.name].open(config, device)
 
-    return CLIPScorer(config, learned_scale=name == "pickscore", device=device)
+
+def check_image_scorer(config: ImageScorerConfig) -> None:
+    """Raises ValueError where its model cannot be read."""
+    IMAGE_KINDS[config.name].check(config)
+
+
+def empty_image_scorer(config: ImageScorerConfig) -> EmptyImageScorer:
+    """The scorer without weights.
+
+    Raises:
+        ValueError: a model that is neither known nor can be read.
+    """
+    return IMAGE_KINDS[config.name].empty(config)
+
+
+def image_scorer_inputs(config: ImageScorerConfig) -> list[Input]:
+    """What it is made from, by the keys of its section."""
+    of_weights, of_processor = IMAGE_KINDS[config.name].files
+    return [
+        Input(key="path", path=config.path, parts=repository_parts(config.path, of_weights)),
+        Input(key="processor", path=config.processor, parts=repository_parts(config.processor, of_processor)),
+    ]

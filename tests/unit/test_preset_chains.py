@@ -95,7 +95,7 @@ class Place:
         if given.prompts.train != "shapes":
             for split in ("train", "dev", "test"):
                 words += [f"--prompts.{split}", str(self.root / f"{split}.txt")]
-        if given.golden.clip_model is not None:
+        if given.golden.of_images is not None:
             words += ["--golden.path", str(self.root / "golden"), "--golden.processor", str(self.root / "golden")]
         if given.rewards.pickscore is not None:
             clip = str(self.root / "pickscore")

@@ -6,10 +6,10 @@ import transformers
 from diffusers.models import AutoencoderKL
 from torch import nn
 
-from dina_rl.alignment.skeletons import empty_clip
 from dina_rl.backbones.known import AUTOENCODER, CLIP_MODELS, PIPELINES
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.backbones.source import Source, index_file, read_json
+from dina_rl.scorers.clip import empty_clip
 
 TRANSFORMERS = {
     "stabilityai/stable-diffusion-3-medium-diffusers": 2_028_328_000,
@@ -54,4 +54,4 @@ def test_its_text_encoders_are_as_large_as_they_are(name, tmp_path):
 def test_the_autoencoder_and_clips_are_as_large_as_they_are():
     with torch.device("meta"):
         assert count(AutoencoderKL.from_config(AUTOENCODER)) == 83_819_683
-    assert {name: count(empty_clip(name)) for name in CLIP_MODELS} == CLIPS
+    assert {name: count(empty_clip(name).model) for name in CLIP_MODELS} == CLIPS

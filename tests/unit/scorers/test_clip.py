@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dina_rl.alignment.golden import open_metric
-from dina_rl.config import CLIPModelConfig, GoldenConfig
+from dina_rl.config import CLIPScoreConfig, GoldenConfig
 from dina_rl.scorers.clip import CLIPScorer, check_clip
 from tests.tiny_clip import EDGE, save_tiny_clip
 
@@ -17,7 +17,7 @@ PROMPTS = ("a small red circle on blue", "a large green square on black", "a sma
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     path = str(save_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny"))
-    return CLIPModelConfig(path=path, processor=path)
+    return CLIPScoreConfig(path=path, processor=path)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_as_golden_metric_it_returns_plain_numbers(clip, pixels):
 
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="CLIP model .*nowhere.* cannot be read"):
-        check_clip(CLIPModelConfig(path=str(tmp_path / "nowhere"), processor=str(tmp_path / "nowhere")))
+        check_clip(CLIPScoreConfig(path=str(tmp_path / "nowhere"), processor=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize("size", [(40, 32), (24, 24), (100, 300), (23, 61)])
