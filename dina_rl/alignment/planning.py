@@ -86,7 +86,7 @@ def _sizes(run: AlignRun, backbone: Backbone) -> Row:
 
 def _updates(run: AlignRun, work: Work) -> list[Row]:
     rollout, learner, ranks = run.rollout, run.learner, run.workers.learner_ranks
-    minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * rollout.group_size
+    minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * run.kept_of_group
     forwards = minibatch // (learner.micro_batch_size * ranks)
     updates = learner.updates_per_iteration * learner.epochs
     warmup = f"after {learner.warmup_updates} updates of warm-up, " if learner.warmup_updates else ""
@@ -96,6 +96,7 @@ def _updates(run: AlignRun, work: Work) -> list[Row]:
             f"{updates} update(s) an iteration, {run.updates} in all, "
             f"rate {learner.learning_rate:g} {warmup}{learner.schedule}",
         ),
+        *([("", f"trains on the {learner.keep} most extreme samples of each group")] if learner.keep else []),
         *([("", f"begins at the {run.start}; the KL is to the base without it")] if run.start != "base" else []),
         (
             "",

@@ -74,6 +74,9 @@ class LearnerConfig(Section):
     """gradient norm clip"""
     updates_per_iteration: Positive = 1
     """minibatches per iteration, of whole groups, one optimizer update each"""
+    keep: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """train on so many samples of each group: one half those of the highest advantages, the other of the lowest; None:
+    on all. Advantages are those within the whole group"""
     epochs: Positive = 1
     """passes over an iteration's minibatches, in fresh order"""
     micro_batch_size: Positive = 18

@@ -56,7 +56,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     },
     LearnerConfig: {
         Mark.PROCESS: "gradient_checkpointing engine zero_stage",
-        DECIDES: "learning_rate warmup_updates schedule weight_decay max_grad_norm updates_per_iteration epochs "
+        DECIDES: "learning_rate warmup_updates schedule weight_decay max_grad_norm updates_per_iteration keep epochs "
         "micro_batch_size ema_decay guidance_in_loss",
     },
     WorkersConfig: {
