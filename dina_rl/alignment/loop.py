@@ -112,7 +112,7 @@ def align(
         with recorder.timed("publish"):
             experience.publish(learner.policy())
         recorder.iteration(iteration, scores, advantages, metrics)
-        del groups, handles  # references to trajectories: free them before the next rollout
+        del groups, handles  # trajectories, or references to them: whoever needs them longer has its own
 
         done = iteration + 1
         if done % run.golden.every == 0 or done == run.iterations:

@@ -144,7 +144,7 @@ def _counted(run: AlignRun, work: Work) -> list[Row]:
         *_work(passes, counted, models),
         *(_without_gpus(run, layout) if line is None else _busy(run, layout, line, counted)),
         *([] if line is None else _times(run, layout, line, costs)),
-        ("memory", f"{shown_bytes(latents)} of latents an iteration in the object store"),
+        ("memory", f"{shown_bytes(latents)} of latents an iteration in the object store{_kept_for(run)}"),
         (
             "",
             f"learner rank {shown_bytes(learner.total)}: weights {shown_bytes(learner.weights)}, gradients and moments "
@@ -153,6 +153,10 @@ def _counted(run: AlignRun, work: Work) -> list[Row]:
         ("", ", ".join(f"{name} {shown_bytes(actors[kind].total)}" for kind, name in ACTORS.items())),
         *_memory(run, layout, actors),
     ]
+
+
+def _kept_for(run: AlignRun) -> str:
+    return "" if run.inline else f", those of {run.workers.snapshot_every} iterations at most (workers.snapshot_every)"
 
 
 def _work(passes: Passes, counted: Operations, models: Skeletons) -> list[Row]:
