@@ -184,11 +184,29 @@ class RayExperience:
         return [results[index] for index in range(len(items))]
 
 
-class RayLearner:
-    """The learner's gang. After every update its whole state (weights, moments, average) is kept as a reference.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteUpdate:
+    """An update's arguments, to be made on a gang as often as one is lost. It keeps its rollouts in the store."""
 
-    When a rank is lost, the gang is built anew from that state and the call that was lost is made again, so that a run
-    with losses ends with the numbers of a run without.
+    iteration: int
+    picks: tuple[tuple[int, int], ...]
+    advantages: torch.Tensor
+    kl_scale: float
+    objects: tuple[ray.ObjectRef[list[Rollout]] | ray.ObjectRef[torch.Tensor] | None, ...]
+
+    def on(self, gang: Gang[LearnerActor]) -> ray.ObjectRef[dict[str, float]]:
+        """Make it; returns its metrics."""
+        return gang.call(
+            lambda rank: rank.update.remote(self.iteration, self.picks, self.advantages, self.kl_scale, *self.objects)
+        )
+
+
+class RayLearner:
+    """The learner's gang, with what it takes to build it anew: a snapshot of its whole state, and the updates since.
+
+    When a rank is lost, the new gang loads the snapshot (weights, moments, average), makes these updates again in their
+    order, and then the call that was lost, so that a run with losses ends with the numbers of a run without. A snapshot
+    is made every `workers.snapshot_every` updates, and whenever somebody asks for the state.
     """
 
     def __init__(self, run: AlignRun, placement: Placement, shifts: Shifts) -> None:
@@ -196,7 +214,8 @@ class RayLearner:
         self._run = run
         self._placement = placement
         self._shifts = shifts
-        self._state: ray.ObjectRef[State] | None = None  # None: as built from the configuration's seed
+        self._snapshot: ray.ObjectRef[State] | None = None  # None: as built from the configuration's seed
+        self._since: list[RemoteUpdate] = []  # in order
         self._gang: Gang[LearnerActor] | None = self._build()  # None between a loss and the next call
         shifts.join("learner", rest=self._rest, wake=self._wake)
 
@@ -205,17 +224,18 @@ class RayLearner:
     ) -> dict[str, float]:
         calls = {handle.call: handle.gradients for handle in handles}
         position = {call: index for index, call in enumerate(calls)}
-        picks = [(position[handle.call], handle.number) for handle in handles]
-        objects = [each for pair in calls.items() for each in pair]
-
-        def update_and_keep(
-            gang: Gang[LearnerActor],
-        ) -> tuple[ray.ObjectRef[dict[str, float]], ray.ObjectRef[State]]:
-            metrics = gang.call(lambda rank: rank.update.remote(iteration, picks, advantages, kl_scale, *objects))
-            return metrics, gang.call(lambda rank: rank.state.remote())
-
-        metrics, self._state = self._survive(update_and_keep)
-        return self._fetch(metrics)
+        update = RemoteUpdate(
+            iteration=iteration,
+            picks=tuple((position[handle.call], handle.number) for handle in handles),
+            advantages=advantages,
+            kl_scale=kl_scale,
+            objects=tuple(each for pair in calls.items() for each in pair),
+        )
+        metrics = self._fetch(self._survive(update.on))
+        self._since.append(update)
+        if len(self._since) == self._run.workers.snapshot_every:
+            self._take_snapshot()
+        return metrics
 
     def policy(self) -> RemoteWeights:
         return self._weights("policy")
@@ -232,11 +252,20 @@ class RayLearner:
         return self._survive(take_parts)
 
     def state(self) -> State:
-        return self._fetch(self._survive(lambda gang: gang.call(lambda rank: rank.state.remote())))
+        if self._snapshot is None or self._since:
+            self._take_snapshot()
+        assert self._snapshot is not None
+        return self._fetch(self._snapshot)
 
     def load_state(self, state: State) -> None:
-        kept = self._state = ray.put(state)
+        kept = self._snapshot = ray.put(state)
+        self._since = []
         self._survive(lambda gang: gang.call(lambda rank: rank.load_state.remote(kept)))
+
+    def _take_snapshot(self) -> None:
+        """The state as it is; the updates that led to it, and with them their rollouts, are no longer needed."""
+        self._snapshot = self._survive(lambda gang: gang.call(lambda rank: rank.state.remote()))
+        self._since = []
 
     def shutdown(self) -> None:
         if self._gang is not None:
@@ -252,9 +281,11 @@ class RayLearner:
             call_timeout_s=workers.call_timeout_s,
         )
         gang.call(lambda rank: rank.build.remote())
-        kept = self._state
+        kept = self._snapshot
         if kept is not None:
             gang.call(lambda rank: rank.load_state.remote(kept))
+        for update in self._since:
+            update.on(gang)
         return gang
 
     def _survive(self, work: Callable[[Gang[LearnerActor]], Result]) -> Result:
@@ -282,7 +313,8 @@ class RayLearner:
         self.restarts += 1
         if self.restarts > self._run.workers.max_restarts:
             raise RunStopped(f"{lost}; replaced {self.restarts - 1} times (workers.max_restarts)") from lost
-        log.warning("%s; building the learner anew from its last state", lost)
+        again = len(self._since)
+        log.warning("%s; building the learner anew from its last snapshot and making updates again: %d", lost, again)
 
     def _rest(self) -> None:
         try:

@@ -15,7 +15,7 @@ class Advantages:
     values: torch.Tensor  # [P, G]; rows of groups that are not kept are zero
     kept: torch.Tensor  # [P] bool
     failed: int  # groups with a reward that is not finite
-    constant: int  # groups whose rewards are all equal: they carry no preference
+    constant: int  # groups whose rewards are all equal, or whose scorers cancel out: they carry no preference
 
 
 def equal_weights(rewards: torch.Tensor) -> Advantages:
@@ -47,15 +47,15 @@ def mixed_advantages(
 ) -> Advantages:
     """sum_i weight_i A_i with each scorer's own advantage A_i [P, G], clipped, as the paper's released code mixes two.
 
-    A group with a score that is not finite is dropped whole; one that no scorer tells apart is constant.
+    A group with a score that is not finite is dropped whole; one whose sums are all 0, most often because no scorer
+    tells its samples apart, is constant.
     """
     finite = weighted_sum(rewards, scores).isfinite().all(1)
-    varied = torch.zeros_like(finite)
     parts = {}
     for name, score in scores.items():
         parts[name] = group_advantages(torch.where(finite[:, None], score, torch.nan), std=std, clip=clip)
-        varied |= parts[name].kept
     values = torch.stack([rewards.scorers[name].weight * part.values for name, part in parts.items()]).sum(0)
+    varied = values.ne(0).any(1)
     return Advantages(values=values, kept=varied, failed=int((~finite).sum()), constant=int((finite & ~varied).sum()))
 
 

@@ -36,7 +36,7 @@ class PolicyLearner:
     def update(
         self, iteration: int, groups: Sequence[TrainingGroup[Rollout]], kl_scale: float = 1.0
     ) -> dict[str, float]:
-        """Train on one iteration's groups; returns metrics, the same on every rank.
+        """Train on one iteration's groups; returns metrics, the same on every rank: means over the samples trained on.
 
         The configured KL weight is multiplied by `kl_scale`.
 
@@ -80,6 +80,7 @@ class PolicyLearner:
             "grad_norm": sum(norms) / len(norms),
             "learning_rate": self._rate(self.version - 1),  # of the last update
             "updates": len(norms),
+            "trained_samples": sum(each.samples for each in prepared.minibatches),
         }
 
     def _check_version(self, groups: Sequence[TrainingGroup[Rollout]]) -> None:

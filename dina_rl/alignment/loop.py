@@ -109,13 +109,15 @@ def align(
             if handles:
                 metrics = learner.update(iteration, handles, advantages.values[kept], watch.kl_scale)
                 recorder.warn(algorithm.gate(metrics))
-        with recorder.timed("publish"):
-            experience.publish(learner.policy())
-        recorder.iteration(iteration, scores, advantages, metrics)
-        del groups, handles  # references to trajectories: free them before the next rollout
-
         done = iteration + 1
-        if done % run.golden.every == 0 or done == run.iterations:
+        measures = done % run.golden.every == 0 or done == run.iterations
+        with recorder.timed("publish"):
+            if not measures:  # the average comes first, and then these
+                experience.publish(learner.policy())
+        recorder.iteration(iteration, scores, advantages, metrics)
+        del groups, handles  # trajectories, or references to them: whoever needs them longer has its own
+
+        if measures:
             with recorder.timed("measure"):
                 average = learner.average()
                 experience.publish(average)

@@ -31,6 +31,7 @@ class Minibatch:
 
     passes: Sequence[Pass]  # this rank's; equally many, of equal shapes, on every rank
     terms: int  # of the objective, over all ranks; the loss is their mean
+    samples: int  # that go through the model, over all ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,8 @@ def deal(count: int, size: int, rank: int, world_size: int) -> list[tuple[torch.
     """(rows [size], weights [size]) of each forward of this rank over `count` samples.
 
     Samples are padded with zero-weight copies of the first to a multiple of `size * world_size`, so that every rank
-    makes equally many forwards of equal shape, and dealt out in turn.
+    makes equally many forwards of equal shape, and dealt out in turn. A shorter last forward would be cheaper, but
+    round otherwise than the rollout's. Whole minibatches divide, so padding comes of dropped samples alone.
     """
     padded = -(-count // (size * world_size)) * size * world_size
     index = torch.arange(padded)

@@ -85,7 +85,7 @@ def _sizes(run: AlignRun, backbone: Backbone) -> Row:
 
 def _updates(run: AlignRun, work: Work) -> list[Row]:
     rollout, learner, ranks = run.rollout, run.learner, run.workers.learner_ranks
-    minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * rollout.group_size
+    minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * run.kept_of_group
     forwards = minibatch // (learner.micro_batch_size * ranks)
     updates = learner.updates_per_iteration * learner.epochs
     warmup = f"after {learner.warmup_updates} updates of warm-up, " if learner.warmup_updates else ""
@@ -95,6 +95,7 @@ def _updates(run: AlignRun, work: Work) -> list[Row]:
             f"{updates} update(s) an iteration, {run.updates} in all, "
             f"rate {learner.learning_rate:g} {warmup}{learner.schedule}",
         ),
+        *([("", f"trains on the {learner.keep} most extreme samples of each group")] if learner.keep else []),
         *([("", f"begins at the {run.start}; the KL is to the base without it")] if run.start != "base" else []),
         (
             "",
@@ -142,7 +143,7 @@ def _counted(run: AlignRun, work: Work) -> list[Row]:
         *_work(passes, counted, models),
         *(_without_gpus(run, layout) if line is None else _busy(run, layout, line, counted)),
         *([] if line is None else _times(run, layout, line, costs)),
-        ("memory", f"{shown_bytes(latents)} of latents an iteration in the object store"),
+        ("memory", f"{shown_bytes(latents)} of latents an iteration in the object store{_kept_for(run)}"),
         (
             "",
             f"learner rank {shown_bytes(learner.total)}: weights {shown_bytes(learner.weights)}, gradients and moments "
@@ -151,6 +152,10 @@ def _counted(run: AlignRun, work: Work) -> list[Row]:
         ("", ", ".join(f"{name} {shown_bytes(actors[kind].total)}" for kind, name in ACTORS.items())),
         *_memory(run, layout, actors),
     ]
+
+
+def _kept_for(run: AlignRun) -> str:
+    return "" if run.inline else f", those of {run.workers.snapshot_every} iterations at most (workers.snapshot_every)"
 
 
 def _work(passes: Passes, counted: Operations, models: Skeletons) -> list[Row]:

@@ -27,15 +27,16 @@ class Passes:
 def count_passes(run: AlignRun, work: Work) -> Passes:
     """Passes of one sample each; a guided velocity is two."""
     learner, samples = run.learner, run.rollout.prompts_per_iteration * run.rollout.group_size
+    kept = run.rollout.prompts_per_iteration * run.kept_of_group
     guided = 2 if learner.guidance_in_loss else 1
-    trained = samples * work.trained_passes * learner.epochs * guided
+    trained = kept * work.trained_passes * learner.epochs * guided
     return Passes(
         sampled=samples * work.sampled_passes * (1 if run.rollout.guidance_scale == 1 else 2),
         scored=samples,
         trained=trained,
         reference=trained if run.kl_weight else 0,
-        prepared=samples * work.prepared_passes * guided,
-        rewarded=samples * work.reward_passes * learner.epochs,
+        prepared=kept * work.prepared_passes * guided,
+        rewarded=kept * work.reward_passes * learner.epochs,
     )
 
 
@@ -121,7 +122,7 @@ def _length(layout: Layout, loads: Sequence[Mapping[Kind, float]], operations: O
 def other_layouts(run: AlignRun, gpus: int) -> Iterator[WorkersConfig]:
     """Layouts of as many GPUs that the run's batches divide over."""
     workers, rollout, learner = run.workers, run.rollout, run.learner
-    minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * rollout.group_size
+    minibatch = rollout.prompts_per_iteration // learner.updates_per_iteration * run.kept_of_group
 
     def fits(ranks: int) -> bool:
         alone = learner.engine == "torch" and ranks > 1

@@ -55,6 +55,7 @@ class GRPOConfig(AlgorithmConfig):
     def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
         if rollout.group_size < 2:
             yield "rollout.group_size 1 leaves nothing to compare: Flow-GRPO needs 2 or more"
+        yield from _keep_misfits(rollout, learner)
         if rollout.dynamics == "ode":
             yield "rollout.dynamics ode has no log-probability: Flow-GRPO needs flow_sde, dance or cps"
         yield from _window_misfits(rollout)
@@ -69,6 +70,12 @@ class GRPOConfig(AlgorithmConfig):
             yield "grpo.guard normalises ratios of an SDE's steps; rollout.dynamics cps is not one"
         if self.guard and self.old_log_probs == "rollout":
             yield "grpo.guard needs the old means: set grpo.old_log_probs to auto or recompute"
+
+
+def _keep_misfits(rollout: RolloutConfig, learner: LearnerConfig) -> Iterator[str]:
+    """Of the algorithms that compare the samples of a group."""
+    if learner.keep is not None and learner.keep > rollout.group_size:
+        yield f"learner.keep {learner.keep} exceeds the {rollout.group_size} samples of rollout.group_size"
 
 
 def _window_misfits(rollout: RolloutConfig) -> Iterator[str]:
@@ -118,6 +125,8 @@ class ReFLConfig(AlgorithmConfig):
                 "refl.reward_gradient service gives the gradient at the rollout's predictions, which hold for one "
                 f"update: learner.updates_per_iteration x learner.epochs is {updates}"
             )
+        if learner.keep is not None:
+            yield f"learner.keep {learner.keep} chooses by advantage; refl weighs all samples alike and has none"
         if rewards.normalise != "constant":
             yield (
                 f"rewards.normalise {rewards.normalise} compares samples of a prompt, which refl does not; use constant"
@@ -152,6 +161,7 @@ class NFTConfig(AlgorithmConfig):
     def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
         if rollout.group_size < 2:
             yield "rollout.group_size 1 leaves nothing to compare: DiffusionNFT needs 2 or more"
+        yield from _keep_misfits(rollout, learner)
         if rollout.dynamics not in ("auto", "ode"):
             yield f"nft samples along the ODE; rollout.dynamics {rollout.dynamics} is for grpo"
         if self.levels > rollout.num_steps:

@@ -74,6 +74,9 @@ class LearnerConfig(Section):
     """gradient norm clip"""
     updates_per_iteration: Positive = 1
     """minibatches per iteration, of whole groups, one optimizer update each"""
+    keep: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """train on so many samples of each group: one half those of the highest advantages, the other of the lowest; None:
+    on all. Advantages are those within the whole group"""
     epochs: Positive = 1
     """passes over an iteration's minibatches, in fresh order"""
     micro_batch_size: Positive = 18
@@ -142,6 +145,9 @@ class WorkersConfig(Section):
     """longest wait for one rollout, scoring or update call"""
     weights_part_mib: Positive = 512
     """size of the parts in which the policy's weights travel to the rollout actors, in MiB"""
+    snapshot_every: Positive = 5
+    """iterations between snapshots of the learner's whole state in the object store. If a rank is lost, the updates
+    since the last one are made again; until the next one their rollouts stay in the store"""
     max_restarts: NonNegative = 3
     """dead or hung actors replaced per pool before the run stops"""
 

@@ -114,7 +114,7 @@ class AlignRun(_Run):
                 f"workers.gpus_per_rank {self.workers.gpus_per_rank:g} may put two of the "
                 f"{self.workers.learner_ranks} learner ranks on one GPU, which NCCL refuses; use whole GPUs"
             )
-        samples = rollout.prompts_per_iteration // learner.updates_per_iteration * rollout.group_size
+        samples = rollout.prompts_per_iteration // learner.updates_per_iteration * self.kept_of_group
         share = learner.micro_batch_size * self.workers.learner_ranks
         if samples % share:
             raise ValueError(
@@ -133,6 +133,11 @@ class AlignRun(_Run):
     def updates(self) -> int:
         """Optimizer updates of the whole run, if no iteration drops all its groups."""
         return self.iterations * self.learner.updates_per_iteration * self.learner.epochs
+
+    @property
+    def kept_of_group(self) -> int:
+        """Samples of each group that are trained on."""
+        return self.learner.keep or self.rollout.group_size
 
     @property
     def start(self) -> str:

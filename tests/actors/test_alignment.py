@@ -82,7 +82,10 @@ class Killer(threading.Thread):
 
 
 class Sabotaged:
-    """A real experience and learner; from iteration 1 on, actors are killed in the middle of the calls `titles`."""
+    """A real experience and learner; from iteration 2 on, actors are killed in the middle of the calls `titles`.
+
+    The learner has made a snapshot before iteration 1, and of its update it knows the arguments alone.
+    """
 
     def __init__(self, experience: RayExperience, learner: RayLearner, titles: Sequence[str]) -> None:
         self._experience = experience
@@ -94,6 +97,8 @@ class Sabotaged:
 
     def collect(self, items):
         if items[0].iteration == 1:
+            self.state()
+        if items[0].iteration == 2:
             self.killers = [Killer(f"ray::{title}") for title in self._titles]
             for killer in self.killers:
                 killer.start()
@@ -143,7 +148,10 @@ def test_nft_on_ray_equals_the_in_process_run(make_run, tmp_path):
 EACH_KIND = ("RolloutActor.rollout", "ScorerActor.score", "LearnerActor.update")
 
 
-def finish_sabotaged(run: AlignRun, titles: Sequence[str]) -> Outcome:
+BETWEEN_SNAPSHOTS = {"checkpoint_every": 3}  # whose states are snapshots too
+
+
+def finish_sabotaged(run: AlignRun, titles: Sequence[str], caplog: pytest.LogCaptureFixture) -> Outcome:
     """The run's outcome although an actor is killed under it in each of the calls `titles`."""
     recorder = Recorder(run, run.run_dir, exporter(run))
     with open_actors(run) as (experience, learner):
@@ -152,18 +160,19 @@ def finish_sabotaged(run: AlignRun, titles: Sequence[str]) -> Outcome:
         assert [killer.killed for killer in sabotaged.killers] == [True] * len(titles)
         restarts = experience.rollouts.restarts, experience.scorers.restarts, learner.restarts
         assert restarts == tuple(int(title in titles) for title in EACH_KIND)
+    assert "building the learner anew from its last snapshot and making updates again: 1" in caplog.text
     return outcome(recorder)
 
 
-def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path):
-    workers = {"rollout_workers": 2, "scorers": 2, "max_restarts": 1}
-    run = make_run(tmp_path, learner={"engine": "torch"}, workers=workers)
-    assert_same(finish_sabotaged(run, EACH_KIND), inline)
+def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path, caplog):
+    workers = {"rollout_workers": 2, "scorers": 2, "max_restarts": 1, "snapshot_every": 2}
+    run = make_run(tmp_path, learner={"engine": "torch"}, workers=workers, **BETWEEN_SNAPSHOTS)
+    assert_same(finish_sabotaged(run, EACH_KIND, caplog), inline)
 
 
-def test_actors_that_take_turns_at_two_gpus_change_nothing(make_run, inline, tmp_path):
+def test_actors_that_take_turns_at_two_gpus_change_nothing(make_run, inline, tmp_path, caplog):
     """A rank is killed too; that lost rollout actors and scorers come back into their bundles, test_placement says."""
     numbers = {"rollout_workers": 2, "scorers": 2, "learner_ranks": 2}
     workers = {"gpus": 2, "sleep": True, "max_restarts": 1, **numbers}
-    run = make_run(tmp_path, learner={"zero_stage": 2}, workers=workers)
-    assert_close(finish_sabotaged(run, ("LearnerActor.update",)), inline)
+    run = make_run(tmp_path, learner={"zero_stage": 2}, workers=workers, **BETWEEN_SNAPSHOTS)
+    assert_close(finish_sabotaged(run, ("LearnerActor.update",), caplog), inline)

@@ -66,6 +66,13 @@ def test_text_is_taken_literally():
         (["--learner.micro_batch_size", "7"], "a minibatch of 576 samples does not split into"),
         (["--rollout.group_size", "1"], "Flow-GRPO needs 2 or more"),
         (["--rollout.window_range", "0", "10"], "window_range [0, 10) must hold window_steps (3) and end before"),
+        (["--learner.keep", "3"], "learner.keep: Input should be a multiple of 2"),
+        (["--learner.keep", "20"], "learner.keep 20 exceeds the 18 samples of rollout.group_size"),
+        (["--learner.keep", "10"], "a minibatch of 320 samples does not split into"),
+        (
+            ["--algorithm", "refl", "--refl.stop_range", "5", "9", "--learner.keep", "2"],
+            "learner.keep 2 chooses by advantage; refl weighs all samples alike and has none",
+        ),
         (["--algorithm", "refl"], "refl.stop_range [30, 39] must ascend and lie within the 10 steps"),
         (
             ["--algorithm", "refl", "--refl.stop_range", "5", "9", "--learner.updates_per_iteration", "2"],

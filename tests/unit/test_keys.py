@@ -56,12 +56,13 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     },
     LearnerConfig: {
         Mark.PROCESS: "gradient_checkpointing engine zero_stage",
-        DECIDES: "learning_rate warmup_updates schedule weight_decay max_grad_norm updates_per_iteration epochs "
+        DECIDES: "learning_rate warmup_updates schedule weight_decay max_grad_norm updates_per_iteration keep epochs "
         "micro_batch_size ema_decay guidance_in_loss",
     },
     WorkersConfig: {
         Mark.PROCESS: "layout gpus sleep rollout_workers scorers learner_ranks cpus_per_actor gpus_per_rollout "
-        "gpus_per_scorer gpus_per_rank threads_per_actor start_timeout_s call_timeout_s weights_part_mib max_restarts"
+        "gpus_per_scorer gpus_per_rank threads_per_actor start_timeout_s call_timeout_s weights_part_mib "
+        "snapshot_every max_restarts"
     },
     EvaluateRun: {
         Mark.PROCESS: "inline max_broken workers",

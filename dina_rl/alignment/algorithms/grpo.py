@@ -15,6 +15,7 @@ from dina_rl.alignment.algorithms.clipping import clipped_policy_loss, ratio_gat
 from dina_rl.alignment.objective import Minibatch, PassLoss, PreparedUpdates, SamplesItself, deal
 from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.sampler import PolicySampler
+from dina_rl.alignment.selection import Selection, select
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.flow.sampler import denoise, replay_step
@@ -195,12 +196,18 @@ class GRPOObjective(SamplesItself):
 
         The first minibatch's first forward is the old policy's own: it needs no extra one.
         """
-        steps = [self._steps(groups) for groups in minibatches]
+        selections = [self._select(groups) for groups in minibatches]
+        steps = [self._steps(*each) for each in zip(minibatches, selections, strict=True)]
         noise = self._recompute(steps[1:]) if self._recomputes else 0.0
+        window = len(minibatches[0][0].rollout.log_probs)
         return PreparedUpdates(
             minibatches=[
-                Minibatch(passes=[partial(self._loss, each) for each in own], terms=_terms(groups))
-                for own, groups in zip(steps, minibatches, strict=True)
+                Minibatch(
+                    passes=[partial(self._loss, each) for each in own],
+                    terms=window * selection.count,
+                    samples=len(selection.rows),
+                )
+                for own, selection in zip(steps, selections, strict=True)
             ],
             maxima={"log_prob_noise": noise},
         )
@@ -210,10 +217,18 @@ class GRPOObjective(SamplesItself):
         if closed and self._run.grpo.ratio_gate == "strict":
             raise RunStopped(closed)
 
-    def _steps(self, groups: Sequence[TrainingGroup[Trajectory]]) -> list[WindowStep]:
+    def _select(self, groups: Sequence[TrainingGroup[Trajectory]]) -> Selection:
+        """Without a KL a sample of advantage 0 has no gradient."""
+        advantages = [group.advantages for group in groups]
+        selection = select(advantages, self._run.learner.keep, zeros=self._run.grpo.kl_weight > 0)
+        assert len(selection.rows), "groups whose advantages are all 0 are dropped before"
+        return selection
+
+    def _steps(self, groups: Sequence[TrainingGroup[Trajectory]], selection: Selection) -> list[WindowStep]:
         engine = self._policy.engine
         schedule = _shared_schedule(groups)
-        batches = micro_batches(groups, self._run.learner.micro_batch_size, engine.rank, engine.world_size)
+        size = self._run.learner.micro_batch_size
+        batches = micro_batches(groups, selection.rows, size, engine.rank, engine.world_size)
         return [
             WindowStep(
                 batch=batch,
@@ -304,13 +319,14 @@ class GRPOObjective(SamplesItself):
 
 
 def micro_batches(
-    groups: Sequence[TrainingGroup[Trajectory]], size: int, rank: int, world_size: int
+    groups: Sequence[TrainingGroup[Trajectory]], chosen: torch.Tensor, size: int, rank: int, world_size: int
 ) -> list[MicroBatch]:
-    """This rank's share of the groups' samples, in forwards of exactly `size` samples."""
+    """This rank's share of the groups' samples `chosen`, in forwards of exactly `size` samples."""
     states = torch.cat([group.rollout.states for group in groups], 1)
     old_log_probs = torch.cat([group.rollout.log_probs for group in groups], 1)
     advantages = torch.cat([group.advantages for group in groups])
     prompt = PromptEmbeds.cat([group.rollout.prompt.repeat(len(group.advantages)) for group in groups])
+    dealt = deal(len(chosen), size, rank, world_size)
     return [
         MicroBatch(
             states=states[:, rows],
@@ -319,12 +335,8 @@ def micro_batches(
             weights=weights,
             prompt=prompt.select(rows),
         )
-        for rows, weights in deal(len(advantages), size, rank, world_size)
+        for rows, weights in ((chosen[picks], weights) for picks, weights in dealt)
     ]
-
-
-def _terms(groups: Sequence[TrainingGroup[Trajectory]]) -> int:
-    return len(groups[0].rollout.log_probs) * sum(len(group.advantages) for group in groups)
 
 
 def _shared_schedule(groups: Sequence[TrainingGroup[Trajectory]]) -> Trajectory:

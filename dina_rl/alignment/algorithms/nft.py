@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -32,6 +33,7 @@ from dina_rl.alignment.algorithms.base import Sampling, Work
 from dina_rl.alignment.objective import Minibatch, PassLoss, PreparedUpdates, deal
 from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.sampler import PolicySampler
+from dina_rl.alignment.selection import Selection, select
 from dina_rl.config import AlignRun
 from dina_rl.flow.process import add_noise, velocity_kl
 from dina_rl.flow.sampler import denoise
@@ -184,6 +186,14 @@ class NoisedBatch:
         return VelocityInputs(latents=noisy, sigma=self.sigma, prompt=self.prompt, negative=None, guidance_scale=1.0)
 
 
+@dataclass(slots=True, kw_only=True)
+class NoisedStep:
+    """A micro-batch, and the velocity there of the policy that samples."""
+
+    batch: NoisedBatch
+    old: torch.Tensor | None = None  # [M, C, H, W]; None: not yet computed
+
+
 class NFTObjective:
     """See `objective.Objective`. It remembers the weights that sample."""
 
@@ -195,18 +205,23 @@ class NFTObjective:
     def prepare(self, minibatches: Sequence[Sequence[TrainingGroup[FinishedGroup]]]) -> PreparedUpdates:
         """v_old of every forward is computed here: it stays the same through the iteration's updates.
 
-        It is kept on the CPU, K latents of each of this rank's samples.
+        It is kept on the CPU, K latents of each of this rank's samples. Where the copy does not lag behind, the first
+        minibatch's first forwards are its own: they need no extra ones.
         """
-        batches = [self._batches(groups) for groups in minibatches]
-        with torch.no_grad(), self._old_weights():
-            old = [[self._policy.velocity(each.inputs).cpu() for each in own] for own in batches]
+        selections = [self._select(groups) for groups in minibatches]
+        batches = [self._batches(*each) for each in zip(minibatches, selections, strict=True)]
+        steps = [[NoisedStep(batch=batch) for batch in own] for own in batches]
+        with torch.no_grad(), self._old_weights() as lags:
+            for each in chain.from_iterable(steps if lags else steps[1:]):
+                each.old = self._policy.velocity(each.batch.inputs).cpu()
         return PreparedUpdates(
             minibatches=[
                 Minibatch(
-                    passes=[partial(self._loss, *each) for each in zip(own, known, strict=True)],
-                    terms=self._run.nft.levels * sum(len(group.advantages) for group in groups),
+                    passes=[partial(self._loss, each) for each in own],
+                    terms=self._run.nft.levels * selection.count,
+                    samples=len(selection.rows),
                 )
-                for own, known, groups in zip(batches, old, minibatches, strict=True)
+                for own, selection in zip(steps, selections, strict=True)
             ]
         )
 
@@ -228,29 +243,38 @@ class NFTObjective:
         self._old = {name: tensor.clone() for name, tensor in state.items()}
 
     @contextmanager
-    def _old_weights(self) -> Iterator[None]:
-        """The sampling copy's weights in the policy, for as long as the block lasts."""
+    def _old_weights(self) -> Iterator[bool]:
+        """The sampling copy's weights in the policy, for as long as the block lasts; yields whether they are others."""
         engine = self._policy.engine
         current = engine.weights()
-        engine.load_weights(self._old)
-        yield
-        engine.load_weights(current)
+        lags = any(not torch.equal(self._old[name], tensor) for name, tensor in current.items())
+        if lags:
+            engine.load_weights(self._old)
+        yield lags
+        if lags:
+            engine.load_weights(current)
 
-    def _batches(self, groups: Sequence[TrainingGroup[FinishedGroup]]) -> list[NoisedBatch]:
-        engine = self._policy.engine
-        return noised_batches(self._run, groups, self._run.learner.micro_batch_size, engine.rank, engine.world_size)
+    def _select(self, groups: Sequence[TrainingGroup[FinishedGroup]]) -> Selection:
+        """A sample of worth 1/2, of advantage 0, still pulls the policy back to the copy that samples."""
+        return select([group.advantages for group in groups], self._run.learner.keep, zeros=True)
 
-    def _loss(self, each: NoisedBatch, old: torch.Tensor, kl_scale: float) -> PassLoss:
-        nft, device = self._run.nft, self._policy.device
-        weights, old = each.weights.to(device), old.to(device)
-        inputs = each.inputs
+    def _batches(self, groups: Sequence[TrainingGroup[FinishedGroup]], selection: Selection) -> list[NoisedBatch]:
+        engine, size = self._policy.engine, self._run.learner.micro_batch_size
+        return noised_batches(self._run, groups, selection.rows, size, engine.rank, engine.world_size)
+
+    def _loss(self, each: NoisedStep, kl_scale: float) -> PassLoss:
+        nft, batch, device = self._run.nft, each.batch, self._policy.device
+        weights, inputs = batch.weights.to(device), batch.inputs
         velocity = self._policy.velocity(inputs)
+        if each.old is None:
+            each.old = velocity.detach().cpu()
+        old = each.old.to(device)
         losses = contrastive_loss(
             velocity,
             old,
-            (each.noise - each.clean).to(device),
-            each.worth.to(device),
-            each.sigma.to(device),
+            (batch.noise - batch.clean).to(device),
+            batch.worth.to(device),
+            batch.sigma.to(device),
             beta=nft.beta,
             bound=nft.advantage_clip,
             weighting=nft.weighting,
@@ -271,9 +295,14 @@ class NFTObjective:
 
 
 def noised_batches(
-    run: AlignRun, groups: Sequence[TrainingGroup[FinishedGroup]], size: int, rank: int, world_size: int
+    run: AlignRun,
+    groups: Sequence[TrainingGroup[FinishedGroup]],
+    chosen: torch.Tensor,
+    size: int,
+    rank: int,
+    world_size: int,
 ) -> list[NoisedBatch]:
-    """This rank's share of the samples at each of their levels, in forwards of exactly `size` samples."""
+    """This rank's share of the samples `chosen` at each of their levels, in forwards of exactly `size` samples."""
     rollouts = [group.rollout for group in groups]
     clean = torch.cat([each.latents for each in rollouts])
     sigma = torch.cat([training_levels(run, each.item, each.sigmas) for each in rollouts], 1)
@@ -281,7 +310,8 @@ def noised_batches(
     prompt = PromptEmbeds.cat([each.prompt.repeat(each.item.group_size) for each in rollouts])
     samples = [(each.item, sample) for each in rollouts for sample in range(each.item.group_size)]
     batches = []
-    for rows, weights in deal(len(clean), size, rank, world_size):
+    for picks, weights in deal(len(chosen), size, rank, world_size):
+        rows = chosen[picks]
         own = [samples[row] for row in rows.tolist()]
         noise = torch.stack([training_noise(run, item, sample, clean.shape[1:]) for item, sample in own], 1)
         batches += [

@@ -166,13 +166,14 @@ class ReFLObjective(SamplesItself):
         if self._reward is not None:
             _, conditions = self._reward.inputs([group.rollout for group in groups])
         engine = self._policy.engine
-        size = self._run.learner.micro_batch_size
+        size, samples = self._run.learner.micro_batch_size, sum(len(group.advantages) for group in groups)
         return Minibatch(
             passes=[
                 partial(self._loss, each)
                 for each in refl_batches(groups, conditions, size, engine.rank, engine.world_size)
             ],
-            terms=sum(len(group.advantages) for group in groups),
+            terms=samples,
+            samples=samples,
         )
 
     def _loss(self, each: ReFLBatch, kl_scale: float) -> PassLoss:

@@ -77,3 +77,12 @@ def test_a_mixed_group_fails_with_any_scorer_and_is_constant_with_all():
     assert (found.failed, found.constant) == (1, 1)
     assert found.values[0].eq(0).all()
     assert torch.allclose(found.values[1], 0.2 * group_advantages(REWARDS[1:2]).values[0])
+
+
+def test_a_group_whose_scorers_cancel_out_carries_no_preference():
+    mixed = RewardsConfig.model_validate({"dina": {}, "pickscore": {}, "normalise": "advantage"})
+    scores = {"dina": REWARDS, "pickscore": REWARDS.clone()}
+    scores["pickscore"][1] *= -1
+    found = relative_advantages(mixed, scores, std="group", clip=5.0)
+    assert found.kept.tolist() == [True, False, True, True, True]
+    assert (found.failed, found.constant) == (0, 1)

@@ -60,7 +60,7 @@ def group(prompt_id: int, size: int) -> TrainingGroup:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_micro_batches_cover_every_sample_once_in_equal_shapes(world_size):
     groups = [group(0, 5), group(1, 6)]
-    ranks = [micro_batches(groups, 4, rank, world_size) for rank in range(world_size)]
+    ranks = [micro_batches(groups, torch.arange(11), 4, rank, world_size) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1, "ranks must make equally many forwards"
     seen = []
     for batch in (b for batches in ranks for b in batches):
@@ -70,3 +70,12 @@ def test_micro_batches_cover_every_sample_once_in_equal_shapes(world_size):
         assert torch.equal(batch.prompt.embeds[:, 0, 0], (batch.advantages >= 100).float())
         seen += batch.advantages[batch.weights > 0].tolist()
     assert sorted(seen) == sorted(torch.cat([g.advantages for g in groups]).tolist())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_chosen_samples_are_dealt_alone(world_size):
+    chosen = torch.tensor([0, 3, 4, 7, 10])
+    ranks = [micro_batches([group(0, 5), group(1, 6)], chosen, 2, rank, world_size) for rank in range(world_size)]
+    assert [len(batches) for batches in ranks] == ([3] if world_size == 1 else [2, 2])
+    seen = [value for batches in ranks for b in batches for value in b.advantages[b.weights > 0].tolist()]
+    assert sorted(seen) == [0, 3, 4, 102, 105]

@@ -132,10 +132,11 @@ def test_levels_are_the_samplers_own_without_repeats_and_keyed_by_iteration_and_
 
 
 def test_what_a_sample_is_trained_at_knows_neither_forward_nor_rank_nor_neighbours():
-    def trained(groups, size, ranks):
+    def trained(groups, size, ranks, chosen=None):
+        chosen = torch.arange(5 * len(groups)) if chosen is None else torch.tensor(chosen)
         found = set()
         for rank in range(ranks):
-            for batch in noised_batches(RUN, groups, size, rank, ranks):
+            for batch in noised_batches(RUN, groups, chosen, size, rank, ranks):
                 assert len(batch.weights) == size
                 rows = zip(batch.worth, batch.sigma, batch.noise, batch.inputs.latents, batch.weights, strict=True)
                 found |= {
@@ -149,3 +150,6 @@ def test_what_a_sample_is_trained_at_knows_neither_forward_nor_rank_nor_neighbou
     assert len(whole) == 2 * 5 * RUN.nft.levels
     assert whole == trained([group(2), group(1)], 2, 2)
     assert trained([group(2)], 3, 1) < whole
+    some = trained([group(1), group(2)], 2, 1, chosen=[1, 5, 9])
+    assert some < whole
+    assert {worth for worth, *_ in some} == {11, 20, 24}

@@ -57,6 +57,15 @@ def test_the_arithmetic_of_a_plan():
     assert f"{576 * 5 * 16 * 8 * 8 * 4 / 2**20:.1f} MiB of latents" in text
 
 
+def test_a_plan_of_fewer_samples_counts_the_smaller_update():
+    learner = {"updates_per_iteration": 2, "micro_batch_size": 8, "keep": 8}
+    text = describe(AlignRun.model_validate({"learner": learner}))
+    assert "32 prompts x 18 samples = 576 images" in text
+    assert "trains on the 8 most extreme samples of each group" in text
+    assert "minibatch 128 = 8 forwards x 8 samples x 2 ranks" in text
+    assert f"{32 * 8 * 3:,} trained passes, {32 * 8 * 3:,} of the base" in text
+
+
 KNOWN = {"path": "stabilityai/stable-diffusion-3-medium-diffusers", "dtype": "bfloat16", "height": 512, "width": 512}
 RECIPE = {
     "iterations": 100,
