@@ -204,3 +204,28 @@ CLIP_MODELS: Mapping[str, KnownCLIP] = {
     "yuvalkirstain/PickScore_v1": CLIP_H,
     "openai/clip-vit-large-patch14": CLIP_L,
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownVisionLanguageModel:
+    """A published model that reads pictures and text."""
+
+    text: Sizes
+    vision: Sizes
+
+
+VISION_LANGUAGE_MODELS: Mapping[str, KnownVisionLanguageModel] = {
+    "Qwen/Qwen2-VL-7B-Instruct": KnownVisionLanguageModel(
+        text={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 151_658,  # its tokens and HPSv3's own, as HPSv3 cuts the table; the base has 152,064 rows
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision={"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14},
+    ),
+}

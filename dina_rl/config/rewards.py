@@ -10,6 +10,7 @@ from dina_rl.config.base import Guidances, NoiseLevels, Positive, Rate, Section
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
+HPSV3, HPSV3_BASE = "MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"
 
 
 class ScorerConfig(Section):
@@ -54,7 +55,7 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-ImageScorerName = Literal["pickscore", "clip_score"]
+ImageScorerName = Literal["pickscore", "clip_score", "hpsv3"]
 
 
 class ImageScorerConfig(ScorerConfig):
@@ -89,8 +90,19 @@ class CLIPScoreConfig(ImageScorerConfig):
     """directory or hub id of its tokenizer and image processor"""
 
 
+class HPSv3Config(ImageScorerConfig):
+    """HPSv3: mean preference of a vision-language model, on the decoded image."""
+
+    name = "hpsv3"
+
+    path: str = HPSV3
+    """directory or hub id with HPSv3.safetensors, or the file"""
+    processor: str = HPSV3_BASE
+    """directory or hub id of the Qwen2-VL that it was trained from: sizes, tokenizer and image processor"""
+
+
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
-    section.name: section for section in (PickScoreConfig, CLIPScoreConfig)
+    section.name: section for section in (PickScoreConfig, CLIPScoreConfig, HPSv3Config)
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
@@ -101,6 +113,7 @@ class RewardsConfig(Section):
     dina: DiNaScorerConfig | None = DiNaScorerConfig()
     pickscore: PickScoreConfig | None = None
     clip_score: CLIPScoreConfig | None = None
+    hpsv3: HPSv3Config | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"
     """constant: scores by each scorer's mean and std; group: by its own mean and standard deviation inside each group;
     advantage: each scorer has a clipped advantage of its own, and their weighted sum is not standardised again (the

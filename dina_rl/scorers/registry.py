@@ -7,10 +7,12 @@ from dina_rl.fingerprint import repository_parts
 from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Scorer
 from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
+from dina_rl.scorers.hpsv3 import HPSV3
 
 IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "pickscore": PICKSCORE,
     "clip_score": CLIP_SCORE,
+    "hpsv3": HPSV3,
 }
 
 

@@ -1,0 +1,329 @@
+"""HPSv3 (Ma et al., 2025): Qwen2-VL reads picture and prompt, a small head gives mean and spread of the preference.
+
+The released file has one safetensors with the names of the transformers of its day, the head's `rm_head.*` beside them.
+The base's directory has everything else: sizes, tokenizer with chat template, image processor.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+    Qwen2VLTextConfig,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.vision_utils import get_vision_position_ids
+
+from dina_rl.backbones.known import VISION_LANGUAGE_MODELS
+from dina_rl.config import ImageScorerConfig
+from dina_rl.loading import loading
+from dina_rl.reward.card import check_tensors
+from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
+from dina_rl.scorers.weights import Tensors, file_if_here, load_tensors, released_file
+
+FILE = "HPSv3.safetensors"
+REWARD_TOKEN = "<|Reward|>"  # hpsv3/train.py: added to the base's tokens; the head reads what stands there
+IMAGE_TOKEN = "<|image_pad|>"
+PIXELS = 256 * 28 * 28  # hpsv3/inference.py: of a picture, at least and at most
+INSTRUCTION = "\n".join(json.loads((Path(__file__).parent / "hpsv3_instruction.json").read_text("utf-8"))["lines"])
+HEAD_WIDTHS = (1024, 16, 2)  # hpsv3/model/qwen2vl_trainer.py
+TEXT_TOKENS = 550
+"""Of the instruction in its chat template, with a prompt of 20: what a plan counts."""
+
+LONGEST = 200
+"""Times the short edge that the base takes a picture to be long; of a longer one the ends go."""
+
+OLD_NAMES = ((r"^(model\.)?visual\.", "visual."), (r"^model\.(language_model\.)?", "language_model."))
+"""The released names, and those that a later transformers would save, in those of the base here."""
+
+UNUSED = "lm_head.weight"
+
+
+class HPSv3(nn.Module):
+    """The base without its head of words, and the head of preference.
+
+    A token's position is its place in the sequence, for the picture's too: neither training nor inference of the
+    released model gives the base the positions in rows and columns that it has by itself.
+    """
+
+    def __init__(self, config: Qwen2VLConfig) -> None:
+        super().__init__()
+        self.base = Qwen2VLModel(config)
+        self.rm_head = make_head(text_sizes(config).hidden_size)
+
+    def forward(
+        self, patches: torch.Tensor, grid: tuple[int, int], before: torch.Tensor, after: torch.Tensor, place: int
+    ) -> torch.Tensor:
+        """The mean preference, fp32, of one picture's patches [h * w, values] between two runs of token ids.
+
+        Args:
+            place: of the token in `after` that the head reads.
+        """
+        embed = self.base.get_input_embeddings()
+        seen = self.see(patches, grid)
+        sequence = torch.cat([embed(before), seen.to(self.base.dtype), embed(after)])
+        states = self.base.language_model(inputs_embeds=sequence[None], use_cache=False).last_hidden_state[0]
+        mean: torch.Tensor = self.rm_head(states[len(before) + len(seen) + place].float())[0]
+        return mean
+
+    def see(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The picture as tokens [h * w / 4, width]."""
+        shape = torch.tensor([[1, *grid]])  # on the CPU, where its numbers are needed
+        positions = get_vision_position_ids(shape, self.base.visual.spatial_merge_size).to(patches.device)
+        tokens: torch.Tensor = self.base.visual(patches, grid_thw=shape, position_ids=positions).pooler_output
+        return tokens
+
+
+def text_sizes(config: Qwen2VLConfig) -> Qwen2VLTextConfig:
+    sizes = config.text_config
+    assert isinstance(sizes, Qwen2VLTextConfig)
+    return sizes
+
+
+def make_head(width: int) -> nn.Sequential:
+    hidden, narrow, out = HEAD_WIDTHS
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.ReLU(),
+        nn.Dropout(0.05),  # holds a place in the released names
+        nn.Linear(hidden, narrow),
+        nn.ReLU(),
+        nn.Linear(narrow, out),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What the base's directory says."""
+
+    config: Qwen2VLConfig
+    tokenizer: PreTrainedTokenizerBase
+    images: Qwen2VLImageProcessorPil
+
+
+def read_base(path: str) -> Base:
+    """The base at `path`, with the token of the reward, but without weights.
+
+    Raises:
+        ValueError: neither a local directory nor a hub id that can be read here, or another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if not isinstance(config, Qwen2VLConfig):
+            raise ValueError(f"it is a {config.model_type}, not a qwen2_vl")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        images = Qwen2VLImageProcessorPil.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"HPSv3's base {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    if tokenizer.chat_template is None:
+        raise ValueError(f"HPSv3's base {path} has no chat template")
+    tokenizer.add_special_tokens({"extra_special_tokens": [REWARD_TOKEN]}, replace_extra_special_tokens=False)
+    return Base(config=_with_vocabulary(config, len(tokenizer)), tokenizer=tokenizer, images=images)
+
+
+def check_hpsv3(config: ImageScorerConfig) -> None:
+    """Whether base and weights are there and fit, without loading weights.
+
+    Raises:
+        ValueError: they are not, or do not.
+    """
+    base = read_base(config.processor)
+    file = file_if_here(config.path, FILE)
+    if file is not None:
+        _check_tensors(_shapes(file), base.config, file)
+
+
+class HPSv3Scorer:
+    """`Scorer` in image space: the mean of the preference.
+
+    The picture goes through Qwen2-VL's preprocessing as tensor operations, so that the score has a gradient. Its
+    bicubic resize is torch's antialiased one rather than PIL's on 8-bit images: an approximation of rounding only.
+
+    Pictures go through the model one at a time: a score does not depend on what is scored beside it, nor does memory.
+    With a gradient each is computed again on the way back.
+
+    Raises:
+        ValueError: the model cannot be read, or is another one.
+    """
+
+    space: Space = "images"
+
+    def __init__(self, config: ImageScorerConfig, *, device: str) -> None:
+        base = read_base(config.processor)
+        self._tokenizer, self._device = base.tokenizer, device
+        self._factor = base.images.patch_size * base.images.merge_size
+        self._patch, self._repeats = base.images.patch_size, base.images.temporal_patch_size
+        self._merge = base.images.merge_size
+        self._mean = torch.tensor(base.images.image_mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(base.images.image_std, device=device).view(3, 1, 1)
+        file = released_file(config.path, FILE)
+        with loading("the model", file.parent):
+            self._model = load_hpsv3(file, base.config).to(device)
+
+    def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        return self.score(samples, conditions.prompts)
+
+    def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1] against their prompts."""
+        one = self._remembered if len(prompts) > 1 and images.requires_grad else self._one
+        return torch.stack([one(image, prompt) for image, prompt in zip(images.unbind(), prompts, strict=True)])
+
+    def _remembered(self, image: torch.Tensor, prompt: str) -> torch.Tensor:
+        score: torch.Tensor = checkpoint(self._one, image, prompt, use_reentrant=False)
+        return score
+
+    def _one(self, image: torch.Tensor, prompt: str) -> torch.Tensor:
+        before, after, place = self.tokens(prompt)
+        patches, grid = self.patches(image)
+        score: torch.Tensor = self._model(patches, grid, before, after, place)
+        return score
+
+    def tokens(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Token ids before and after the picture, and where in the latter the reward's token is."""
+        words = INSTRUCTION.replace("{prompt}", prompt)
+        turn: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
+        text = self._tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        before, after = (
+            self._tokenizer(part, add_special_tokens=False).input_ids for part in text.split(IMAGE_TOKEN, 1)
+        )
+        reward = self._tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        place = len(after) - 1 - after[::-1].index(reward)  # the last, whatever the prompt has
+        return torch.tensor(before, device=self._device), torch.tensor(after, device=self._device), place
+
+    def patches(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Patches [h * w, values] of an image [3, H, W] in [0, 1] in the order of the base, and (h, w)."""
+        pixels = (self._resized(image.to(self._device)) - self._mean) / self._std
+        size, merge = self._patch, self._merge
+        rows, columns = (edge // size for edge in pixels.shape[1:])
+        blocks = pixels.reshape(3, rows // merge, merge, size, columns // merge, merge, size)
+        ordered = blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns, 3, 1, size, size)
+        return ordered.expand(-1, -1, self._repeats, -1, -1).reshape(rows * columns, -1), (rows, columns)
+
+    @torch.no_grad()
+    def reduce(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The resized picture [3, h, w] in [0, 1] of one [3, H, W] uint8. Its score is that of the whole."""
+        return self._resized(_middle(pixels).to(self._device).float() / 255).cpu()
+
+    def _resized(self, image: torch.Tensor) -> torch.Tensor:
+        """To the size that the base gives it (bicubic), unless it has one that may come of that."""
+        whole = _middle(image)
+        height, width = whole.shape[1:]
+        if self._is_reduced(height, width):
+            return whole
+        size = smart_resize(height, width, factor=self._factor, min_pixels=PIXELS, max_pixels=PIXELS)
+        return functional.interpolate(whole[None], size=size, mode="bicubic", antialias=True).clamp(0, 1)[0]
+
+    def _is_reduced(self, height: int, width: int) -> bool:
+        """Multiples of a token's edge, as near the number of pixels as that allows."""
+        step = self._factor
+        near = (height - step) * (width - step) < PIXELS < (height + step) * (width + step)
+        return height % step == width % step == 0 and near
+
+
+def load_hpsv3(file: Path, config: Qwen2VLConfig) -> HPSv3:
+    """The released model, frozen: its base in the precision that the file has, its head in fp32.
+
+    Raises:
+        ValueError: an unreadable file, or other tensors than the model's.
+    """
+    tensors = load_tensors(file)
+    _check_tensors(tensors, config, file)
+    with torch.device("meta"):
+        model = HPSv3(config)
+    named = {new_name(name): tensor for name, tensor in tensors.items() if name != UNUSED}
+    head = {name: named.pop(f"rm_head.{name}").float() for name in model.rm_head.state_dict()}
+    dtype = named["language_model.norm.weight"].dtype
+    model.base = Qwen2VLModel.from_pretrained(None, config=config, state_dict=named, dtype=dtype)
+    model.rm_head.load_state_dict(head, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def new_name(name: str) -> str:
+    """A tensor's name in the installed base, of the one in the released file."""
+    for pattern, ours in OLD_NAMES:
+        name, count = re.subn(pattern, ours, name)
+        if count:
+            break
+    return name
+
+
+def _check_tensors(found: Tensors, config: Qwen2VLConfig, file: Path) -> None:
+    with torch.device("meta"):
+        model = HPSv3(config)
+        expected = {name.removeprefix("base."): tensor for name, tensor in model.state_dict().items()}
+        expected[UNUSED] = torch.empty(text_sizes(config).vocab_size, text_sizes(config).hidden_size)
+    check_tensors({new_name(name): tensor for name, tensor in found.items()}, expected, file)
+
+
+def _shapes(file: Path) -> Tensors:
+    """The tensors of a safetensors file without data."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _with_vocabulary(config: Qwen2VLConfig, vocabulary: int) -> Qwen2VLConfig:
+    """The base as the released code makes it: as many embeddings as tokens, the reward's among them."""
+    text_sizes(config).vocab_size = vocabulary
+    return config
+
+
+def _middle(image: torch.Tensor) -> torch.Tensor:
+    *_, height, width = image.shape
+    most = LONGEST * min(height, width)
+    rows, columns = (max(0, edge - most + 1) // 2 for edge in (height, width))
+    return image[..., rows : height - rows, columns : width - columns]
+
+
+@cache
+def empty_hpsv3(processor: str) -> EmptyImageScorer:
+    """The model without weights on a base that is known by its hub id or read from where it is.
+
+    Raises:
+        ValueError: it is neither known nor can be read here, or is no Qwen2-VL.
+    """
+    known = VISION_LANGUAGE_MODELS.get(processor)
+    if known is None:
+        config = read_base(processor).config
+    else:
+        config = Qwen2VLConfig(text_config=known.text, vision_config=known.vision)
+    with torch.device("meta"):
+        model = HPSv3(config).requires_grad_(False)
+        nn.Module.to(model.base, torch.bfloat16)
+    return EmptyImageScorer(model=model, look=lambda: look(model))
+
+
+def look(model: HPSv3, *, with_gradient: bool = False) -> torch.Tensor:
+    """One square picture through a model without weights."""
+    vision = model.base.visual.config
+    edge = int(PIXELS**0.5) // vision.patch_size
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    with torch.device("meta"):
+        patches = torch.empty(edge**2, values, requires_grad=with_gradient)
+        before, after = torch.empty(14, dtype=torch.long), torch.empty(TEXT_TOKENS - 14, dtype=torch.long)
+    score: torch.Tensor = model(patches, (edge, edge), before, after, 0)
+    return score
+
+
+HPSV3 = ImageKind(
+    open=lambda config, device: HPSv3Scorer(config, device=device),
+    check=check_hpsv3,
+    empty=lambda config: empty_hpsv3(config.processor),
+    files=(FILE, "config.json"),
+)
