@@ -9,6 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from dina_rl.config.base import SHIPPED_PIPELINE
 
 EDGE = 24
+EOS = 109  # of the shipped tokenizer
 
 
 def save_tiny_clip(directory: Path) -> Path:
@@ -16,7 +17,7 @@ def save_tiny_clip(directory: Path) -> Path:
     shutil.copytree(SHIPPED_PIPELINE / "tokenizer", directory)
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(
-        text_config={**tower, "max_position_embeddings": 8, "eos_token_id": 1, "vocab_size": 1000},
+        text_config={**tower, "max_position_embeddings": 8, "eos_token_id": EOS, "vocab_size": 1000},
         vision_config={**tower, "image_size": EDGE, "patch_size": 8},
         projection_dim=8,
     )

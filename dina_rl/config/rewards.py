@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from dina_rl.config.base import Guidances, NoiseLevels, Positive, Rate, Section
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
+HPSV2 = "xswu/HPSv2"
 HPSV3, HPSV3_BASE = "MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"
 
 
@@ -55,7 +56,7 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-ImageScorerName = Literal["pickscore", "clip_score", "hpsv3"]
+ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "hpsv3"]
 
 
 class ImageScorerConfig(ScorerConfig):
@@ -75,7 +76,7 @@ class PickScoreConfig(ImageScorerConfig):
 
     path: str = PICKSCORE
     """directory or hub id of the CLIPModel"""
-    processor: str = PICKSCORE_PROCESSOR
+    processor: str = CLIP_H
     """directory or hub id of its tokenizer and image processor"""
 
 
@@ -90,6 +91,28 @@ class CLIPScoreConfig(ImageScorerConfig):
     """directory or hub id of its tokenizer and image processor"""
 
 
+class HPSv2Config(ImageScorerConfig):
+    """HPSv2 (2.0): cosine of a CLIP model fine-tuned on comparisons, on the decoded image."""
+
+    name = "hpsv2"
+
+    path: str = HPSV2
+    """HPS_v2_compressed.pt, or a directory or hub id that has it"""
+    processor: str = CLIP_H
+    """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
+
+
+class HPSv21Config(ImageScorerConfig):
+    """HPSv2.1: the same, fine-tuned on more comparisons."""
+
+    name = "hpsv2_1"
+
+    path: str = HPSV2
+    """HPS_v2.1_compressed.pt, or a directory or hub id that has it"""
+    processor: str = CLIP_H
+    """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
+
+
 class HPSv3Config(ImageScorerConfig):
     """HPSv3: mean preference of a vision-language model, on the decoded image."""
 
@@ -102,7 +125,7 @@ class HPSv3Config(ImageScorerConfig):
 
 
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
-    section.name: section for section in (PickScoreConfig, CLIPScoreConfig, HPSv3Config)
+    section.name: section for section in (PickScoreConfig, CLIPScoreConfig, HPSv2Config, HPSv21Config, HPSv3Config)
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
@@ -113,6 +136,8 @@ class RewardsConfig(Section):
     dina: DiNaScorerConfig | None = DiNaScorerConfig()
     pickscore: PickScoreConfig | None = None
     clip_score: CLIPScoreConfig | None = None
+    hpsv2: HPSv2Config | None = None
+    hpsv2_1: HPSv21Config | None = None
     hpsv3: HPSv3Config | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"
     """constant: scores by each scorer's mean and std; group: by its own mean and standard deviation inside each group;

@@ -87,7 +87,7 @@ def _bucketing(dataset: DatasetConfig, buckets: Buckets | None, pipeline: Pipeli
 
 
 def _absolute(config: PictureScorerConfig) -> PictureScorerConfig:
-    """The configuration with absolute directories: workers have working directories of their own."""
+    """The configuration with absolute places: workers have working directories of their own."""
     paths = {name: value for name in ("path", "processor", "pipeline") if (value := dict(config)[name]) is not None}
     found = {name: Path(value).expanduser() for name, value in paths.items()}
-    return config.model_copy(update={name: str(path.resolve()) for name, path in found.items() if path.is_dir()})
+    return config.model_copy(update={name: str(path.resolve()) for name, path in found.items() if path.exists()})

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dina_rl.alignment.golden import open_metric
 from dina_rl.config import CLIPScoreConfig, GoldenConfig
-from dina_rl.scorers.clip import CLIPScorer, check_clip
+from dina_rl.scorers.clip import check_clip, open_clip_scorer
+from dina_rl.scorers.clip_input import CLIPInput
 from tests.tiny_clip import EDGE, save_tiny_clip
 
 PROMPTS = ("a small red circle on blue", "a large green square on black", "a small red circle on blue")
@@ -49,14 +50,14 @@ def stock_scores(clip, pixels, learned_scale):
 
 @pytest.mark.parametrize("learned_scale", [True, False], ids=["pickscore", "clip_score"])
 def test_scores_are_those_of_the_stock_processor_and_model(clip, pixels, learned_scale):
-    ours = CLIPScorer(clip, learned_scale=learned_scale, device="cpu").score(as_images(pixels), PROMPTS)
+    ours = open_clip_scorer(clip, learned_scale=learned_scale, device="cpu").score(as_images(pixels), PROMPTS)
     expected = stock_scores(clip, pixels, learned_scale)
     assert expected.std() > 1e-3 * expected.abs().max(), "the pictures must be told apart"
     torch.testing.assert_close(ours, expected, rtol=0.01, atol=0.01 * expected.abs().max().item())
 
 
 def test_the_score_has_the_gradient_of_its_finite_differences(clip, pixels):
-    scorer = CLIPScorer(clip, learned_scale=True, device="cpu")
+    scorer = open_clip_scorer(clip, learned_scale=True, device="cpu")
     images = (0.25 + as_images(pixels) / 2).requires_grad_()
     (gradient,) = torch.autograd.grad(scorer.score(images, PROMPTS).sum(), images)
     direction = 0.2 * gradient / gradient.norm()
@@ -68,30 +69,30 @@ def test_the_score_has_the_gradient_of_its_finite_differences(clip, pixels):
 def test_as_golden_metric_it_returns_plain_numbers(clip, pixels):
     metric = open_metric(GoldenConfig(scorer="pickscore", path=clip.path, processor=clip.processor))
     scores = metric(as_images(pixels), PROMPTS)
-    ours = CLIPScorer(clip, learned_scale=True, device="cpu").score(as_images(pixels), PROMPTS)
+    ours = open_clip_scorer(clip, learned_scale=True, device="cpu").score(as_images(pixels), PROMPTS)
     assert scores.values == pytest.approx(ours.tolist())
     assert {type(value) for value in scores.values} == {float}
 
 
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="CLIP model .*nowhere.* cannot be read"):
-        check_clip(CLIPScoreConfig(path=str(tmp_path / "nowhere"), processor=str(tmp_path / "nowhere")))
+        check_clip(str(tmp_path / "nowhere"), str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("size", [(40, 32), (24, 24), (100, 300), (23, 61)])
 def test_a_reduced_picture_scores_as_the_whole(clip, size):
-    scorer = CLIPScorer(clip, learned_scale=True, device="cpu")
+    given = CLIPInput(clip.processor, device="cpu")
     pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels = pixels.permute(2, 0, 1)
-    reduced = scorer.reduce(pixels)
+    reduced = given.reduce(pixels)
     assert reduced.shape == (3, EDGE, EDGE)
-    whole, cut = (scorer._preprocess(image[None]) for image in (pixels.float() / 255, reduced))
+    whole, cut = (given.pixels(image[None]) for image in (pixels.float() / 255, reduced))
     assert torch.equal(whole, cut)
 
 
 @pytest.mark.parametrize("size", [(2, 51), (51, 2), (1, 40), (3, 70)])
 def test_the_ends_of_a_strip_go_before_it_is_resized(clip, size):
-    scorer = CLIPScorer(clip, learned_scale=True, device="cpu")
+    given = CLIPInput(clip.processor, device="cpu")
     pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(scorer.reduce(pixels), scorer._cropped(pixels[None].float() / 255)[0])
-    assert scorer.reduce(torch.zeros(3, 1, 200_000, dtype=torch.uint8)).shape == (3, EDGE, EDGE)
+    torch.testing.assert_close(given.reduce(pixels), given.cropped(pixels[None].float() / 255)[0])
+    assert given.reduce(torch.zeros(3, 1, 200_000, dtype=torch.uint8)).shape == (3, EDGE, EDGE)
