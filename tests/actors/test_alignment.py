@@ -10,14 +10,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 
-from actors.alignment import RayExperience, RayLearner, open_actors
-from dina_rl.alignment.loop import align
+from actors.alignment import RayExperience, RayLearner, RemoteRollout, open_actors
+from actors.placement import Placement
+from actors.shifts import Shifts
+from dina_rl.alignment.inline import InlineExperience
+from dina_rl.alignment.loop import align, plan
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import load_tensors
 from dina_rl.config import AlignRun
+from dina_rl.errors import RunStopped
 from jobs.align import align_generator, exporter
 from tests.processes import title_of
 from tests.tensors import assert_same_tensors
@@ -128,21 +133,31 @@ def test_refl_on_deepspeed_ranks_with_gradients_of_the_scorers_equals_the_in_pro
     """All weights, at stage 3: about 10 MiB, which travel in parts. Ranks train an adapter below, at stage 2."""
     learner = {"updates_per_iteration": 1, "lora": None}
     inline = finish(make_run(tmp_path / "inline", inline=True, learner=learner, **REFL))
-    workers = {"learner_ranks": 2, "scorers": 2, "weights_part_mib": 1}
+    workers = {"learner_ranks": 2, "weights_part_mib": 1}
     run = make_run(tmp_path / "ranks", learner={**learner, "zero_stage": 3}, workers=workers, **REFL)
     assert_close(finish(run), inline)
 
 
-def test_nft_on_ray_equals_the_in_process_run(make_run, tmp_path):
-    nft = {
-        "algorithm": "nft",
-        "nft": {"levels": 2, "old_rate": 0.1},
-        "iterations": 2,
-        "rollout": {"groups_per_call": 2},
-        "golden": {"guidances": [2.0]},
-    }
-    inline = finish(make_run(tmp_path / "inline", inline=True, **nft))
-    assert_same(finish(make_run(tmp_path / "ray", learner={"engine": "torch"}, **nft)), inline)
+def test_a_rank_that_cannot_go_on_says_why_to_the_driver(make_run, tmp_path):
+    """A learning rate that makes the second gradient overflow."""
+    run = make_run(tmp_path, learner={"engine": "torch", "learning_rate": 1e30})
+    learner = RayLearner(run, Placement(run.workers), Shifts(run.workers))
+    sampled = [
+        group.handle.rollout for group in InlineExperience(run).collect(plan(run, load_prompts(run.prompts).train, 0))
+    ]
+    handles = [RemoteRollout(call=ray.put([rollout]), gradients=None, number=0) for rollout in sampled]
+    advantages = torch.linspace(-1, 1, 3).expand(len(handles), 3)
+    with pytest.raises(RunStopped, match="the gradient norm is nan at policy version 1; the update is void"):
+        learner.update(0, handles, advantages, 1.0)
+    learner.shutdown()
+
+
+NFT = {
+    "algorithm": "nft",
+    "nft": {"levels": 2, "old_rate": 0.1},
+    "rollout": {"groups_per_call": 2},
+    "golden": {"guidances": [2.0]},
+}
 
 
 EACH_KIND = ("RolloutActor.rollout", "ScorerActor.score", "LearnerActor.update")
@@ -165,14 +180,15 @@ def finish_sabotaged(run: AlignRun, titles: Sequence[str], caplog: pytest.LogCap
 
 
 def test_more_actors_and_killed_ones_change_nothing(make_run, inline, tmp_path, caplog):
-    workers = {"rollout_workers": 2, "scorers": 2, "max_restarts": 1, "snapshot_every": 2}
+    workers = {"rollout_workers": 2, "max_restarts": 1, "snapshot_every": 2}
     run = make_run(tmp_path, learner={"engine": "torch"}, workers=workers, **BETWEEN_SNAPSHOTS)
     assert_same(finish_sabotaged(run, EACH_KIND, caplog), inline)
 
 
-def test_actors_that_take_turns_at_two_gpus_change_nothing(make_run, inline, tmp_path, caplog):
-    """A rank is killed too; that lost rollout actors and scorers come back into their bundles, test_placement says."""
+def test_actors_that_take_turns_at_two_gpus_change_nothing(make_run, tmp_path, caplog):
+    """DiffusionNFT, and a rank is killed; that lost actors come back into their bundles, test_placement says."""
+    inline = finish(make_run(tmp_path / "inline", inline=True, **NFT))
     numbers = {"rollout_workers": 2, "scorers": 2, "learner_ranks": 2}
     workers = {"gpus": 2, "sleep": True, "max_restarts": 1, **numbers}
-    run = make_run(tmp_path, learner={"zero_stage": 2}, workers=workers, **BETWEEN_SNAPSHOTS)
+    run = make_run(tmp_path / "turns", learner={"zero_stage": 2}, workers=workers, **NFT, **BETWEEN_SNAPSHOTS)
     assert_close(finish_sabotaged(run, ("LearnerActor.update",), caplog), inline)
