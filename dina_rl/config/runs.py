@@ -41,6 +41,12 @@ class FitRun(_Run):
     reward: RewardModelConfig = RewardModelConfig()
     fit: FitConfig = FitConfig()
 
+    @model_validator(mode="after")
+    def _compiles_nothing(self) -> Self:
+        if self.pipeline.compile:
+            raise ValueError("pipeline.compile is of the alignment; a fit resumes to the last digit and runs without")
+        return self
+
 
 class AlignRun(_Run):
     """Align the generator against a fitted DiNa-LRM."""
@@ -78,7 +84,7 @@ class AlignRun(_Run):
                 f"learner.updates_per_iteration ({learner.updates_per_iteration}) must divide "
                 f"rollout.prompts_per_iteration ({rollout.prompts_per_iteration}): every minibatch holds whole groups"
             )
-        for misfit in self.algorithm_section.misfits(rollout, learner, self.rewards):
+        for misfit in self.algorithm_section.misfits(self.pipeline, rollout, learner, self.rewards):
             raise ValueError(misfit)
         golden = self.golden.scorer
         model = self.golden.clip_model
@@ -169,7 +175,7 @@ class LocalRun(AlignRun):
             run_dir=run_dir,
             resume=self.resume,
             inline=self.inline,
-            pipeline=self.pipeline,
+            pipeline=self.pipeline.model_copy(update={"compile": False}),
             dataset=DatasetConfig(path=str(dataset)),
             reward=self.reward,
             fit=self.fit,

@@ -56,6 +56,7 @@ class DiffusionNFT:
     """See `base.Algorithm`."""
 
     wants_reward_gradients = False
+    rounds_apart = True  # what samples is asked again by the learner, at fresh noise
 
     def __init__(self, run: AlignRun) -> None:
         self._run = run
@@ -198,8 +199,8 @@ class NFTObjective:
         It is kept on the CPU, K latents of each of this rank's samples.
         """
         batches = [self._batches(groups) for groups in minibatches]
-        with torch.no_grad(), self._old_weights():
-            old = [[self._policy.velocity(each.inputs).cpu() for each in own] for own in batches]
+        with self._old_weights():
+            old = [[self._policy.fixed_velocity(each.inputs).cpu() for each in own] for own in batches]
         return PreparedUpdates(
             minibatches=[
                 Minibatch(
