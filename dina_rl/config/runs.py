@@ -115,6 +115,11 @@ class AlignRun(_Run):
                 "learner.zero_stage 3 rounds a bfloat16 forward differently from the rollout's, beyond the clip range; "
                 "use learner.zero_stage 2 or pipeline.dtype float32"
             )
+        if learner.zero_stage == 3 and self.pipeline.compile:
+            raise ValueError(
+                "pipeline.compile cannot follow how learner.zero_stage 3 gathers weights inside a block; use "
+                "learner.zero_stage 2"
+            )
         if self.workers.gpus_per_rank % 1 and self.workers.learner_ranks > 1:
             raise ValueError(
                 f"workers.gpus_per_rank {self.workers.gpus_per_rank:g} may put two of the "
