@@ -71,6 +71,7 @@ def test_another_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "another family" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # of torch, as it loads its compiler
 def test_the_forwards_take_turns(tiny_pipeline: Path, capsys: pytest.CaptureFixture) -> None:
     with torch.compiler.set_stance("force_eager"):  # compiling takes longer than all the rest
         forward.main(["--pipeline", str(tiny_pipeline), "--batch", "2", "--repeats", "2"])
