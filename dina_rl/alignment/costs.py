@@ -20,7 +20,8 @@ from dina_rl.scorers.base import EmptyImageScorer
 class Costs:
     """Operations of one sample; of `prompt`, of one prompt."""
 
-    forward: int  # one pass of the transformer, without a gradient
+    sampled: int  # one pass of the transformer as it samples
+    forward: int  # one as it is trained, without a gradient
     trained: int  # one pass and its backward, with what gradient checkpointing computes again
     score: int  # by all rewards
     score_gradient: int  # and their gradient at the latents; 0 where nobody asks for it
@@ -36,6 +37,7 @@ def count_costs(run: AlignRun, models: Skeletons) -> Costs:
     again = forward if run.learner.gradient_checkpointing else 0
     tokens = models.backbone.prompt_shape[0]
     return Costs(
+        sampled=forward if models.sampler is models.transformer else _sampled(run, models),
         forward=forward,
         trained=forward + backward + again,
         score=_score(run, models, with_gradient=False),
@@ -59,6 +61,12 @@ def _pass(run: AlignRun, models: Skeletons) -> tuple[int, int]:
         forward = counter.get_total_flops()
         velocity.sum().backward()
     return forward, counter.get_total_flops() - forward
+
+
+def _sampled(run: AlignRun, models: Skeletons) -> int:
+    with operations() as counter:
+        models.backbone.velocity(models.sampler, *empty_inputs(run, models.backbone, 1))
+    return counter.get_total_flops()
 
 
 def _score(run: AlignRun, models: Skeletons, *, with_gradient: bool) -> int:

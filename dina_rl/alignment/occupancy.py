@@ -70,7 +70,7 @@ def _gpu(layout: Layout, actors: Mapping[Kind, ActorFootprint], seats: Sequence[
 
 
 def _rollout(run: AlignRun, models: Skeletons, learner: LearnerFootprint) -> ActorFootprint:
-    held = [models.transformer, models.vae, *models.text_encoders.values()]
+    held = [models.sampler, models.vae, *models.text_encoders.values()]
     held += [] if models.golden is None else [models.golden.model]
     sampled = run.rollout.groups_per_call * run.rollout.group_size
     measured = run.golden.batch_size

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dina_rl.alignment.algorithms.registry import open_algorithm
+from dina_rl.alignment.algorithms.registry import merges, open_algorithm
 from dina_rl.alignment.golden import open_metric
 from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.sampler import PolicySampler
@@ -17,7 +17,7 @@ class RolloutWorker:
     """The policy as a sampler, with text encoder and VAE. Holds no state between calls but the weights."""
 
     def __init__(self, run: AlignRun) -> None:
-        self._sampler = PolicySampler(run)
+        self._sampler = PolicySampler(run, merged=merges(run))
         self._sample = open_algorithm(run).sampling(self._sampler)
         self._codec = self._sampler.backbone.load_codec()
         self._metric = open_metric(run.golden)

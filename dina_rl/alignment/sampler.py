@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from dina_rl.alignment.measurement import EvaluationItem
+from dina_rl.backbones.compiling import compile_blocks
 from dina_rl.backbones.guidance import guided_velocity
-from dina_rl.backbones.trained import check_names, copy_in, make_trainable, trained_parameters
+from dina_rl.backbones.merged import MergedAdapter, SampledWeights, SeparateWeights
+from dina_rl.backbones.trained import check_names
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import GuidedVelocity
 from dina_rl.runtime import image_size, open_pipeline
@@ -15,9 +17,13 @@ from dina_rl.types import PolicyWeights, PromptEmbeds, WorkItem
 
 
 class PolicySampler:
-    """What every algorithm samples with. Holds no state between calls but the weights."""
+    """What every algorithm samples with. Holds no state between calls but the weights.
 
-    def __init__(self, run: AlignRun) -> None:
+    Args:
+        merged: an adapter is merged into the weights when it arrives (`algorithms.registry.merges`).
+    """
+
+    def __init__(self, run: AlignRun, *, merged: bool = False) -> None:
         self.run = run
         self.backbone = open_pipeline(run.pipeline)
         self.device = self.backbone.device
@@ -28,8 +34,14 @@ class PolicySampler:
         self.evaluation_sigmas = self._table(run.golden.num_steps or run.rollout.num_steps)
         self.version = 0
         self.transformer = self.backbone.load_transformer()
-        make_trainable(self.transformer, run.learner.lora, targets=self.backbone.lora_targets, seed=run.seed)
-        self.transformer.requires_grad_(False)
+        lora, backbone = run.learner.lora, self.backbone
+        self._weights: SampledWeights = (
+            MergedAdapter(self.transformer, lora, backbone=backbone)
+            if merged and lora is not None
+            else SeparateWeights(self.transformer, lora, backbone=backbone, seed=run.seed)
+        )
+        if run.pipeline.compile:
+            compile_blocks(self.transformer)
         self._next_part = 0
         self._loaded: set[str] = set()  # names of the weights that came in parts
 
@@ -45,14 +57,13 @@ class PolicySampler:
         """
         if weights.part != self._next_part:
             raise ValueError(f"part {weights.part} of the policy's weights came where {self._next_part} was due")
-        parameters = trained_parameters(self.transformer)
         self._loaded = set(weights.tensors) | (self._loaded if weights.part else set())
-        check_names(self._loaded & set(parameters), self._loaded)
-        for name, tensor in weights.tensors.items():
-            copy_in(parameters[name], tensor)
+        check_names(self._loaded & self._weights.names, self._loaded)
+        self._weights.take(weights.tensors)
         self._next_part = (weights.part + 1) % weights.parts
         if self._next_part == 0:
-            check_names(self._loaded, set(parameters))
+            check_names(self._loaded, set(self._weights.names))
+            self._weights.complete()
             self.version = weights.version
         return self.version
 

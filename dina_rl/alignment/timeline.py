@@ -59,7 +59,7 @@ class Operations:
 def count_operations(run: AlignRun, passes: Passes, costs: Costs, *, with_gradient: bool) -> Operations:
     """Operations of an iteration; `with_gradient`: the scorers differentiate the reward too."""
     return Operations(
-        rollout=passes.sampled * costs.forward + run.rollout.prompts_per_iteration * costs.prompt,
+        rollout=passes.sampled * costs.sampled + run.rollout.prompts_per_iteration * costs.prompt,
         scorer=passes.scored * (costs.score_gradient if with_gradient else costs.score),
         learner=passes.trained * costs.trained
         + (passes.reference + passes.prepared) * costs.forward
@@ -153,7 +153,7 @@ def measuring(run: AlignRun, costs: Costs) -> float:
 
     def sampling(samples: int, guidances: Sequence[float]) -> float:
         passes = sum(steps * (1 if each == 1 else 2) for each in guidances)
-        return samples * (passes * costs.forward + len(guidances) * (costs.score + costs.golden))
+        return samples * (passes * costs.sampled + len(guidances) * (costs.score + costs.golden))
 
     tested = [*{scale, *golden.guidances}, *{scale, *golden.aligned_guidances}]
     return points * sampling(golden.dev_samples, [scale]) + sampling(golden.test_samples, tested)

@@ -47,7 +47,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     },
     PipelineConfig: {
         Mark.PROCESS: "decode_batch",
-        DECIDES: "path revision variant dtype height width max_sequence_length distilled_guidance vae_tiling",
+        DECIDES: "path revision variant dtype compile height width max_sequence_length distilled_guidance vae_tiling",
     },
     RolloutConfig: {
         Mark.PROCESS: "max_failed",

@@ -43,6 +43,7 @@ class Algorithm(Protocol[SomeRollout]):
     """One way to align. Built from the run's configuration in every process; it holds no state of its own."""
 
     wants_reward_gradients: bool  # the scorers are asked for d reward / d latents too
+    rounds_apart: bool  # nothing of the update relies on a rollout's velocity being the learner's to the last digit
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         """Look at what only this algorithm reads, before anything starts.

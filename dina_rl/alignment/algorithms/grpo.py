@@ -3,7 +3,7 @@
 Shapes: G samples of one prompt, N denoising steps, W of them in the window, M samples of one forward, C H W latent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,6 +53,7 @@ class FlowGRPO:
 
     def __init__(self, run: AlignRun) -> None:
         self._run = run
+        self.rounds_apart = recomputes(run)
 
     def check(self, latent_shape: tuple[int, int, int]) -> None: ...
 
@@ -103,7 +104,7 @@ def dynamics(run: AlignRun) -> Dynamics:
 def recomputes(run: AlignRun) -> bool:
     """Whether the old log-probabilities are the learner's own rather than the rollout's."""
     if run.grpo.old_log_probs == "auto":
-        return run.grpo.guard or run.pipeline.dtype != "float32"
+        return run.grpo.guard or run.pipeline.dtype != "float32" or run.pipeline.compile
     return run.grpo.old_log_probs == "recompute"
 
 
@@ -240,19 +241,18 @@ class GRPOObjective(SamplesItself):
             for k in range(len(batch.old_log_probs))
         ]
 
-    @torch.no_grad()
     def _recompute(self, minibatches: Sequence[Sequence[WindowStep]]) -> float:
         """Fill in the old log-probabilities under the policy that sampled; returns their noise."""
         noise = 0.0
         for steps in minibatches:
             for each in steps:
-                noise = max(noise, self._remember(each, *self._replay(each)))
+                noise = max(noise, self._remember(each, *self._replay(each, self._policy.fixed_velocity)))
         return noise
 
     def _loss(self, each: WindowStep, kl_scale: float) -> PassLoss:
         grpo, batch, device = self._run.grpo, each.batch, self._policy.device
         weights = batch.weights.to(device)
-        log_prob, mean = self._replay(each)
+        log_prob, mean = self._replay(each, self._policy.velocity)
         noise = self._remember(each, log_prob, mean) if each.old_log_prob is None else self._noise(each, log_prob)
         assert each.old_log_prob is not None
         law, minus_dt = self._law(each)
@@ -300,10 +300,12 @@ class GRPOObjective(SamplesItself):
         law = step_law(schedule.dynamics, schedule.sigmas, step, schedule.noise_level)
         return law, float(schedule.sigmas[step] - schedule.sigmas[step + 1])
 
-    def _replay(self, each: WindowStep) -> tuple[torch.Tensor, torch.Tensor]:
+    def _replay(
+        self, each: WindowStep, velocity: Callable[[VelocityInputs], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probability [M], mean [M, C, H, W]) of the step under the current weights."""
         before, after = each.batch.states[each.k : each.k + 2].to(self._policy.device)
-        return replay_step(self._law(each)[0], before, after, self._policy.velocity(self._inputs(each)))
+        return replay_step(self._law(each)[0], before, after, velocity(self._inputs(each)))
 
     def _remember(self, each: WindowStep, log_prob: torch.Tensor, mean: torch.Tensor) -> float:
         """Keep the old policy's part of a step; returns the noise of its log-probability."""

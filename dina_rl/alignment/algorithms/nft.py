@@ -58,6 +58,7 @@ class DiffusionNFT:
     """See `base.Algorithm`."""
 
     wants_reward_gradients = False
+    rounds_apart = True  # what samples is asked again by the learner, at fresh noise
 
     def __init__(self, run: AlignRun) -> None:
         self._run = run
@@ -211,9 +212,9 @@ class NFTObjective:
         selections = [self._select(groups) for groups in minibatches]
         batches = [self._batches(*each) for each in zip(minibatches, selections, strict=True)]
         steps = [[NoisedStep(batch=batch) for batch in own] for own in batches]
-        with torch.no_grad(), self._old_weights() as lags:
+        with self._old_weights() as lags:
             for each in chain.from_iterable(steps if lags else steps[1:]):
-                each.old = self._policy.velocity(each.batch.inputs).cpu()
+                each.old = self._policy.fixed_velocity(each.batch.inputs).cpu()
         return PreparedUpdates(
             minibatches=[
                 Minibatch(

@@ -47,6 +47,8 @@ class ReFL:
     def __init__(self, run: AlignRun) -> None:
         self._run = run
         self.wants_reward_gradients = run.refl.reward_gradient == "service"
+        # The gradient is that at a rollout's prediction: in fp32 it is the learner's too (`first_prediction_gap` 0).
+        self.rounds_apart = run.pipeline.dtype != "float32" or run.pipeline.compile
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         self._pretraining(latent_shape)

@@ -11,7 +11,7 @@ from dina_rl.config import AlignRun
 WORKERS = {"rollout_workers": 4, "scorers": 2, "learner_ranks": 2}
 SHARES = {"gpus_per_rollout": 1, "gpus_per_scorer": 1, "gpus_per_rank": 1}
 SPLIT = {**WORKERS, **SHARES}
-COSTS = Costs(forward=10, trained=30, score=5, score_gradient=11, prompt=100, golden=7)
+COSTS = Costs(sampled=10, forward=10, trained=30, score=5, score_gradient=11, prompt=100, golden=7)
 UNITS = Operations(rollout=5760, scorer=288, learner=8640)  # transformer passes of the published recipe
 
 
