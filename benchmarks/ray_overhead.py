@@ -139,7 +139,8 @@ def main(argv: Sequence[str]) -> None:
         measured = measure(run, benchmark.repeats)
     print(
         f"cores: {len(cores)}; {benchmark.prompts} groups of {benchmark.group_size}; "
-        f"{benchmark.rollout_workers} rollout actors, 1 scorer, {benchmark.learner_ranks} ranks; {benchmark.repeats} repeats"
+        f"{benchmark.rollout_workers} rollout actors, 1 scorer, {benchmark.learner_ranks} ranks; "
+        f"{benchmark.repeats} repeats"
     )
     print(report(measured))
 
