@@ -1,11 +1,12 @@
 """An iteration of the alignment as `dina_rl.alignment.loop` makes it, with its seconds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import TypeVar
 
 import torch
 
+from benchmarks.clocks import Clock
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.loop import Experience, Learner, plan
 from dina_rl.config import AlignRun
@@ -16,7 +17,6 @@ Published = TypeVar("Published", bound=Weights)
 
 SAMPLE, UPDATE = "sample and score", "update"
 Seconds = dict[str, float]  # by SAMPLE and UPDATE
-Clock = Callable[[], float]
 
 
 def iterate(

@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter, process_time
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator
 
+from benchmarks.clocks import CLOCKS, Clock, ClockName
 from benchmarks.counting import DECODED, ENCODED, FREE, SCORED, TRAINED, counted
-from benchmarks.iteration import SAMPLE, UPDATE, Clock, Seconds, iterate
+from benchmarks.iteration import SAMPLE, UPDATE, Seconds, iterate
+from benchmarks.options import one_or_several
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.spread import Row, ratios, spread_table
 from benchmarks.untrained import save_untrained
@@ -42,19 +43,14 @@ SETTINGS: Mapping[Name, tuple[str, dict[str, object], dict[str, object]]] = {  #
     "rollout_guided": ("Flow-GRPO-Fast, ours with guidance in the rollout alone: NOT the same passes", GUIDED, {}),
 }
 OURS, PLAIN = "ours", "plain loop"
-CLOCKS: Mapping[str, Clock] = {"wall": perf_counter, "cpu": process_time}
 WORK = (FREE, TRAINED, SCORED, DECODED, ENCODED)
 REWARD = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=16, alpha=32))
-
-
-def _one_or_several(value: object) -> object:
-    return [value] if isinstance(value, str) else value
 
 
 class BenchmarkRun(Section):
     """Speed of an iteration of the alignment."""
 
-    settings: Annotated[tuple[Name, ...], BeforeValidator(_one_or_several)] = NAMES
+    settings: Annotated[tuple[Name, ...], BeforeValidator(one_or_several)] = NAMES
     """what is measured, of fast, fast_guided, whole, whole_guided and rollout_guided"""
     prompts: Positive = 8
     """groups of an iteration"""
@@ -70,8 +66,8 @@ class BenchmarkRun(Section):
     """iterations of each loop, after one that is counted and not timed"""
     threads: Positive = 1
     """torch threads; with other work on the machine, more than one wait for each other"""
-    clock: Literal["wall", "cpu"] = "wall"
-    """what seconds are: those of the wall; or the processor's in this process, on a CPU that other work shares"""
+    clock: ClockName = "wall"
+    """what seconds are: the wall's, or on a CPU that others use too the processor's"""
     pipeline: PipelineConfig = PipelineConfig()
 
 

@@ -18,7 +18,8 @@ from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks.iteration import SAMPLE, UPDATE, Clock, Seconds
+from benchmarks.clocks import Clock
+from benchmarks.iteration import SAMPLE, UPDATE, Seconds
 from dina_rl.backbones.sd3 import SD3
 from dina_rl.config import AlignRun
 from dina_rl.runtime import device, open_pipeline

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
+from benchmarks.clocks import CLOCKS, Clock, ClockName
 from benchmarks.iteration import SAMPLE, UPDATE, Seconds, iterate
 from benchmarks.loop import REWARD
 from benchmarks.spread import Row, ratios, spread_table
@@ -48,6 +49,9 @@ class BenchmarkRun(Section):
     """rollout actors"""
     learner_ranks: Positive = 1
     """ranks of the learner"""
+    clock: ClockName = "wall"
+    """what an iteration's seconds are: the wall's, or where others use the cores too those that all processes have had
+    of them, which says nothing of waiting"""
     pipeline: PipelineConfig = PipelineConfig()
 
 
@@ -87,7 +91,7 @@ def run_of(benchmark: BenchmarkRun, reward: Path) -> AlignRun:
     )
 
 
-def measure(run: AlignRun, repeats: int) -> Measured:
+def measure(run: AlignRun, repeats: int, clock: Clock) -> Measured:
     """Both kinds, turn by turn. Starts Ray on this machine, if it does not run."""
     from actors.alignment import open_actors
     from jobs.cluster import start_ray
@@ -102,8 +106,8 @@ def measure(run: AlignRun, repeats: int) -> Measured:
         remote.publish(gang.policy())
         start[RAY] = perf_counter() - begin
         kinds: dict[str, Callable[[int], Seconds]] = {
-            INLINE: lambda number: iterate(run, captions, experience, learner, number),
-            RAY: lambda number: iterate(run, captions, remote, gang, number),
+            INLINE: lambda number: iterate(run, captions, experience, learner, number, clock),
+            RAY: lambda number: iterate(run, captions, remote, gang, number, clock),
         }
         seconds: dict[str, list[Seconds]] = {kind: [] for kind in kinds}
         for number in range(repeats + 1):
@@ -136,11 +140,11 @@ def main(argv: Sequence[str]) -> None:
             run = run_of(benchmark, save_untrained(Path(scratch) / "reward", benchmark.pipeline, REWARD))
         except ValueError as error:
             fail(str(error))
-        measured = measure(run, benchmark.repeats)
+        measured = measure(run, benchmark.repeats, CLOCKS[benchmark.clock])
     print(
         f"cores: {len(cores)}; {benchmark.prompts} groups of {benchmark.group_size}; "
         f"{benchmark.rollout_workers} rollout actors, 1 scorer, {benchmark.learner_ranks} ranks; "
-        f"{benchmark.repeats} repeats"
+        f"{benchmark.repeats} repeats, {benchmark.clock} seconds"
     )
     print(report(measured))
 

@@ -1,8 +1,11 @@
 """What the GPU's benchmark is asked for, and the runs that it makes of it."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import BeforeValidator
+
+from benchmarks.options import one_or_several
 from dina_rl.cli import read_yaml
 from dina_rl.config import AlignRun, FitConfig, LoRAConfig, PipelineConfig, RewardModelConfig
 from dina_rl.config.base import Positive, Section
@@ -11,6 +14,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL_REWARD = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=4, alpha=8))
 PIXELS, TEXT_TOKENS = 512, 256
 TINY_PIXELS, TINY_TEXT_TOKENS = 32, 8
+
+
+Setting = Literal["fast", "full"]
 
 
 class BenchmarkRun(Section):
@@ -23,6 +29,8 @@ class BenchmarkRun(Section):
     pipeline: str | None = None
     """an SD3.5-medium to measure with its weights and text encoders: a directory or hub id; None: random weights of its
     sizes, made on the device, and random embeddings in place of text encoders, which are neither loaded nor timed"""
+    settings: Annotated[tuple[Setting, ...], BeforeValidator(one_or_several)] = ("fast", "full")
+    """which of the two are measured"""
     fast: Path = CONFIGS / "sd35m_flow_grpo_fast.yaml"
     """preset of the first setting; on a card of 24 GB take configs/sd35m_flow_grpo_fast_1gpu.yaml"""
     full: Path = CONFIGS / "sd35m_flow_grpo.yaml"

@@ -12,7 +12,7 @@ from dina_rl.flow.sampler import replay_step
 from dina_rl.flow.sde import step_law
 from dina_rl.seeding import normal
 
-SMALL = {"prompts": 2, "group-size": 2, "groups-per-call": 1, "micro-batch-size": 2, "updates": 1, "repeats": 1}
+SMALL = {"prompts": 1, "group-size": 2, "groups-per-call": 1, "micro-batch-size": 2, "updates": 1, "repeats": 1}
 WORDS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 
 
@@ -30,11 +30,11 @@ def test_the_command_prints_equal_work_and_a_ratio(tiny_pipeline, capsys):
     loop.main([*WORDS, "--settings", "fast_guided", "--pipeline.path", str(tiny_pipeline)])
     lines = capsys.readouterr().out.splitlines()
     work = {line[:28].strip(): line[28:].split() for line in lines}
-    passes = 4 * 2 * 10 + 4 * 3 * 2  # guided rollout, and the base's
+    passes = 2 * 2 * 10 + 2 * 3 * 2  # guided rollout, and the base's
     assert work[FREE] == [str(passes)] * 2
-    assert work[TRAINED] == ["24", "24"]
-    assert work[SCORED] == ["4", "4"]
-    assert work[DECODED] == ["0", "4"]
+    assert work[TRAINED] == ["12", "12"]
+    assert work[SCORED] == ["2", "2"]
+    assert work[DECODED] == ["0", "2"]
     ratio = [float(value) for line in lines if line.startswith("plain loop / ours") for value in line.split()[-3:]]
     assert all(math.isfinite(value) and value > 0 for value in ratio)
 
