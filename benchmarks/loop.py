@@ -35,7 +35,7 @@ from dina_rl.shapes.grammar import prompts
 Name = Literal["fast", "fast_guided", "whole", "whole_guided", "rollout_guided"]
 NAMES: tuple[Name, ...] = ("fast", "fast_guided", "whole", "whole_guided", "rollout_guided")
 GUIDED, IN_LOSS = {"guidance_scale": 4.5}, {"guidance_in_loss": True}
-SETTINGS: Mapping[Name, tuple[str, dict[str, object], dict[str, object]]] = {  # title, rollout, learner
+SETTINGS: Mapping[Name, tuple[str, Mapping[str, object], Mapping[str, object]]] = {  # title, rollout, learner
     "fast": ("Flow-GRPO-Fast: 3 steps trained, no guidance", {}, {}),
     "fast_guided": ("Flow-GRPO-Fast with guidance 4.5, in the loss too", GUIDED, IN_LOSS),
     "whole": ("Flow-GRPO: all steps but the last, no guidance", {"window_steps": 9}, {}),

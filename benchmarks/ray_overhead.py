@@ -126,7 +126,7 @@ def report(measured: Measured) -> str:
         for kind, every in measured.seconds.items():
             rows[f"  {phase}, {kind}"] = Row(values=[each[phase] for each in every], digits=2)
     rows["through Ray / in one process"] = Row(values=ratios(totals[RAY], totals[INLINE]), digits=2)
-    started = ", ".join(f"{kind} {seconds:.0f} s" for kind, seconds in measured.start.items())
+    started = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in measured.start.items())
     return f"start: {started}\n{spread_table(rows)}"
 
 

@@ -5,10 +5,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers.models import AutoencoderKL, SD3Transformer2DModel
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from dina_rl.backbones.codec import KLCodec
 from dina_rl.backbones.files import Need
@@ -22,6 +24,8 @@ from dina_rl.config.base import SHIPPED_PIPELINE
 from dina_rl.seeding import derive_seed, normal
 from dina_rl.textfiles import read_text
 from dina_rl.types import PromptEmbeds
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 KIND = "RandomSD3Pipeline"  # what the index of such a directory names
@@ -38,7 +42,7 @@ class RandomSD3(SD3):
         config = SD3Transformer2DModel.load_config(self.path, **self._source.config("transformer"))
         with made_on(self.device, self.dtype, "transformer"):
             transformer: SD3Transformer2DModel = SD3Transformer2DModel.from_config(config)
-        return transformer.to(self.dtype).requires_grad_(False).eval()
+        return frozen(transformer, self.dtype)
 
     def load_text_encoder(self, *, cached: int = CACHED_PROMPTS) -> CachedTextEncoder:
         """Random embeddings by prompt, of the encoders' shape: a prompt is encoded once, a sample has 10 passes."""
@@ -56,8 +60,13 @@ class RandomSD3(SD3):
         config = AutoencoderKL.load_config(self.path, **self._source.config("vae"))
         with made_on(self.device, self.dtype, "vae"):
             vae: AutoencoderKL = AutoencoderKL.from_config(config)
-        vae = vae.to(self.dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
-        return KLCodec(vae, decode_batch=self._options.decode_batch)
+        return KLCodec(frozen(vae, self.dtype), decode_batch=self._options.decode_batch)
+
+
+def frozen(module: Model, dtype: torch.dtype) -> Model:
+    """Buffers too in `dtype`, as `from_pretrained` has them."""
+    module.to(dtype).requires_grad_(False).eval()
+    return module
 
 
 @contextmanager
@@ -85,7 +94,9 @@ def write_random(directory: Path, *, tiny: bool) -> Path:
             shutil.copytree(SHIPPED_PIPELINE / part, directory / part, ignore=shutil.ignore_patterns("*.safetensors"))
     else:
         PIPELINES[SD35_MEDIUM].write(directory)
-        FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).save_pretrained(directory / "scheduler")
+        (directory / "scheduler").mkdir()
+        scheduler = {"_class_name": FlowMatchEulerDiscreteScheduler.__name__, "num_train_timesteps": 1000, "shift": 3.0}
+        write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
     file = directory / "vae" / "config.json"
     write_json(file, {**SCALES, **json.loads(read_text(file))})
     # No text encoders: the plan counts what the index names.

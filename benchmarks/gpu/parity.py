@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.phases import measure_sleep
+from dina_rl.alignment.algorithms.grpo import Trajectory
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.loop import plan
@@ -97,7 +98,7 @@ def numbers(dtype: str, reward: Path) -> Numbers:
         after = learner.policy().tensors
     return {
         "velocity": velocity.cpu(),
-        "log-probabilities": torch.cat([each.log_probs for each in rollouts]),
+        "log-probabilities": torch.cat([each.log_probs for each in rollouts if isinstance(each, Trajectory)]),
         "finished latents": torch.cat([each.latents for each in rollouts]),
         "scores": scores,
         "gradient norm": torch.tensor([metrics["grad_norm"]]),

@@ -46,5 +46,5 @@ def test_the_cost_of_ray_is_a_table_of_neighbours():
     }
     measured = ray_overhead.Measured(start={ray_overhead.INLINE: 1.0, ray_overhead.RAY: 20.0}, seconds=seconds)
     first, _, *rows = ray_overhead.report(measured).splitlines()
-    assert first == "start: in one process 1 s, through Ray 20 s"
+    assert first == "start: in one process 1.0 s, through Ray 20.0 s"
     assert rows[-1].split()[-3:] == ["1.25", "1.25", "1.25"]
