@@ -20,13 +20,13 @@ from pydantic import BeforeValidator
 from benchmarks.clocks import CLOCKS, Clock, ClockName
 from benchmarks.counting import DECODED, ENCODED, FREE, SCORED, TRAINED, counted
 from benchmarks.iteration import SAMPLE, UPDATE, Seconds, iterate
-from benchmarks.options import one_or_several
+from benchmarks.options import one_or_several, refuse
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.spread import Row, ratios, spread_table
 from benchmarks.untrained import save_untrained
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import plan
-from dina_rl.cli import fail, load
+from dina_rl.cli import load
 from dina_rl.config import AlignRun, LoRAConfig, PipelineConfig, RewardModelConfig
 from dina_rl.config.base import Positive, Section
 from dina_rl.runtime import configure_process, device
@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
                 measured = measure(run_of(benchmark, name, reward), benchmark.repeats, CLOCKS[benchmark.clock])
                 print(report(SETTINGS[name][0], measured), flush=True)
         except ValueError as error:
-            fail(str(error))
+            refuse(error)
 
 
 if __name__ == "__main__":

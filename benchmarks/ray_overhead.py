@@ -16,10 +16,11 @@ from time import perf_counter
 from benchmarks.clocks import CLOCKS, Clock, ClockName
 from benchmarks.iteration import SAMPLE, UPDATE, Seconds, iterate
 from benchmarks.loop import REWARD
+from benchmarks.options import refuse
 from benchmarks.spread import Row, ratios, spread_table
 from benchmarks.untrained import save_untrained
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
-from dina_rl.cli import fail, load
+from dina_rl.cli import load
 from dina_rl.config import AlignRun, PipelineConfig
 from dina_rl.config.base import Positive, Section
 from dina_rl.runtime import configure_process
@@ -139,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             run = run_of(benchmark, save_untrained(Path(scratch) / "reward", benchmark.pipeline, REWARD))
         except ValueError as error:
-            fail(str(error))
+            refuse(error)
         measured = measure(run, benchmark.repeats, CLOCKS[benchmark.clock])
     print(
         f"cores: {len(cores)}; {benchmark.prompts} groups of {benchmark.group_size}; "

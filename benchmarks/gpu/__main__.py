@@ -26,6 +26,7 @@ from benchmarks.gpu import parity
 from benchmarks.gpu.models import write_random
 from benchmarks.gpu.phases import Figures, measure_fit, measure_loop, measure_sleep, release
 from benchmarks.gpu.settings import SMALL_REWARD, BenchmarkRun, align_run, pipeline_config, reward_config
+from benchmarks.options import refuse
 from benchmarks.untrained import save_untrained
 from dina_rl.checkpoint import versions, write_json
 from dina_rl.cli import EXIT_STOPPED, fail, load
@@ -83,16 +84,17 @@ def run_all(benchmark: BenchmarkRun, scratch: Path) -> list[str]:
     Raises:
         ValueError: a preset or pipeline that cannot be read, or batches that do not divide.
     """
+    pipeline = benchmark.pipeline or str(write_random(scratch / "pipeline", tiny=benchmark.tiny))
+    generator, reward = pipeline_config(benchmark, pipeline), scratch / "reward"
+    presets = {"fast": benchmark.fast, "full": benchmark.full}
+    runs = {name: align_run(benchmark, presets[name], pipeline, reward) for name in benchmark.settings}
     checks = check_parity(scratch)
     print(parity.table(checks), flush=True)
-    pipeline = benchmark.pipeline or str(write_random(scratch / "pipeline", tiny=benchmark.tiny))
-    generator = pipeline_config(benchmark, pipeline)
-    reward = save_untrained(scratch / "reward", generator, reward_config(benchmark))
+    save_untrained(reward, generator, reward_config(benchmark))
     figures: dict[str, Figures] = {}
-    for name in benchmark.settings:
+    for name, run in runs.items():
         release()
-        preset = {"fast": benchmark.fast, "full": benchmark.full}[name]
-        figures[name] = measure_loop(align_run(benchmark, preset, pipeline, reward), benchmark.repeats)
+        figures[name] = measure_loop(run, benchmark.repeats)
     release()
     fit = measure_fit(benchmark, pipeline)
     release()
@@ -124,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             failed = run_all(benchmark, Path(scratch))
         except ValueError as error:
-            fail(str(error))
+            refuse(error)
         except torch.OutOfMemoryError as error:
             first = str(error).split(". ")[0]
             fail(f"{first}; try --micro-batch-size 3, and presets of a smaller card (--fast, --full)")

@@ -24,7 +24,7 @@ from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.checkpoint import load_tensors, save_tensors
 from dina_rl.config import AlignRun, PipelineConfig
-from dina_rl.runtime import open_pipeline
+from dina_rl.runtime import configure_process, open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.shapes.grammar import prompts
 from dina_rl.types import TrainingGroup
@@ -164,4 +164,5 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
+    configure_process(threads=1)
     save_tensors(Path(sys.argv[1]), numbers("float32", Path(sys.argv[2])))

@@ -17,7 +17,7 @@ from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.costs import count_costs
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.footprint import learner_footprint
-from dina_rl.alignment.layout import KINDS
+from dina_rl.alignment.layout import Kind
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.loop import plan
 from dina_rl.alignment.occupancy import actor_footprints
@@ -37,7 +37,7 @@ from dina_rl.types import TrainingGroup
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-PHASES = {"rollout": "rollout", "scorer": "score", "learner": "update"}  # by who works, as the plan calls it
+PHASES: dict[Kind, str] = {"rollout": "rollout", "scorer": "score", "learner": "update"}  # by who works
 PUBLISH = "publish"
 
 
@@ -101,8 +101,8 @@ def planned(run: AlignRun) -> Planned:
     )
     held = sum(actor.held for actor in actors.values())
     return Planned(
-        operations={PHASES[kind]: counted.of(kind) for kind in KINDS},
-        bytes={PHASES[kind]: held + actors[kind].working for kind in KINDS},
+        operations={PHASES[kind]: counted.of(kind) for kind in PHASES},
+        bytes={PHASES[kind]: held + actors[kind].working for kind in PHASES},
     )
 
 

@@ -68,3 +68,13 @@ def test_random_weights_have_the_true_sizes(tmp_path):
     for preset in (benchmark.fast, benchmark.full):
         assert align_run(benchmark, preset, directory, tmp_path).rollout.num_steps == 10
     assert reward_config(benchmark).taps == (4, 8, 12)
+
+
+def test_batches_that_do_not_divide_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit) as ending:
+        gpu.main(["--device", "cpu", "--tiny", "--micro-batch-size", "5", "--out", str(tmp_path / "gpu.json")])
+    assert ending.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "micro_batch_size" in lines[0]
