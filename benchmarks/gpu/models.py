@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -48,11 +48,10 @@ class RandomSD3(SD3):
         """Random embeddings by prompt, of the encoders' shape: a prompt is encoded once, a sample has 10 passes."""
         tokens, width, pooled = self.prompt_shape
 
-        def encode(prompt: str) -> PromptEmbeds:
-            return PromptEmbeds(
-                embeds=normal((1, tokens, width), "random embeddings", prompt).to(self.dtype),
-                pooled=normal((1, pooled), "random pooled", prompt).to(self.dtype),
-            )
+        def encode(prompts: Sequence[str]) -> PromptEmbeds:
+            embeds = [normal((tokens, width), "random embeddings", prompt) for prompt in prompts]
+            pools = [normal((pooled,), "random pooled", prompt) for prompt in prompts]
+            return PromptEmbeds(embeds=torch.stack(embeds).to(self.dtype), pooled=torch.stack(pools).to(self.dtype))
 
         return CachedTextEncoder(encode, self.device, cached=cached)
 
