@@ -7,6 +7,7 @@ import ray
 from actors.shifts import OnSharedGPU
 from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
+from dina_rl.alignment.texts import EncodedTexts
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
 from dina_rl.sleep import SharedGPU
@@ -24,9 +25,9 @@ class RolloutActor(OnSharedGPU):
         return self._worker.load_weights(weights)
 
     @ray.method
-    def rollout(self, items: Sequence[WorkItem]) -> list[Rollout]:
-        return self._worker.rollout(items)
+    def rollout(self, items: Sequence[WorkItem], texts: EncodedTexts) -> list[Rollout]:
+        return self._worker.rollout(items, texts)
 
     @ray.method
-    def evaluate(self, item: EvaluationItem) -> EvaluationSamples:
-        return self._worker.evaluate(item)
+    def evaluate(self, item: EvaluationItem, texts: EncodedTexts) -> EvaluationSamples:
+        return self._worker.evaluate(item, texts)

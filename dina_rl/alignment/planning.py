@@ -30,8 +30,8 @@ from dina_rl.runtime import image_size
 
 Value = TypeVar("Value")
 Row = tuple[str, str]
-PHASES: dict[Kind, str] = {"rollout": "rollout", "scorer": "score", "learner": "update"}
-ACTORS: dict[Kind, str] = {"rollout": "rollout actor", "scorer": "scorer"}
+PHASES: dict[Kind, str] = {"text": "encode", "rollout": "rollout", "scorer": "score", "learner": "update"}
+ACTORS: dict[Kind, str] = {"text": "text actor", "rollout": "rollout actor", "scorer": "scorer"}
 WORTH_IT = 0.98  # of its time: what another layout must save to be named
 IDLE = 0.7  # a node that is busy less than this could do better
 
@@ -52,7 +52,8 @@ def loads(run: AlignRun) -> dict[str, Sizes]:
     pixels = {name: on_disk(name, model.path) for name, model in models.items() if model is not None}
     latents = [] if run.rewards.dina is None else [TRANSFORMER]
     return {
-        f"{workers.rollout_workers} rollout workers": of_pipeline(TRANSFORMER, TEXT, VAE) | metric,
+        f"{workers.text_workers} text workers": of_pipeline(TEXT),
+        f"{workers.rollout_workers} rollout workers": of_pipeline(TRANSFORMER, VAE) | metric,
         f"{workers.scorers} scorers": of_pipeline(*latents, *([VAE] if pixels else [])) | pixels,
         f"{workers.learner_ranks} learner ranks": of_pipeline(TRANSFORMER),
     }
@@ -113,13 +114,14 @@ def _actors(run: AlignRun) -> list[Row]:
 
 def _layout_words(workers: WorkersConfig) -> str:
     if workers.colocated:
-        return f"colocated, {workers.gpus} x (rollout, scorer, learner) in turns"
+        return f"colocated, {workers.gpus} x (rollout, scorer, learner) in turns, {workers.text_workers} text"
     kinds = (
         ("rollout", workers.rollout_workers, workers.gpus_per_rollout),
         ("scorer", workers.scorers, workers.gpus_per_scorer),
         ("learner", workers.learner_ranks, workers.gpus_per_rank),
     )
-    return "split, " + ", ".join(f"{count} {kind} x {gpus:g} GPU" for kind, count, gpus in kinds)
+    counts = ", ".join(f"{count} {kind} x {gpus:g} GPU" for kind, count, gpus in kinds)
+    return f"split, {counts}, {workers.text_workers} text beside a rollout"
 
 
 def _counted(run: AlignRun, work: Work) -> list[Row]:
@@ -162,7 +164,8 @@ def _work(passes: Passes, counted: Operations, models: Skeletons) -> list[Row]:
     assumed = models.reward is not None and models.reward.assumed
     note = "; the reward model is not there yet and counted as the paper's" if assumed else ""
     return [
-        ("work", f"rollout {_operations(counted.rollout)}: {passes.sampled:,.0f} passes of one sample an iteration"),
+        ("work", f"encode  {_operations(counted.text)}: {passes.encoded:,} texts an iteration"),
+        ("", f"rollout {_operations(counted.rollout)}: {passes.sampled:,.0f} passes of one sample"),
         ("", f"score   {_operations(counted.scorer)}: {passes.scored:,} samples{note}"),
         ("", f"update  {_operations(counted.learner)}: {', '.join(update)}"),
     ]

@@ -122,6 +122,9 @@ class WorkersConfig(Section):
     together"""
     rollout_workers: Positive = 2
     """rollout actors"""
+    text_workers: Positive = 1
+    """actors that hold the text encoders and encode each prompt once, on the GPUs of the first rollout actors; more for
+    runs with many prompts and few samples of each"""
     scorers: Positive = 1
     """reward scorer actors"""
     learner_ranks: Positive = 2
@@ -155,6 +158,11 @@ class WorkersConfig(Section):
 
     @model_validator(mode="after")
     def _settings_are_of_the_layout(self) -> Self:
+        if self.text_workers > self.rollout_workers:
+            raise ValueError(
+                f"workers.text_workers is {self.text_workers}, but there are only {self.rollout_workers} rollout "
+                "actors, whose GPUs they share"
+            )
         if self.colocated:
             self._check_colocated()
         elif self.gpus:
@@ -168,7 +176,7 @@ class WorkersConfig(Section):
             raise ValueError("workers.layout colocated needs workers.gpus, the number of GPUs")
         for name in _SHARES:
             if getattr(self, name):
-                raise ValueError(f"workers.{name} is of the split layout; a colocated GPU is shared by all three kinds")
+                raise ValueError(f"workers.{name} is of the split layout; a colocated GPU is shared by all kinds")
         for name in _NUMBERS:
             if getattr(self, name) != self.gpus:
                 raise ValueError(
@@ -178,7 +186,7 @@ class WorkersConfig(Section):
 
     @property
     def colocated(self) -> bool:
-        """Every GPU holds one actor of each kind."""
+        """Every GPU holds a rollout actor, a scorer and a learner rank."""
         return self.layout == "colocated" or (self.layout is None and self.gpus > 0)
 
 

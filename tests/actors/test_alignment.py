@@ -63,7 +63,10 @@ def assert_same(ours: Outcome, theirs: Outcome) -> None:
 
 
 class Killer(threading.Thread):
-    """SIGKILLs the first of this session's worker processes that is seen to run `title` (Ray names them so)."""
+    """SIGKILLs the first of this session's worker processes that is seen to run `title` (Ray names them so).
+
+    An actor alone, whatever it does, stands for calls that are too short to be seen.
+    """
 
     def __init__(self, title: str) -> None:
         super().__init__(daemon=True)
@@ -75,7 +78,7 @@ class Killer(threading.Thread):
         workers = psutil.Process().children(recursive=True)  # this test worker's own, not those of the one beside it
         while not self.killed and time.monotonic() < self._deadline:
             for process in workers:
-                if not self.killed and title_of(process) == self.title:
+                if not self.killed and title_of(process).startswith(self.title):
                     os.kill(process.pid, signal.SIGKILL)
                     self.killed = True
             time.sleep(0.001)
@@ -140,7 +143,7 @@ def test_nft_on_ray_equals_the_in_process_run(make_run, tmp_path):
     assert_same(finish(make_run(tmp_path / "ray", learner={"engine": "torch"}, **nft)), inline)
 
 
-EACH_KIND = ("RolloutActor.rollout", "ScorerActor.score", "LearnerActor.update")
+EACH_KIND = ("TextActor", "RolloutActor.rollout", "ScorerActor.score", "LearnerActor.update")
 
 
 def finish_sabotaged(run: AlignRun, titles: Sequence[str]) -> Outcome:
@@ -150,7 +153,8 @@ def finish_sabotaged(run: AlignRun, titles: Sequence[str]) -> Outcome:
         sabotaged = Sabotaged(experience, learner, titles)
         align(run, load_prompts(run.prompts), sabotaged, sabotaged, recorder)
         assert [killer.killed for killer in sabotaged.killers] == [True] * len(titles)
-        restarts = experience.rollouts.restarts, experience.scorers.restarts, learner.restarts
+        pools = experience.texts, experience.rollouts, experience.scorers, learner
+        restarts = tuple(each.restarts for each in pools)
         assert restarts == tuple(int(title in titles) for title in EACH_KIND)
     return outcome(recorder)
 
