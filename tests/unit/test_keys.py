@@ -61,7 +61,8 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     },
     WorkersConfig: {
         Mark.PROCESS: "layout gpus sleep rollout_workers text_workers scorers learner_ranks cpus_per_actor "
-        "gpus_per_rollout gpus_per_scorer gpus_per_rank threads_per_actor start_timeout_s call_timeout_s weights_part_mib max_restarts"
+        "gpus_per_rollout gpus_per_scorer gpus_per_rank threads_per_actor start_timeout_s call_timeout_s "
+        "weights_part_mib max_restarts"
     },
     EvaluateRun: {
         Mark.PROCESS: "inline max_broken workers",

@@ -92,7 +92,7 @@ def test_what_does_not_fit_a_gpu_is_told_to_sleep():
     rewards = {"dina": None, "pickscore": {}}
     values = {"rewards": rewards, "golden": {"scorer": "clip_score"}, "learner": {"micro_batch_size": 9}, "plan_gib": 6}
     text = describe(AlignRun.model_validate({**values, "workers": {"gpus": 8}}))
-    assert "colocated, 8 x (rollout, scorer, learner) in turns: 8 GPUs" in text
+    assert "colocated, 8 x (rollout, scorer, learner) in turns, 1 text: 8 GPUs" in text
     assert "GPU 0-7 (rollout, scorer, learner) 100%" in text
     assert "warning: beyond the 6 GiB of one GPU" in text
     assert "with workers.sleep they fit: rollout 3.4 GiB" in text
