@@ -26,6 +26,7 @@ from dina_rl.alignment.timeline import (
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import AlignRun, WorkersConfig
 from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, on_disk, shown_bytes, sizes
+from dina_rl.reward.home import find_home
 from dina_rl.runtime import image_size
 
 Value = TypeVar("Value")
@@ -44,19 +45,31 @@ def describe(run: AlignRun) -> str:
 
 
 def loads(run: AlignRun) -> dict[str, Sizes]:
-    """What the actors of each kind load, each of them."""
+    """What the actors of each kind load, each of them.
+
+    Raises:
+        ValueError: there is no such reward model.
+    """
     of_pipeline = partial(sizes, run.pipeline.location, variant=run.pipeline.variant)
     workers, golden = run.workers, run.golden
     metric = {} if golden.clip_model is None else {golden.scorer: on_disk(golden.scorer, golden.clip_model.path)}
     models = {"pickscore": run.rewards.pickscore, "clip_score": run.rewards.clip_score}
     pixels = {name: on_disk(name, model.path) for name, model in models.items() if model is not None}
-    latents = [] if run.rewards.dina is None else [TRANSFORMER]
     return {
         f"{workers.text_workers} text workers": of_pipeline(TEXT),
         f"{workers.rollout_workers} rollout workers": of_pipeline(TRANSFORMER, VAE) | metric,
-        f"{workers.scorers} scorers": of_pipeline(*latents, *([VAE] if pixels else [])) | pixels,
+        f"{workers.scorers} scorers": _reward_loads(run) | of_pipeline(*([VAE] if pixels else [])) | pixels,
         f"{workers.learner_ranks} learner ranks": of_pipeline(TRANSFORMER),
     }
+
+
+def _reward_loads(run: AlignRun) -> dict[str, int | None]:
+    """Of a DiNa-LRM in its own backbone; text encoders only where the embeddings that are sent along are another's."""
+    if run.rewards.dina is None:
+        return {}
+    home = find_home(run.rewards.dina, run.pipeline)
+    text = [TEXT] if home.reads_prompts else []
+    return sizes(home.pipeline.location, TRANSFORMER, *text, variant=home.pipeline.variant)
 
 
 def _sampling(run: AlignRun, work: Work) -> list[Row]:
