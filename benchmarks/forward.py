@@ -73,7 +73,8 @@ def measure(run: BenchmarkRun) -> dict[str, list[float]]:
 def _forward(run: BenchmarkRun, sampler: PolicySampler) -> Callable[[], torch.Tensor]:
     latents = normal((run.batch, *sampler.latent_shape), "forward").to(sampler.device)
     sigma = torch.linspace(0.1, 0.9, run.batch, device=sampler.device)
-    followed = sampler.velocity(sampler.text([PROMPT] * run.batch), 1.0).followed
+    texts = sampler.backbone.load_text_encoder()
+    followed = sampler.velocity(texts([PROMPT] * run.batch), 1.0, texts).followed
 
     def forward() -> torch.Tensor:
         with torch.no_grad():

@@ -22,6 +22,7 @@ from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.loop import plan
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker
+from dina_rl.alignment.texts import PromptEncoder
 from dina_rl.checkpoint import load_tensors, save_tensors
 from dina_rl.config import AlignRun, PipelineConfig
 from dina_rl.runtime import configure_process, open_pipeline
@@ -91,7 +92,8 @@ def numbers(dtype: str, reward: Path) -> Numbers:
         rollout, scorer = RolloutWorker(run), ScoringWorker(run)
         learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
         before = learner.policy().tensors
-        rollouts = rollout.rollout(plan(run, prompts("train"), 0))
+        items = plan(run, prompts("train"), 0)
+        rollouts = rollout.rollout(items, PromptEncoder(run).for_rollout(items))
         scores = scorer.score(rollouts)["dina"]
         advantages = torch.linspace(-1, 1, GROUP)  # given: the scores' own are compared apart
         metrics = learner.update(0, [TrainingGroup(rollout=each, advantages=advantages) for each in rollouts])

@@ -24,6 +24,7 @@ from dina_rl.alignment.occupancy import actor_footprints
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker, in_calls
 from dina_rl.alignment.skeletons import open_skeletons
+from dina_rl.alignment.texts import EncodedTexts, PromptEncoder
 from dina_rl.alignment.timeline import count_operations, count_passes
 from dina_rl.config import AlignRun, PipelineConfig
 from dina_rl.data.stores.units import Unit, training_batch
@@ -33,7 +34,7 @@ from dina_rl.runtime import image_size, open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.shapes.grammar import prompts
 from dina_rl.sleep import Luggage, SharedGPU
-from dina_rl.types import TrainingGroup
+from dina_rl.types import Rollout, TrainingGroup, WorkItem
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -91,7 +92,7 @@ class Figures:
 
 
 def planned(run: AlignRun) -> Planned:
-    """The plan's figures of a run whose three kinds of actors share one GPU."""
+    """The plan's figures of a run whose kinds of actors share one GPU, when the text encoders have done their part."""
     with open_skeletons(run) as (local, models):
         costs = count_costs(local, models)
         actors = actor_footprints(local, models, learner_footprint(local, models.backbone))
@@ -99,23 +100,39 @@ def planned(run: AlignRun) -> Planned:
     counted = count_operations(
         run, count_passes(run, algorithm.work()), costs, with_gradient=algorithm.wants_reward_gradients
     )
-    held = sum(actor.held for actor in actors.values())
+    held = sum(actors[kind].held for kind in PHASES)
     return Planned(
         operations={PHASES[kind]: counted.of(kind) for kind in PHASES},
         bytes={PHASES[kind]: held + actors[kind].working for kind in PHASES},
     )
 
 
+def _encoded(run: AlignRun, iterations: Sequence[Sequence[Sequence[WorkItem]]]) -> list[list[EncodedTexts]]:
+    """What each call reads; the encoders are gone afterwards."""
+    prompts = PromptEncoder(run)
+    return [[prompts.for_rollout(call) for call in calls] for calls in iterations]
+
+
+def _sampled(
+    worker: RolloutWorker, calls: Sequence[Sequence[WorkItem]], encoded: Sequence[EncodedTexts]
+) -> list[list[Rollout]]:
+    return [worker.rollout(call, texts) for call, texts in zip(calls, encoded, strict=True)]
+
+
 def measure_loop(run: AlignRun, repeats: int) -> Figures:
-    """Iterations of a run in one process that holds rollout, scorer and learner as a shared GPU does."""
+    """Iterations of a run in one process that holds rollout, scorer and learner as a shared GPU does.
+
+    Prompts are encoded before: it is a thousandth of the work, and random weights have random embeddings.
+    """
+    calls = [in_calls(plan(run, prompts("train"), n), run.rollout.groups_per_call) for n in range(repeats + 1)]
+    encoded = _encoded(run, calls)
     rollout, scorer = RolloutWorker(run), ScoringWorker(run)
     learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
-    algorithm, captions, watch = open_algorithm(run), prompts("train"), Stopwatch()
+    algorithm, watch = open_algorithm(run), Stopwatch()
     rollout.load_weights(learner.policy())
     for number in range(repeats + 1):
         counts = number > 0
-        calls = in_calls(plan(run, captions, number), run.rollout.groups_per_call)
-        sampled = watch.time("rollout", partial(_each, rollout.rollout, calls), counts=counts)
+        sampled = watch.time("rollout", partial(_sampled, rollout, calls[number], encoded[number]), counts=counts)
         scored = watch.time("score", partial(_each, scorer.score, sampled), counts=counts)
         scores = {name: torch.cat([call[name] for call in scored]) for name in run.rewards.scorers}
         advantages = algorithm.weigh(scores).values

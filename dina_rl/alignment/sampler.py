@@ -1,10 +1,11 @@
-"""The policy as a sampler: the transformer under the weights published last, and what conditions it."""
+"""The policy as a sampler: the transformer under the weights published last. What conditions it is handed in."""
 
 from collections.abc import Sequence
 
 import torch
 
 from dina_rl.alignment.measurement import EvaluationItem
+from dina_rl.backbones.base import TextEncoder
 from dina_rl.backbones.compiling import compile_blocks
 from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.backbones.merged import MergedAdapter, SampledWeights, SeparateWeights
@@ -27,7 +28,6 @@ class PolicySampler:
         self.run = run
         self.backbone = open_pipeline(run.pipeline)
         self.device = self.backbone.device
-        self.text = self.backbone.load_text_encoder()
         self._size = image_size(run.pipeline, self.backbone)
         self.latent_shape = self.backbone.latent_shape(*self._size)
         self.sigmas = self._table(run.rollout.num_steps)
@@ -91,21 +91,21 @@ class PolicySampler:
             ]
         )
 
-    def prompts(self, items: Sequence[WorkItem]) -> tuple[PromptEmbeds, PromptEmbeds]:
+    def prompts(self, items: Sequence[WorkItem], texts: TextEncoder) -> tuple[PromptEmbeds, PromptEmbeds]:
         """Embeddings of the groups' prompts, one row each, and one row per sample."""
-        rows = self.text([item.prompt for item in items])
+        rows = texts([item.prompt for item in items]).to(self.device)
         sizes = [item.group_size for item in items]
         return rows, PromptEmbeds.cat([rows.select(slice(i, i + 1)).repeat(size) for i, size in enumerate(sizes)])
 
-    def trained_negative(self) -> PromptEmbeds | None:
+    def trained_negative(self, texts: TextEncoder) -> PromptEmbeds | None:
         """The negative prompt, one row on the CPU, where the learner trains the guided velocity; else None."""
-        return self._negative().to("cpu") if self.run.learner.guidance_in_loss else None
+        return self._negative(texts).to("cpu") if self.run.learner.guidance_in_loss else None
 
-    def velocity(self, prompt: PromptEmbeds, guidance_scale: float) -> GuidedVelocity:
+    def velocity(self, prompt: PromptEmbeds, guidance_scale: float, texts: TextEncoder) -> GuidedVelocity:
         """The current policy's velocity for the samples of `prompt`, one row each."""
-        negative = None if guidance_scale == 1 else self._negative()
+        negative = None if guidance_scale == 1 else self._negative(texts).to(self.device)
         return guided_velocity(self.backbone, self.transformer, prompt, negative, guidance_scale)
 
-    def _negative(self) -> PromptEmbeds:
+    def _negative(self, texts: TextEncoder) -> PromptEmbeds:
         """What guidance leads away from, one row: the empty prompt, if no other is given."""
-        return self.text([self.run.rollout.negative_prompt])
+        return texts([self.run.rollout.negative_prompt])

@@ -10,12 +10,13 @@ from functools import partial
 import torch
 
 from dina_rl.alignment.advantage import Advantages, relative_advantages
-from dina_rl.alignment.algorithms.base import Sampling, Work
+from dina_rl.alignment.algorithms.base import Sampling, Texts, Work, prompts_alone
 from dina_rl.alignment.algorithms.clipping import clipped_policy_loss, ratio_gate, regulated_log_ratio
 from dina_rl.alignment.objective import Minibatch, PassLoss, PreparedUpdates, SamplesItself, deal
 from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.sampler import PolicySampler
 from dina_rl.alignment.selection import Selection, select
+from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.flow.sampler import denoise, replay_step
@@ -57,6 +58,9 @@ class FlowGRPO:
 
     def check(self, latent_shape: tuple[int, int, int]) -> None: ...
 
+    def texts(self, latent_shape: tuple[int, int, int]) -> Texts:
+        return prompts_alone
+
     def sampling(self, sampler: PolicySampler) -> Sampling[Trajectory]:
         return partial(sample_trajectories, self._run, sampler)
 
@@ -81,6 +85,7 @@ class FlowGRPO:
         return Work(
             title="Flow-GRPO",
             sampling=f"{rollout.num_steps} steps, {dynamics(self._run)} and trained: {window}",
+            texts_beside=0,
             sampled_passes=rollout.num_steps,
             prepared_passes=rollout.window_steps * later if recomputes(self._run) else 0,
             trained_passes=rollout.window_steps,
@@ -122,23 +127,25 @@ def window_start(run: AlignRun, iteration: int) -> int:
     return first + int(torch.randint(choices, (), generator=generator(run.seed, "window", iteration)))
 
 
-def sample_trajectories(run: AlignRun, sampler: PolicySampler, items: Sequence[WorkItem]) -> list[Trajectory]:
+def sample_trajectories(
+    run: AlignRun, sampler: PolicySampler, items: Sequence[WorkItem], texts: TextEncoder
+) -> list[Trajectory]:
     """One trajectory per group: SDE steps inside the iteration's window, ODE steps elsewhere."""
     rollout, device = run.rollout, sampler.device
     noise = sampler.noise(items, 1 + rollout.window_steps)
-    rows, prompt = sampler.prompts(items)
+    rows, prompt = sampler.prompts(items, texts)
     start = window_start(run, items[0].iteration)
     result = denoise(
         noise[0].to(device),
         sampler.sigmas.to(device),
-        sampler.velocity(prompt, rollout.guidance_scale),
+        sampler.velocity(prompt, rollout.guidance_scale, texts),
         window_start=start,
         dynamics=dynamics(run),
         noise_level=rollout.noise_level,
         window_noise=noise[1:].to(device),
         guided_density=run.learner.guidance_in_loss,
     )
-    negative = sampler.trained_negative()
+    negative = sampler.trained_negative(texts)
     trajectories, first = [], 0
     for i, item in enumerate(items):
         group = slice(first, first + item.group_size)
