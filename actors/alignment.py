@@ -1,15 +1,16 @@
-"""The loop's two Protocols on Ray: where rollout actors, scorers and the learner's ranks meet.
+"""The loop's two Protocols on Ray: where text actors, rollout actors, scorers and the learner's ranks meet.
 
-                     weights (object store)
-           +------------------------------------------+
-           v                                          |
-    rollout pool ---rollout refs----> scorer pool   learner gang
-           |                              |           ^
-           +-------- rollout refs --------|-----------+
-                                          +--> scores [G] to the driver, who makes advantages of them
+                                 weights (object store)
+                        +------------------------------------------+
+                        v                                          |
+    text pool ---> rollout pool ---rollout refs----> scorer pool   learner gang
+       embeddings'      |                              |           ^
+       refs             +-------- rollout refs --------|-----------+
+                                                       +--> scores [G] to the driver, who makes advantages of them
 
-Rollouts and the reward's gradients at them stay in the store of the node that made them; the driver passes references.
-Where the three kinds share GPUs they take turns (`actors/shifts.py`); else scoring overlaps with sampling.
+Embeddings, rollouts and the reward's gradients at them stay in the store of the node that made them; the driver passes
+references. Where the kinds share GPUs they take turns (`actors/shifts.py`); else encoding and scoring overlap with
+sampling.
 """
 
 import logging
@@ -18,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar, cast
 
 import ray
 import torch
@@ -32,12 +33,14 @@ from actors.pool import Pool
 from actors.rollout import RolloutActor
 from actors.scorer import ScorerActor
 from actors.shifts import Shifts
+from actors.text import TextActor
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.layout import Kind
 from dina_rl.alignment.loop import ScoredGroup
 from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
 from dina_rl.alignment.planning import loads
 from dina_rl.alignment.rollout import in_calls
+from dina_rl.alignment.texts import EncodedTexts
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.loading import announce, say
@@ -76,8 +79,20 @@ class RemoteWeights:
         return {name: tensor for part in parts for name, tensor in part.tensors.items()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedItem(Generic[Item]):
+    """An item of work and where the embeddings that it reads are."""
+
+    item: Item
+    texts: ray.ObjectRef[EncodedTexts | None] | None  # None: whoever does the work has the text encoders
+
+
 class RayExperience:
-    """Rollouts and scores from two pools of actors. A lost actor is replaced and its work done again, same numbers."""
+    """Embeddings, rollouts and scores from pools of actors. Who is lost is replaced, the work done again, same numbers.
+
+    Weights are sent when they are first sampled with: some are replaced before, and where turns are taken the text
+    actors have theirs in between.
+    """
 
     def __init__(self, run: AlignRun, placement: Placement, shifts: Shifts) -> None:
         workers = run.workers
@@ -87,6 +102,11 @@ class RayExperience:
         self._timeout_s = workers.call_timeout_s
         self._part_bytes = workers.weights_part_mib * 2**20
         self._shifts = shifts
+        self._has_text_workers = workers.text_workers > 0
+        self._unsent: tuple[ray.ObjectRef[PolicyWeights], ...] = ()
+
+        def text(options: ActorOptions) -> Handle[TextActor]:
+            return ray.remote(**options)(TextActor).remote(run)
 
         def rollout(options: ActorOptions) -> Handle[RolloutActor]:
             return ray.remote(**options)(RolloutActor).remote(run)
@@ -94,6 +114,12 @@ class RayExperience:
         def scorer(options: ActorOptions) -> Handle[ScorerActor]:
             return ray.remote(**options)(ScorerActor).remote(run)
 
+        self.texts = _pool("text workers", text, run, placement, "text", workers.text_workers)
+        shifts.join(
+            "text",
+            rest=lambda: _tell(self.texts, lambda actor: actor.rest.remote()),
+            wake=lambda: _tell(self.texts, lambda actor: actor.wake.remote()),
+        )
         self.rollouts = _pool("rollout workers", rollout, run, placement, "rollout", workers.rollout_workers)
         shifts.join(
             "rollout",
@@ -109,6 +135,7 @@ class RayExperience:
 
     def wait_until_ready(self) -> None:
         """Block until all actors have loaded their models."""
+        self.texts.wait_until_ready()
         self.rollouts.wait_until_ready()
         self.scorers.wait_until_ready()
 
@@ -122,7 +149,12 @@ class RayExperience:
             scores, gradients[sampled] = both(actor.score_with_gradient.remote(sampled))
             return scores
 
-        results = self._sample_and_score(calls, lambda actor, call: actor.rollout.remote(call), score)
+        results = self._sample_and_score(
+            calls,
+            lambda actor, call: actor.for_rollout.remote(call),
+            lambda actor, call: actor.rollout.remote(call.item, call.texts),
+            score,
+        )
         return [
             ScoredGroup(
                 handle=RemoteRollout(call=ref, gradients=gradients.get(ref), number=number),
@@ -134,54 +166,79 @@ class RayExperience:
 
     def publish(self, weights: RemoteWeights | PolicyWeights) -> None:
         if isinstance(weights, RemoteWeights):
-            parts = weights.parts
+            self._unsent = weights.parts
         else:
-            parts = tuple(ray.put(part) for part in weights.split(self._part_bytes))
-
-        def load(actor: Handle[RolloutActor]) -> AnyRef:
-            # In order, one at a time; the actor refuses what follows a part that it did not get.
-            return [actor.load_weights.remote(part) for part in parts][-1]
-
-        self._shifts.turn("rollout")
-        self.rollouts.broadcast(load)
+            self._unsent = tuple(ray.put(part) for part in weights.split(self._part_bytes))
 
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
         results = self._sample_and_score(
             items,
-            lambda actor, item: actor.evaluate.remote(item),
+            lambda actor, item: actor.for_evaluation.remote(item),
+            lambda actor, call: actor.evaluate.remote(call.item, call.texts),
             lambda actor, samples: actor.score_evaluation.remote(samples),
         )
         samples = ray.get([ref for ref, _ in results], timeout=self._timeout_s)
         return combine(samples, [scores for _, scores in results], self._rewards)
 
     def shutdown(self) -> None:
+        self.texts.shutdown()
         self.rollouts.shutdown()
         self.scorers.shutdown()
 
     def _sample_and_score(
         self,
         items: Sequence[Item],
-        sample: Callable[[Handle[RolloutActor], Item], ray.ObjectRef[Result]],
+        encode: Callable[[Handle[TextActor], Item], ray.ObjectRef[EncodedTexts]],
+        sample: Callable[[Handle[RolloutActor], EncodedItem[Item]], ray.ObjectRef[Result]],
         score: Callable[[Handle[ScorerActor], ray.ObjectRef[Result]], ray.ObjectRef[Scores]],
     ) -> list[tuple[ray.ObjectRef[Result], Scores]]:
-        """(reference to the samples, their scores) per item, in order; scoring overlaps with sampling where it can."""
+        """(reference to the samples, their scores) per item, in order; the three stages overlap where they can."""
+        samples: dict[int, ray.ObjectRef[Result]] = {}
+
+        def kept(sampled: Iterable[tuple[int, ray.ObjectRef[Result]]]) -> Iterator[tuple[int, ray.ObjectRef[Result]]]:
+            for index, ref in sampled:
+                samples[index] = ref
+                yield index, ref
+
+        calls = self._encode(items, encode)
         self._shifts.turn("rollout")
-        sampled: list[tuple[int, ray.ObjectRef[Result]]] = []
+        self._send_weights()
+        sampled = self._stage("rollout", self.rollouts, calls, sample)
+        scored = self._stage("scorer", self.scorers, kept(sampled), score)
+        scores = {index: ray.get(ref, timeout=self._timeout_s) for index, ref in scored}
+        return [(samples[index], scores[index]) for index in range(len(items))]
 
-        def as_they_finish() -> Iterator[ray.ObjectRef[Result]]:
-            for index, ref in self.rollouts.stream(items, sample):
-                sampled.append((index, ref))
-                yield ref
+    def _encode(
+        self, items: Sequence[Item], encode: Callable[[Handle[TextActor], Item], ray.ObjectRef[EncodedTexts]]
+    ) -> Iterator[tuple[int, EncodedItem[Item]]]:
+        """Every item with its number; its embeddings too, where rollout actors do not make them themselves."""
+        if not self._has_text_workers:
+            return ((index, EncodedItem(item=item, texts=None)) for index, item in enumerate(items))
+        encoded = self._stage("text", self.texts, enumerate(items), encode)
+        optional = partial(cast, "ray.ObjectRef[EncodedTexts | None]")  # a reference is invariant in what it refers to
+        return ((index, EncodedItem(item=items[index], texts=optional(ref))) for index, ref in encoded)
 
-        samples: Iterable[ray.ObjectRef[Result]] = as_they_finish()
-        if self._shifts.in_turns:
-            samples = list(samples)
-            self._shifts.turn("scorer")
-        results = {}
-        for position, scores in self.scorers.stream(samples, score):
-            index, ref = sampled[position]
-            results[index] = ref, ray.get(scores, timeout=self._timeout_s)
-        return [results[index] for index in range(len(items))]
+    def _stage(
+        self,
+        kind: Kind,
+        pool: Pool[Actor],
+        items: Iterable[tuple[int, Item]],
+        call: Callable[[Handle[Actor], Item], ray.ObjectRef[Result]],
+    ) -> Iterable[tuple[int, ray.ObjectRef[Result]]]:
+        """(number, result) of every numbered item; all at once where the next stage is another's turn."""
+        self._shifts.turn(kind)
+        results = _numbered(pool, items, call)
+        return list(results) if self._shifts.in_turns else results
+
+    def _send_weights(self) -> None:
+        parts, self._unsent = self._unsent, ()
+
+        def load(actor: Handle[RolloutActor]) -> AnyRef:
+            # In order, one at a time; the actor refuses what follows a part that it did not get.
+            return [actor.load_weights.remote(part) for part in parts][-1]
+
+        if parts:
+            self.rollouts.broadcast(load)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,6 +412,23 @@ def open_actors(run: AlignRun) -> Iterator[tuple[RayExperience, RayLearner]]:
 
 def _take(part: int, rank: Handle[LearnerActor]) -> ray.ObjectRef[PolicyWeights]:
     return rank.take.remote(part)
+
+
+def _numbered(
+    pool: Pool[Actor],
+    items: Iterable[tuple[int, Item]],
+    call: Callable[[Handle[Actor], Item], ray.ObjectRef[Result]],
+) -> Iterator[tuple[int, ray.ObjectRef[Result]]]:
+    """(number, result) of every numbered item, as they finish."""
+    numbers: list[int] = []
+
+    def as_they_come() -> Iterator[Item]:
+        for number, item in items:
+            numbers.append(number)
+            yield item
+
+    for position, ref in pool.stream(as_they_come(), call):
+        yield numbers[position], ref
 
 
 def _tell(pool: Pool[Actor], call: Callable[[Handle[Actor]], AnyRef]) -> None:

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import NotRequired, TypedDict
 
 import ray
@@ -10,13 +11,15 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.handles import AnyRef
-from dina_rl.alignment.layout import Bundle, Kind, layout_of
+from dina_rl.alignment.layout import Bundle, Kind, Layout, layout_of
 from dina_rl.config import EvaluationWorkersConfig, WorkersConfig
 from dina_rl.errors import RunStopped
 
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 30.0
+
+Resources = dict[str, float]  # by Ray's names for them
 
 
 class ActorOptions(TypedDict):
@@ -31,7 +34,7 @@ class ActorOptions(TypedDict):
 
 
 def actor_options(workers: WorkersConfig | EvaluationWorkersConfig, *, num_gpus: float) -> ActorOptions:
-    """Options of one rollout, scorer or learner actor.
+    """Options of one actor, of whatever kind.
 
     Ray itself never restarts or retries: an actor that it restarts would answer with the weights of its `__init__`.
     `actors/pool.py` recreates a lost actor and tells it the current weights first.
@@ -63,10 +66,12 @@ class Placement:
         layout = layout_of(workers)
         self._workers = workers
         self._gpus = {(seat.kind, seat.number): seat.gpus for seat in layout.seats()}
-        self._group = _reserve(layout.bundles, workers)
+        asked = [(bundle, amounts) for bundle, amounts in _asked(layout, workers.cpus_per_actor) if amounts]
+        amounts = [each for _, each in asked]
+        self._group = _reserve(amounts, workers.start_timeout_s)
         self._strategies: dict[tuple[Kind, int], PlacementGroupSchedulingStrategy] = {}
         if self._group is not None:
-            for bundle, index in zip(layout.bundles, _in_node_order(self._group), strict=True):
+            for (bundle, _), index in zip(asked, _in_node_order(self._group, amounts), strict=True):
                 place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
                 self._strategies.update({(seat.kind, seat.number): place for seat in bundle.seats})
 
@@ -82,15 +87,22 @@ class Placement:
             remove_placement_group(self._group)
 
 
-def _reserve(bundles: Sequence[Bundle], workers: WorkersConfig) -> PlacementGroup | None:
-    """All bundles, packed on as few nodes as possible; None where they reserve nothing."""
-    amounts = [(("CPU", workers.cpus_per_actor * len(each.seats)), ("GPU", each.gpus)) for each in bundles]
-    asked = [{name: amount for name, amount in pair if amount} for pair in amounts]
-    if not all(asked):
+def _asked(layout: Layout, cpus_per_actor: float) -> Iterator[tuple[Bundle, Resources]]:
+    """What each bundle reserves, maybe nothing. Colocated ones are alike, so that any may be the first rank's."""
+    most = max(len(bundle.seats) for bundle in layout.bundles)
+    for bundle in layout.bundles:
+        actors = most if layout.in_turns else len(bundle.seats)
+        amounts = {"CPU": cpus_per_actor * actors, "GPU": bundle.gpus}
+        yield bundle, {name: amount for name, amount in amounts.items() if amount}
+
+
+def _reserve(asked: Sequence[Resources], timeout_s: float) -> PlacementGroup | None:
+    """All bundles, packed on as few nodes as possible; None where there are none."""
+    if not asked:
         return None
-    group: PlacementGroup = placement_group(asked, strategy="PACK")
-    waiting_for = f"{len(asked)} x {', '.join(f'{name} {amount:g}' for name, amount in asked[0].items())}"
-    timeout_s = workers.start_timeout_s
+    group: PlacementGroup = placement_group(list(asked), strategy="PACK")
+    words = Counter(", ".join(f"{name} {amount:g}" for name, amount in each.items()) for each in asked)
+    waiting_for = " and ".join(f"{count} x {each}" for each, count in words.items())
     deadline = time.monotonic() + timeout_s
     while not ray.wait([group.ready()], timeout=min(REPORT_EVERY_S, max(0.0, deadline - time.monotonic())))[0]:
         if time.monotonic() >= deadline:
@@ -100,10 +112,17 @@ def _reserve(bundles: Sequence[Bundle], workers: WorkersConfig) -> PlacementGrou
     return group
 
 
-def _in_node_order(group: PlacementGroup) -> list[int]:
-    """The group's bundles node by node, so that neighbouring ranks are neighbours."""
+def _in_node_order(group: PlacementGroup, asked: Sequence[Resources]) -> list[int]:
+    """The group's bundle for each that was asked for: those alike node by node, so that neighbouring ranks are
+    neighbours.
+    """
     nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    return sorted(nodes, key=lambda index: (nodes[index], index))
+    free = sorted(nodes, key=lambda index: (nodes[index], index))
+    found = []
+    for each in asked:
+        found.append(next(index for index in free if asked[index] == each))
+        free.remove(found[-1])
+    return found
 
 
 def resources() -> str:

@@ -7,6 +7,7 @@ import ray
 from actors.shifts import OnSharedGPU
 from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
+from dina_rl.alignment.texts import EncodedTexts, PromptEncoder
 from dina_rl.config import AlignRun
 from dina_rl.runtime import configure_process
 from dina_rl.sleep import SharedGPU
@@ -16,6 +17,7 @@ from dina_rl.types import PolicyWeights, Rollout, WorkItem
 class RolloutActor(OnSharedGPU):
     def __init__(self, run: AlignRun) -> None:
         configure_process(run.workers.threads_per_actor)
+        self._prompts = None if run.workers.text_workers else PromptEncoder(run)
         self._worker = RolloutWorker(run)
         self._gpu = SharedGPU(sleeps=run.workers.sleep)
 
@@ -24,9 +26,14 @@ class RolloutActor(OnSharedGPU):
         return self._worker.load_weights(weights)
 
     @ray.method
-    def rollout(self, items: Sequence[WorkItem]) -> list[Rollout]:
-        return self._worker.rollout(items)
+    def rollout(self, items: Sequence[WorkItem], texts: EncodedTexts | None) -> list[Rollout]:
+        return self._worker.rollout(items, texts or self._own.for_rollout(items))
 
     @ray.method
-    def evaluate(self, item: EvaluationItem) -> EvaluationSamples:
-        return self._worker.evaluate(item)
+    def evaluate(self, item: EvaluationItem, texts: EncodedTexts | None) -> EvaluationSamples:
+        return self._worker.evaluate(item, texts or self._own.for_evaluation(item))
+
+    @property
+    def _own(self) -> PromptEncoder:
+        assert self._prompts is not None, "with text workers every call comes with its embeddings"
+        return self._prompts

@@ -143,8 +143,12 @@ def measure(run: BenchmarkRun) -> Result:
         reward = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=16, alpha=32))
         save_reward(LatentRewardModel(backbone, reward, seed=0), directory / "reward", pipeline=runs[SPLIT].pipeline)
         ray.init(
-            **{"address": "local", "include_dashboard": False, "log_to_driver": False},
-            **{"num_cpus": CORES, "num_gpus": CORES * len(LAYOUTS), "_node_ip_address": "127.0.0.1"},
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            num_cpus=CORES,
+            num_gpus=CORES * len(LAYOUTS),
+            _node_ip_address="127.0.0.1",
         )
         stack.callback(ray.shutdown)
         opened = {layout: stack.enter_context(iterations(each, layout)) for layout, each in runs.items()}

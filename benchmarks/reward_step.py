@@ -17,7 +17,6 @@ An image of the miniature set is in 3 pairs (4 images, 6 pairs, the defaults), o
 
 import sys
 from collections.abc import Callable, Sequence
-from statistics import median
 from time import perf_counter
 from typing import Annotated, Self
 
@@ -26,6 +25,7 @@ from diffusers import StableDiffusion3Pipeline
 from pydantic import Field, model_validator
 from torch import nn
 
+from benchmarks.spread import Row, ratios, spread_table
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.backbones.registry import pipeline_class
 from dina_rl.backbones.source import Source
@@ -241,15 +241,10 @@ def measure(run: BenchmarkRun) -> dict[str, list[float]]:
 
 def table(speeds: dict[str, list[float]]) -> str:
     """Minimum, median and maximum over repeats of every kind's speed, and of ours over the plain loop's."""
-    rows = {f"{kind}, pairs/s": values for kind, values in speeds.items()}
+    rows = {f"{kind}, pairs/s": Row(values=values, digits=1) for kind, values in speeds.items()}
     for ours, plain in RATIOS:
-        rows[f"{ours} / {plain}"] = [a / b for a, b in zip(speeds[ours], speeds[plain], strict=True)]
-    width = max(map(len, rows))
-    lines = [f"{'':<{width}}{'min':>8}{'median':>8}{'max':>8}"]
-    for name, values in rows.items():
-        digits = 1 if "pairs/s" in name else 2
-        lines.append(f"{name:<{width}}" + "".join(f"{f(values):>8.{digits}f}" for f in (min, median, max)))
-    return "\n".join(lines)
+        rows[f"{ours} / {plain}"] = Row(values=ratios(speeds[ours], speeds[plain]), digits=2)
+    return spread_table(rows)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,10 +8,12 @@ from functools import cache
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.footprint import FlashAttention, empty_inputs
 from dina_rl.alignment.skeletons import EmptyReward, Skeletons
+from dina_rl.backbones.base import Backbone
 from dina_rl.config import AlignRun
 from dina_rl.scorers.base import EmptyImageScorer
 
@@ -20,7 +22,8 @@ from dina_rl.scorers.base import EmptyImageScorer
 class Costs:
     """Operations of one sample; of `prompt`, of one prompt."""
 
-    forward: int  # one pass of the transformer, without a gradient
+    sampled: int  # one pass of the transformer as it samples
+    forward: int  # one as it is trained, without a gradient
     trained: int  # one pass and its backward, with what gradient checkpointing computes again
     score: int  # by all rewards
     score_gradient: int  # and their gradient at the latents; 0 where nobody asks for it
@@ -34,13 +37,13 @@ def count_costs(run: AlignRun, models: Skeletons) -> Costs:
     differentiated = algorithm.wants_reward_gradients or algorithm.work().reward_passes > 0
     forward, backward = _pass(run, models)
     again = forward if run.learner.gradient_checkpointing else 0
-    tokens = models.backbone.prompt_shape[0]
     return Costs(
+        sampled=forward if models.sampler is models.transformer else _sampled(run, models),
         forward=forward,
         trained=forward + backward + again,
         score=_score(run, models, with_gradient=False),
         score_gradient=_score(run, models, with_gradient=True) if differentiated else 0,
-        prompt=sum(2 * _used(encoder) for encoder in models.text_encoders.values()) * tokens,
+        prompt=sum(_encoded(encoder, models.backbone) for encoder in models.text_encoders.values()),
         golden=_seen(run, models, () if models.golden is None else (models.golden,)),
     )
 
@@ -59,6 +62,12 @@ def _pass(run: AlignRun, models: Skeletons) -> tuple[int, int]:
         forward = counter.get_total_flops()
         velocity.sum().backward()
     return forward, counter.get_total_flops() - forward
+
+
+def _sampled(run: AlignRun, models: Skeletons) -> int:
+    with operations() as counter:
+        models.backbone.velocity(models.sampler, *empty_inputs(run, models.backbone, 1))
+    return counter.get_total_flops()
 
 
 def _score(run: AlignRun, models: Skeletons, *, with_gradient: bool) -> int:
@@ -94,6 +103,14 @@ def _looked(scorer: EmptyImageScorer) -> int:
     with operations() as counter:
         scorer.look()
     return counter.get_total_flops()
+
+
+def _encoded(encoder: nn.Module, backbone: Backbone) -> int:
+    """One prompt, padded: CLIP reads as many tokens as it has places for, other encoders as the pipeline asks."""
+    tokens = backbone.max_sequence_length
+    if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
+        tokens = encoder.config.max_position_embeddings
+    return 2 * _used(encoder) * tokens
 
 
 def _used(encoder: nn.Module) -> int:

@@ -11,6 +11,7 @@ from dina_rl.alignment.loop import ScoredGroup
 from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker, in_calls
+from dina_rl.alignment.texts import PromptEncoder
 from dina_rl.config import AlignRun
 from dina_rl.types import PolicyWeights, Rollout, SampledGroup, TrainingGroup, WorkItem
 
@@ -20,13 +21,14 @@ class InlineExperience:
         self._rewards = run.rewards
         self._groups_per_call = run.rollout.groups_per_call
         self._with_gradient = open_algorithm(run).wants_reward_gradients
+        self._prompts = PromptEncoder(run)
         self._worker = RolloutWorker(run)
         self._scorer = ScoringWorker(run)
 
     def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[SampledGroup[Rollout]]]:
         scored = []
         for call in in_calls(items, self._groups_per_call):
-            sampled = self._worker.rollout(call)
+            sampled = self._worker.rollout(call, self._prompts.for_rollout(call))
             gradients: Sequence[torch.Tensor | None] = [None] * len(sampled)
             if self._with_gradient:
                 scores, computed = self._scorer.score_with_gradient(sampled)
@@ -46,7 +48,7 @@ class InlineExperience:
         self._worker.load_weights(weights)
 
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
-        samples = [self._worker.evaluate(item) for item in items]
+        samples = [self._worker.evaluate(item, self._prompts.for_evaluation(item)) for item in items]
         return combine(samples, [self._scorer.score_evaluation(batch) for batch in samples], self._rewards)
 
 

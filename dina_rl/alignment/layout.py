@@ -1,7 +1,10 @@
 """Who sits on which GPU: Ray places actors by these records (`actors/placement.py`), and the plan counts by them.
 
 colocated   GPU k: rollout k, scorer k, rank k; all sample, then all score, then all train
-split       every actor has GPUs of its own, or a share of one; scoring overlaps with sampling
+split       every actor has GPUs of its own, or a share of one; encoding and scoring overlap with sampling
+
+Text encoders are large and soon done: few actors hold them, text k on the GPU of rollout k. Colocated they have the
+first turn; split they share that GPU, which holds no more then than if the rollout actor had them.
 """
 
 from collections.abc import Iterator
@@ -10,9 +13,9 @@ from typing import Literal
 
 from dina_rl.config import WorkersConfig
 
-Kind = Literal["rollout", "scorer", "learner"]
-KINDS: tuple[Kind, ...] = ("rollout", "scorer", "learner")
-COLOCATED_SHARE = 0.33  # of a GPU, in Ray's books: what three actors that take turns ask for
+Kind = Literal["text", "rollout", "scorer", "learner"]
+KINDS: tuple[Kind, ...] = ("text", "rollout", "scorer", "learner")
+COLOCATED_SHARE = 0.25  # of a GPU, in Ray's books: what each of up to four actors that take turns asks for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +39,9 @@ class Bundle:
 class Layout:
     """All seats of a run."""
 
-    bundles: tuple[Bundle, ...]  # a learner rank in each
+    bundles: tuple[Bundle, ...]  # a learner rank in each, or a text actor beside its rollout actor
     free: tuple[Seat, ...]  # where Ray finds room
-    in_turns: bool  # the three kinds work one after the other
+    in_turns: bool  # the kinds work one after the other
 
     def seats(self) -> Iterator[Seat]:
         """All of them."""
@@ -58,20 +61,30 @@ class Layout:
 def layout_of(workers: WorkersConfig) -> Layout:
     """The layout that the configuration asks for."""
     if workers.colocated:
-        return _colocated(workers.gpus)
+        return _colocated(workers.gpus, workers.text_workers)
     ranks = [Seat(kind="learner", number=rank, gpus=workers.gpus_per_rank) for rank in range(workers.learner_ranks)]
-    rollouts = [Seat(kind="rollout", number=i, gpus=workers.gpus_per_rollout) for i in range(workers.rollout_workers)]
+    beside = [_beside(number, workers.gpus_per_rollout) for number in range(workers.text_workers)]
+    others = range(workers.text_workers, workers.rollout_workers)
+    rollouts = [Seat(kind="rollout", number=i, gpus=workers.gpus_per_rollout) for i in others]
     scorers = [Seat(kind="scorer", number=i, gpus=workers.gpus_per_scorer) for i in range(workers.scorers)]
     return Layout(
-        bundles=tuple(Bundle(seats=(rank,), gpus=rank.gpus) for rank in ranks),
+        bundles=(*(Bundle(seats=(rank,), gpus=rank.gpus) for rank in ranks), *beside),
         free=(*rollouts, *scorers),
         in_turns=False,
     )
 
 
-def _colocated(gpus: int) -> Layout:
+def _beside(number: int, gpus: float) -> Bundle:
+    """A text actor and its rollout actor, with the GPUs of the latter: half of one each, or whole ones of several."""
+    own = gpus / 2 if gpus <= 1 else 1.0
+    seats = Seat(kind="text", number=number, gpus=own), Seat(kind="rollout", number=number, gpus=gpus - own)
+    return Bundle(seats=seats, gpus=gpus)
+
+
+def _colocated(gpus: int, text_workers: int) -> Layout:
     def bundle(number: int) -> Bundle:
-        return Bundle(seats=tuple(Seat(kind=kind, number=number, gpus=COLOCATED_SHARE) for kind in KINDS), gpus=1)
+        kinds = KINDS if number < text_workers else KINDS[1:]
+        return Bundle(seats=tuple(Seat(kind=kind, number=number, gpus=COLOCATED_SHARE) for kind in kinds), gpus=1)
 
     return Layout(bundles=tuple(bundle(number) for number in range(gpus)), free=(), in_turns=True)
 

@@ -1,7 +1,7 @@
 """How much memory every GPU of a layout needs, phase by phase, with everything that lives there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -49,7 +49,11 @@ def actor_footprints(run: AlignRun, models: Skeletons, learner: LearnerFootprint
     if run.algorithm == "refl" and run.refl.reward_gradient == "learner":
         beside = _scorer(run, models, learner, with_gradient=True, samples=run.learner.micro_batch_size)
         rank = ActorFootprint(held=rank.held + beside.held, working=rank.working + beside.working)
-    return {"rollout": _rollout(run, models, learner), "scorer": scoring, "learner": rank}
+    text, rollout = _text(models), _rollout(run, models, learner)
+    if run.workers.text_workers == 0:
+        rollout = replace(rollout, held=rollout.held + text.held)
+        return {"rollout": rollout, "scorer": scoring, "learner": rank}
+    return {"text": text, "rollout": rollout, "scorer": scoring, "learner": rank}
 
 
 def gpu_memory(layout: Layout, actors: Mapping[Kind, ActorFootprint], *, sleep: bool) -> list[GPUMemory]:
@@ -61,16 +65,21 @@ def _gpu(layout: Layout, actors: Mapping[Kind, ActorFootprint], seats: Sequence[
     kinds = tuple(seat.kind for seat in seats)
 
     def at(phase: Kind) -> int:
-        # Sampling and scoring overlap where nobody takes turns.
-        at_work = {phase} if layout.in_turns or phase == "learner" else {"rollout", "scorer"}
+        # Encoding, sampling and scoring overlap where nobody takes turns.
+        at_work = {phase} if layout.in_turns or phase == "learner" else {"text", "rollout", "scorer"}
         held = sum(actors[kind].held for kind in kinds if not sleep or kind in at_work)
         return held + len(kinds) * PROCESS + sum(actors[kind].working for kind in kinds if kind in at_work)
 
     return GPUMemory(kinds=kinds, phases={kind: at(kind) for kind in KINDS if kind in kinds})
 
 
+def _text(models: Skeletons) -> ActorFootprint:
+    """One prompt at a time needs next to nothing beside the encoders."""
+    return ActorFootprint(held=sum(map(bytes_of, models.text_encoders.values())), working=0)
+
+
 def _rollout(run: AlignRun, models: Skeletons, learner: LearnerFootprint) -> ActorFootprint:
-    held = [models.transformer, models.vae, *models.text_encoders.values()]
+    held = [models.sampler, models.vae]
     held += [] if models.golden is None else [models.golden.model]
     sampled = run.rollout.groups_per_call * run.rollout.group_size
     measured = run.golden.batch_size

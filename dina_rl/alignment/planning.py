@@ -26,13 +26,14 @@ from dina_rl.alignment.timeline import (
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import AlignRun, WorkersConfig
 from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, shown_bytes, sizes
+from dina_rl.reward.home import find_home
 from dina_rl.runtime import image_size
 from dina_rl.scorers.registry import image_scorer_bytes
 
 Value = TypeVar("Value")
 Row = tuple[str, str]
-PHASES: dict[Kind, str] = {"rollout": "rollout", "scorer": "score", "learner": "update"}
-ACTORS: dict[Kind, str] = {"rollout": "rollout actor", "scorer": "scorer"}
+PHASES: dict[Kind, str] = {"text": "encode", "rollout": "rollout", "scorer": "score", "learner": "update"}
+ACTORS: dict[Kind, str] = {"text": "text actor", "rollout": "rollout actor", "scorer": "scorer"}
 WORTH_IT = 0.98  # of its time: what another layout must save to be named
 IDLE = 0.7  # a node that is busy less than this could do better
 
@@ -45,17 +46,32 @@ def describe(run: AlignRun) -> str:
 
 
 def loads(run: AlignRun) -> dict[str, Sizes]:
-    """What the actors of each kind load, each of them."""
+    """What the actors of each kind load, each of them.
+
+    Raises:
+        ValueError: there is no such reward model.
+    """
     of_pipeline = partial(sizes, run.pipeline.location, variant=run.pipeline.variant)
     workers, golden = run.workers, run.golden.of_images
     metric = {} if golden is None else {golden.name: image_scorer_bytes(golden)}
     pixels = {each.name: image_scorer_bytes(each) for each in run.rewards.of_images}
-    latents = [] if run.rewards.dina is None else [TRANSFORMER]
+    texts = workers.text_workers
+    own = [] if texts else [TEXT]
     return {
-        f"{workers.rollout_workers} rollout workers": of_pipeline(TRANSFORMER, TEXT, VAE) | metric,
-        f"{workers.scorers} scorers": of_pipeline(*latents, *([VAE] if pixels else [])) | pixels,
+        **({f"{texts} text workers": of_pipeline(TEXT)} if texts else {}),
+        f"{workers.rollout_workers} rollout workers": of_pipeline(TRANSFORMER, *own, VAE) | metric,
+        f"{workers.scorers} scorers": _reward_loads(run) | of_pipeline(*([VAE] if pixels else [])) | pixels,
         f"{workers.learner_ranks} learner ranks": of_pipeline(TRANSFORMER),
     }
+
+
+def _reward_loads(run: AlignRun) -> dict[str, int | None]:
+    """Of a DiNa-LRM in its own backbone; text encoders only where the embeddings that are sent along are another's."""
+    if run.rewards.dina is None:
+        return {}
+    home = find_home(run.rewards.dina, run.pipeline)
+    text = [TEXT] if home.reads_prompts else []
+    return sizes(home.pipeline.location, TRANSFORMER, *text, variant=home.pipeline.variant)
 
 
 def _sampling(run: AlignRun, work: Work) -> list[Row]:
@@ -114,13 +130,18 @@ def _actors(run: AlignRun) -> list[Row]:
 
 def _layout_words(workers: WorkersConfig) -> str:
     if workers.colocated:
-        return f"colocated, {workers.gpus} x (rollout, scorer, learner) in turns"
+        return f"colocated, {workers.gpus} x (rollout, scorer, learner) in turns{_texts(workers, '')}"
     kinds = (
         ("rollout", workers.rollout_workers, workers.gpus_per_rollout),
         ("scorer", workers.scorers, workers.gpus_per_scorer),
         ("learner", workers.learner_ranks, workers.gpus_per_rank),
     )
-    return "split, " + ", ".join(f"{count} {kind} x {gpus:g} GPU" for kind, count, gpus in kinds)
+    counts = ", ".join(f"{count} {kind} x {gpus:g} GPU" for kind, count, gpus in kinds)
+    return f"split, {counts}{_texts(workers, ' beside a rollout')}"
+
+
+def _texts(workers: WorkersConfig, where: str) -> str:
+    return f", {workers.text_workers} text{where}" if workers.text_workers else ""
 
 
 def _counted(run: AlignRun, work: Work) -> list[Row]:
@@ -150,7 +171,7 @@ def _counted(run: AlignRun, work: Work) -> list[Row]:
             f"learner rank {shown_bytes(learner.total)}: weights {shown_bytes(learner.weights)}, gradients and moments "
             f"{shown_bytes(learner.optimizer)}, activations of a micro-batch {shown_bytes(learner.activations)}",
         ),
-        ("", ", ".join(f"{name} {shown_bytes(actors[kind].total)}" for kind, name in ACTORS.items())),
+        ("", ", ".join(f"{name} {shown_bytes(actors[kind].total)}" for kind, name in ACTORS.items() if kind in actors)),
         *_memory(run, layout, actors),
     ]
 
@@ -167,7 +188,8 @@ def _work(passes: Passes, counted: Operations, models: Skeletons) -> list[Row]:
     assumed = models.reward is not None and models.reward.assumed
     note = "; the reward model is not there yet and counted as the paper's" if assumed else ""
     return [
-        ("work", f"rollout {_operations(counted.rollout)}: {passes.sampled:,.0f} passes of one sample an iteration"),
+        ("work", f"encode  {_operations(counted.text)}: {passes.encoded:,} texts an iteration"),
+        ("", f"rollout {_operations(counted.rollout)}: {passes.sampled:,.0f} passes of one sample"),
         ("", f"score   {_operations(counted.scorer)}: {passes.scored:,} samples{note}"),
         ("", f"update  {_operations(counted.learner)}: {', '.join(update)}"),
     ]

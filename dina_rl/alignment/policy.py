@@ -8,6 +8,7 @@ from torch import nn
 
 from dina_rl.alignment.engine import Engine
 from dina_rl.backbones.adapter_files import initial_state
+from dina_rl.backbones.compiling import compile_blocks
 from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.backbones.lora import adapter_disabled
 from dina_rl.backbones.trained import load_trained_state, make_trainable
@@ -48,6 +49,11 @@ class Policy:
         self._mixed = whole and run.pipeline.dtype != "float32"
         if run.learner.gradient_checkpointing:
             self._module.enable_gradient_checkpointing()
+        self._compiled = run.pipeline.compile
+        if self._compiled:
+            for each in (self._module, self._reference):
+                if each is not None:
+                    compile_blocks(each)
         self.engine = make_engine(self._module)
         self.device = self._backbone.device
 
@@ -55,6 +61,14 @@ class Policy:
         """Velocity [B, C, H, W], conditional or guided, with a gradient; inputs are brought to `device`."""
         with torch.autocast(torch.device(self.device).type, self._backbone.dtype, enabled=self._mixed):
             return self._velocity(self.engine.module, inputs)
+
+    def fixed_velocity(self, inputs: VelocityInputs) -> torch.Tensor:
+        """`velocity` to the last digit, without a gradient.
+
+        Compiled blocks are other graphs with a gradient than without, and round otherwise: there it is taken and cut.
+        """
+        with torch.set_grad_enabled(self._compiled):
+            return self.velocity(inputs).detach()
 
     @torch.no_grad()
     def reference_velocity(self, inputs: VelocityInputs) -> torch.Tensor:

@@ -11,6 +11,7 @@ import transformers
 from diffusers.models import AutoencoderKL
 from torch import nn
 
+from dina_rl.alignment.algorithms.registry import merges
 from dina_rl.backbones.base import Backbone
 from dina_rl.backbones.known import PIPELINES
 from dina_rl.backbones.lora import add_lora
@@ -39,7 +40,8 @@ class Skeletons:
     """The models, with the adapters that they have at work."""
 
     backbone: Backbone
-    transformer: nn.Module
+    transformer: nn.Module  # as it is trained
+    sampler: nn.Module  # as it samples: where the adapter is merged, without one
     text_encoders: Mapping[str, nn.Module]  # by component
     vae: AutoencoderKL
     reward: EmptyReward | None
@@ -72,6 +74,7 @@ def _skeletons(run: AlignRun, paper: RewardModelConfig | None) -> Skeletons:
     transformer = backbone.empty_transformer()
     reward = _empty_reward(run, backbone, transformer, paper)
     make_trainable(transformer, run.learner.lora, targets=backbone.lora_targets, seed=run.seed)
+    sampler = backbone.empty_transformer() if merges(run) else transformer
     golden = run.golden.of_images
     with torch.device("meta"):
         config = AutoencoderKL.load_config(source.path, **source.config("vae"))
@@ -79,6 +82,7 @@ def _skeletons(run: AlignRun, paper: RewardModelConfig | None) -> Skeletons:
     return Skeletons(
         backbone=backbone,
         transformer=transformer,
+        sampler=sampler,
         text_encoders=_text_encoders(source, backbone.dtype),
         vae=vae,
         reward=reward,

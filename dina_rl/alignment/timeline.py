@@ -4,7 +4,7 @@ Time is counted in operations of one GPU: all GPUs are alike and keep one pace i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dina_rl.alignment.algorithms.base import Work
 from dina_rl.alignment.costs import Costs
@@ -16,6 +16,7 @@ from dina_rl.config import AlignRun, WorkersConfig
 class Passes:
     """What an iteration is made of, whoever does it."""
 
+    encoded: int  # texts
     sampled: float  # forwards of the rollout
     scored: int  # samples
     trained: int  # forwards with a backward
@@ -31,6 +32,7 @@ def count_passes(run: AlignRun, work: Work) -> Passes:
     guided = 2 if learner.guidance_in_loss else 1
     trained = kept * work.trained_passes * learner.epochs * guided
     return Passes(
+        encoded=run.rollout.prompts_per_iteration + samples * work.texts_beside,
         sampled=samples * work.sampled_passes * (1 if run.rollout.guidance_scale == 1 else 2),
         scored=samples,
         trained=trained,
@@ -44,22 +46,24 @@ def count_passes(run: AlignRun, work: Work) -> Passes:
 class Operations:
     """Operations of an iteration by phase."""
 
+    text: float
     rollout: float
     scorer: float
     learner: float
 
     def of(self, kind: Kind) -> float:
-        return {"rollout": self.rollout, "scorer": self.scorer, "learner": self.learner}[kind]
+        return {"text": self.text, "rollout": self.rollout, "scorer": self.scorer, "learner": self.learner}[kind]
 
     @property
     def total(self) -> float:
-        return self.rollout + self.scorer + self.learner
+        return self.text + self.rollout + self.scorer + self.learner
 
 
 def count_operations(run: AlignRun, passes: Passes, costs: Costs, *, with_gradient: bool) -> Operations:
     """Operations of an iteration; `with_gradient`: the scorers differentiate the reward too."""
     return Operations(
-        rollout=passes.sampled * costs.forward + run.rollout.prompts_per_iteration * costs.prompt,
+        text=passes.encoded * costs.prompt,
+        rollout=passes.sampled * costs.sampled,
         scorer=passes.scored * (costs.score_gradient if with_gradient else costs.score),
         learner=passes.trained * costs.trained
         + (passes.reference + passes.prepared) * costs.forward
@@ -85,8 +89,10 @@ def timeline(run: AlignRun, layout: Layout, operations: Operations) -> Timeline 
     if any(seat.gpus == 0 for seat in layout.seats()):
         return None
     calls = calls_of(run)
+    if run.workers.text_workers == 0:
+        operations = replace(operations, text=0.0, rollout=operations.rollout + operations.text)
     numbers = {kind: sum(seat.kind == kind for seat in layout.seats()) for kind in KINDS}
-    dealt = {"rollout": _dealt(calls, numbers["rollout"]), "scorer": _dealt(calls, numbers["scorer"])}
+    dealt = {kind: _dealt(calls, number) for kind, number in numbers.items()}
     dealt["learner"] = [1 / numbers["learner"]] * numbers["learner"]
     loads = [
         {
@@ -110,13 +116,15 @@ def _dealt(calls: int, actors: int) -> list[float]:
 
 
 def _length(layout: Layout, loads: Sequence[Mapping[Kind, float]], operations: Operations, calls: int) -> float:
-    """A phase ends with the GPU that has most of it; where scoring overlaps with sampling it lags by one call."""
+    """A phase ends with the GPU that has most of it; those that overlap lag by one call behind each other."""
     longest = {kind: max(load[kind] for load in loads) for kind in KINDS}
     if layout.in_turns:
         return sum(longest.values())
-    both = max(load["rollout"] + load["scorer"] for load in loads)
-    ends = longest["rollout"] + operations.scorer / calls, longest["scorer"] + operations.rollout / calls
-    return max(both, *ends) + longest["learner"]
+    beside: tuple[Kind, ...] = ("text", "rollout", "scorer")
+    together = max(sum(load[kind] for kind in beside) for load in loads)
+    one_call = {kind: operations.of(kind) / calls for kind in beside}
+    ends = [longest[kind] + sum(one_call[other] for other in beside if other != kind) for kind in beside]
+    return max(together, *ends) + longest["learner"]
 
 
 def other_layouts(run: AlignRun, gpus: int) -> Iterator[WorkersConfig]:
@@ -129,13 +137,16 @@ def other_layouts(run: AlignRun, gpus: int) -> Iterator[WorkersConfig]:
         return not alone and minibatch % (learner.micro_batch_size * ranks) == 0
 
     kept = {"cpus_per_actor": workers.cpus_per_actor, "threads_per_actor": workers.threads_per_actor}
+    texts = workers.text_workers
     if fits(gpus):
-        yield WorkersConfig(gpus=gpus, **kept)
+        yield WorkersConfig(gpus=gpus, text_workers=min(texts, gpus), **kept)
     shares = {"gpus_per_rollout": 1, "gpus_per_scorer": 1, "gpus_per_rank": 1}
     for ranks in filter(fits, range(1, gpus - 1)):
         for scorers in range(1, gpus - ranks):
-            numbers = {"rollout_workers": gpus - ranks - scorers, "scorers": scorers, "learner_ranks": ranks}
-            yield WorkersConfig.model_validate({**kept, **shares, **numbers})
+            rollouts = gpus - ranks - scorers
+            numbers = {"rollout_workers": rollouts, "scorers": scorers, "learner_ranks": ranks}
+            few = {"text_workers": min(texts, rollouts)}
+            yield WorkersConfig.model_validate({**kept, **shares, **numbers, **few})
 
 
 def best_layout(run: AlignRun, gpus: int, operations: Operations) -> tuple[WorkersConfig, Timeline] | None:
@@ -153,7 +164,7 @@ def measuring(run: AlignRun, costs: Costs) -> float:
 
     def sampling(samples: int, guidances: Sequence[float]) -> float:
         passes = sum(steps * (1 if each == 1 else 2) for each in guidances)
-        return samples * (passes * costs.forward + len(guidances) * (costs.score + costs.golden))
+        return samples * (passes * costs.sampled + len(guidances) * (costs.score + costs.golden))
 
     tested = [*{scale, *golden.guidances}, *{scale, *golden.aligned_guidances}]
     return points * sampling(golden.dev_samples, [scale]) + sampling(golden.test_samples, tested)

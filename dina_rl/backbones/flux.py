@@ -134,9 +134,9 @@ class Flux:
         self.check("text")
         pipeline = load_text_pipeline(FluxPipeline, self._source, self._options)
 
-        def encode(prompt: str) -> PromptEmbeds:
+        def encode(prompts: Sequence[str]) -> PromptEmbeds:
             embeds, pooled, _ = pipeline.encode_prompt(
-                prompt=prompt, device=torch.device(self.device), max_sequence_length=self.max_sequence_length
+                prompt=list(prompts), device=torch.device(self.device), max_sequence_length=self.max_sequence_length
             )
             return PromptEmbeds(embeds=embeds, pooled=pooled)
 

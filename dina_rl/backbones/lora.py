@@ -103,7 +103,8 @@ def export_adapter(
 def adapter_disabled(module: nn.Module) -> Iterator[None]:
     """Inside, `module` computes as if it had no adapter (the reference policy); `requires_grad` is untouched."""
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    required = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    # Those of its layers are all that peft touches; naming every parameter takes longer than what it does.
+    required = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -111,5 +112,5 @@ def adapter_disabled(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(required[name])
+        for parameter, wanted in required:
+            parameter.requires_grad_(wanted)

@@ -130,11 +130,11 @@ class SD3:
         if pipeline.text_encoder_3 is None:
             pipeline.register_modules(transformer=self.empty_transformer())  # the zeros' width is read of it
 
-        def encode(prompt: str) -> PromptEmbeds:
+        def encode(prompts: Sequence[str]) -> PromptEmbeds:
             embeds, _, pooled, _ = pipeline.encode_prompt(
-                prompt=prompt,
-                prompt_2=prompt,
-                prompt_3=prompt,
+                prompt=list(prompts),
+                prompt_2=list(prompts),
+                prompt_3=list(prompts),
                 device=torch.device(self.device),
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,

@@ -18,6 +18,8 @@ from dina_rl.types import PromptEmbeds
 # What a prompt costs in bfloat16: SD3.5 2.7 MB (333 tokens), FLUX 4.2 MB (512), Z-Image 2.6 MB (512), so 11 to 17 GB
 # when full; the tiny world 4 KB.
 CACHED_PROMPTS = 4096
+TOGETHER = 8
+"""Prompts that are encoded at once; another number is another rounding."""
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -60,12 +62,14 @@ def load_tokenizers(cls: type[Pipeline], source: Source, left_out: Mapping[str, 
 
 
 class CachedTextEncoder:
-    """A family's `encode` of one prompt (one row), behind a cache of the most recently used prompts on the CPU.
+    """A family's `encode` of several prompts (one row each), behind a cache of the most recently used ones on the CPU.
 
-    Prompts are encoded one at a time: an embedding must not depend on which prompts happened to share its batch.
+    An embedding must not depend on which prompts happened to share its batch. So `encode` always gets `TOGETHER` of
+    them, the last one repeated where there are fewer: the rows of a product of matrices of one shape are computed
+    alike, wherever they stand and whatever stands beside them. Products of other shapes round otherwise.
     """
 
-    def __init__(self, encode: Callable[[str], PromptEmbeds], device: str, *, cached: int) -> None:
+    def __init__(self, encode: Callable[[Sequence[str]], PromptEmbeds], device: str, *, cached: int) -> None:
         self._encode = encode
         self._device = device
         self._cached = cached  # at least 1
@@ -73,15 +77,22 @@ class CachedTextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        return PromptEmbeds.cat([self._one(prompt) for prompt in prompts]).to(self._device)
+        distinct = dict.fromkeys(prompts)
+        rows = {prompt: self._cache[prompt] for prompt in distinct if prompt in self._cache}
+        new = [prompt for prompt in distinct if prompt not in rows]
+        for first in range(0, len(new), TOGETHER):
+            rows.update(self._encoded(new[first : first + TOGETHER]))
+        for prompt in distinct:
+            self._cache[prompt] = rows[prompt]
+            self._cache.move_to_end(prompt)
+        while len(self._cache) > self._cached:
+            self._cache.popitem(last=False)
+        return PromptEmbeds.cat([rows[prompt] for prompt in prompts]).to(self._device)
 
-    def _one(self, prompt: str) -> PromptEmbeds:
-        if prompt not in self._cache:
-            self._cache[prompt] = self._encode(prompt).to("cpu")  # GPU memory is dear
-            if len(self._cache) > self._cached:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]
+    def _encoded(self, prompts: Sequence[str]) -> dict[str, PromptEmbeds]:
+        filling = [prompts[-1]] * (TOGETHER - len(prompts))
+        encoded = self._encode([*prompts, *filling]).to("cpu")  # GPU memory is dear
+        return {prompt: encoded.select(torch.tensor([row])) for row, prompt in enumerate(prompts)}
 
 
 def longer(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, limit: int) -> list[str]:

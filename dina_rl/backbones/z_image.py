@@ -175,17 +175,18 @@ class ZImage:
         self.check("text")
         pipeline = load_text_pipeline(ZImagePipeline, self._source, self._options)
 
-        def encode(prompt: str) -> PromptEmbeds:
-            (tokens,), _ = pipeline.encode_prompt(
-                prompt=prompt,
+        def encode(prompts: Sequence[str]) -> PromptEmbeds:
+            rows, _ = pipeline.encode_prompt(
+                prompt=list(prompts),
                 device=torch.device(self.device),
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
             )
+            length = self.max_sequence_length
             return PromptEmbeds(
-                embeds=functional.pad(tokens, (0, 0, 0, self.max_sequence_length - len(tokens)))[None],
-                pooled=tokens.new_empty(1, 0),
-                lengths=torch.tensor([len(tokens)]),
+                embeds=torch.stack([functional.pad(row, (0, 0, 0, length - len(row))) for row in rows]),
+                pooled=rows[0].new_empty(len(rows), 0),
+                lengths=torch.tensor([len(row) for row in rows]),
             )
 
         return CachedTextEncoder(encode, self.device, cached=cached)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dina_rl.config.alignment import LearnerConfig, RolloutConfig
-from dina_rl.config.base import NonNegative, Positive, Rate, Section
+from dina_rl.config.base import NonNegative, PipelineConfig, Positive, Rate, Section
 from dina_rl.config.rewards import RewardsConfig
 
 AlgorithmName = Literal["grpo", "refl", "nft"]
@@ -21,7 +21,9 @@ class AlgorithmConfig(Section):
     """weight of the KL to the base: the adapter switched off, or a second transformer when all weights are trained"""
 
     @abstractmethod
-    def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
+    def misfits(
+        self, pipeline: PipelineConfig, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig
+    ) -> Iterator[str]:
         """A line for every setting of the run that this algorithm cannot go with."""
         ...
 
@@ -48,11 +50,14 @@ class GRPOConfig(AlgorithmConfig):
     They are smaller than plain ones: set clip_range with it, to 2e-6 as released"""
     old_log_probs: Literal["auto", "rollout", "recompute"] = "auto"
     """whose old log-probabilities: the rollout's, or recomputed by the learner at its own forward geometry before the
-    first update; auto recomputes below float32 and for the guard, which needs the old means too"""
+    first update; auto recomputes below float32, with pipeline.compile, and for the guard, which needs the old means
+    too"""
     ratio_gate: Literal["warn", "strict"] = "warn"
     """what to do when |ratio - 1| before any update exceeds clip_range: say so once, or stop before the update"""
 
-    def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
+    def misfits(
+        self, pipeline: PipelineConfig, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig
+    ) -> Iterator[str]:
         if rollout.group_size < 2:
             yield "rollout.group_size 1 leaves nothing to compare: Flow-GRPO needs 2 or more"
         yield from _keep_misfits(rollout, learner)
@@ -70,6 +75,11 @@ class GRPOConfig(AlgorithmConfig):
             yield "grpo.guard normalises ratios of an SDE's steps; rollout.dynamics cps is not one"
         if self.guard and self.old_log_probs == "rollout":
             yield "grpo.guard needs the old means: set grpo.old_log_probs to auto or recompute"
+        if pipeline.compile and self.old_log_probs == "rollout":
+            yield (
+                "pipeline.compile rounds the learner's forward otherwise than the rollout's: set grpo.old_log_probs to "
+                "auto or recompute"
+            )
 
 
 def _keep_misfits(rollout: RolloutConfig, learner: LearnerConfig) -> Iterator[str]:
@@ -113,7 +123,9 @@ class ReFLConfig(AlgorithmConfig):
     def pretraining_location(self) -> Path:
         return Path(self.pretraining_latents).expanduser()
 
-    def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
+    def misfits(
+        self, pipeline: PipelineConfig, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig
+    ) -> Iterator[str]:
         first, last = self.stop_range
         if not first <= last < rollout.num_steps:
             yield f"refl.stop_range [{first}, {last}] must ascend and lie within the {rollout.num_steps} steps"
@@ -158,7 +170,9 @@ class NFTConfig(AlgorithmConfig):
     """weight of the KL to the base, of unit-variance Gaussians around the two velocities: half of their mean squared
     distance, which the released code weighs by 1e-4"""
 
-    def misfits(self, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig) -> Iterator[str]:
+    def misfits(
+        self, pipeline: PipelineConfig, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig
+    ) -> Iterator[str]:
         if rollout.group_size < 2:
             yield "rollout.group_size 1 leaves nothing to compare: DiffusionNFT needs 2 or more"
         yield from _keep_misfits(rollout, learner)

@@ -125,6 +125,10 @@ class WorkersConfig(Section):
     together"""
     rollout_workers: Positive = 2
     """rollout actors"""
+    text_workers: NonNegative = 0
+    """actors that hold the text encoders and encode each prompt once, on the GPUs of the first rollout actors; 0: every
+    rollout actor holds them itself. Left out it is 1 where rollout actors have GPUs; more are for runs with many
+    prompts and few samples of each"""
     scorers: Positive = 1
     """reward scorer actors"""
     learner_ranks: Positive = 2
@@ -159,8 +163,21 @@ class WorkersConfig(Section):
             return values
         return {**dict.fromkeys(_NUMBERS, values["gpus"]), **values}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_encoders_are_large_on_gpus(cls, values: object) -> object:
+        """On a machine without GPUs one process less is worth more than the memory of small encoders."""
+        if not isinstance(values, dict) or not (values.get("gpus") or values.get("gpus_per_rollout")):
+            return values
+        return {"text_workers": 1, **values}
+
     @model_validator(mode="after")
     def _settings_are_of_the_layout(self) -> Self:
+        if self.text_workers > self.rollout_workers:
+            raise ValueError(
+                f"workers.text_workers is {self.text_workers}, but there are only {self.rollout_workers} rollout "
+                "actors, whose GPUs they share"
+            )
         if self.colocated:
             self._check_colocated()
         elif self.gpus:
@@ -174,7 +191,7 @@ class WorkersConfig(Section):
             raise ValueError("workers.layout colocated needs workers.gpus, the number of GPUs")
         for name in _SHARES:
             if getattr(self, name):
-                raise ValueError(f"workers.{name} is of the split layout; a colocated GPU is shared by all three kinds")
+                raise ValueError(f"workers.{name} is of the split layout; a colocated GPU is shared by all kinds")
         for name in _NUMBERS:
             if getattr(self, name) != self.gpus:
                 raise ValueError(
@@ -184,7 +201,7 @@ class WorkersConfig(Section):
 
     @property
     def colocated(self) -> bool:
-        """Every GPU holds one actor of each kind."""
+        """Every GPU holds a rollout actor, a scorer and a learner rank."""
         return self.layout == "colocated" or (self.layout is None and self.gpus > 0)
 
 

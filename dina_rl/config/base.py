@@ -71,6 +71,9 @@ class PipelineConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """parameter dtype of the frozen weights; adapters, schedules and log-probabilities are fp32 always"""
     # No float16: the policy loss's gradient at the velocity is about 1e-9 and would be flushed to 0.
+    compile: bool = False
+    """alignment: torch.compile of the blocks that the transformer repeats, where it samples, is trained and scores.
+    Faster after minutes of compiling, and rounded otherwise, so that grpo recomputes old log-probabilities"""
     height: Positive | None = None
     """image height in pixels; None: the pipeline's own (1024 for SD3.5, FLUX.1 and Z-Image, 32 for the miniature)"""
     width: Positive | None = None

@@ -41,6 +41,12 @@ class FitRun(_Run):
     reward: RewardModelConfig = RewardModelConfig()
     fit: FitConfig = FitConfig()
 
+    @model_validator(mode="after")
+    def _compiles_nothing(self) -> Self:
+        if self.pipeline.compile:
+            raise ValueError("pipeline.compile is of the alignment; a fit resumes to the last digit and runs without")
+        return self
+
 
 class AlignRun(_Run):
     """Align the generator against a fitted DiNa-LRM."""
@@ -78,7 +84,7 @@ class AlignRun(_Run):
                 f"learner.updates_per_iteration ({learner.updates_per_iteration}) must divide "
                 f"rollout.prompts_per_iteration ({rollout.prompts_per_iteration}): every minibatch holds whole groups"
             )
-        for misfit in self.algorithm_section.misfits(rollout, learner, self.rewards):
+        for misfit in self.algorithm_section.misfits(self.pipeline, rollout, learner, self.rewards):
             raise ValueError(misfit)
         golden = self.golden.scorer
         metric, rewarded = self.golden.of_images, {each.path for each in self.rewards.of_images}
@@ -108,6 +114,11 @@ class AlignRun(_Run):
             raise ValueError(
                 "learner.zero_stage 3 rounds a bfloat16 forward differently from the rollout's, beyond the clip range; "
                 "use learner.zero_stage 2 or pipeline.dtype float32"
+            )
+        if learner.zero_stage == 3 and self.pipeline.compile:
+            raise ValueError(
+                "pipeline.compile cannot follow how learner.zero_stage 3 gathers weights inside a block; use "
+                "learner.zero_stage 2"
             )
         if self.workers.gpus_per_rank % 1 and self.workers.learner_ranks > 1:
             raise ValueError(
@@ -174,7 +185,7 @@ class LocalRun(AlignRun):
             run_dir=run_dir,
             resume=self.resume,
             inline=self.inline,
-            pipeline=self.pipeline,
+            pipeline=self.pipeline.model_copy(update={"compile": False}),
             dataset=DatasetConfig(path=str(dataset)),
             reward=self.reward,
             fit=self.fit,

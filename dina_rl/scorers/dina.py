@@ -3,6 +3,7 @@
 import torch
 
 from dina_rl.backbones.base import Backbone, TextEncoder
+from dina_rl.backbones.compiling import compile_blocks
 from dina_rl.config import DiNaScorerConfig, PipelineConfig
 from dina_rl.reward.checkpoint import load_reward
 from dina_rl.reward.home import find_home
@@ -58,10 +59,10 @@ def open_dina_beside(config: DiNaScorerConfig, generator: PipelineConfig, backbo
         ValueError: as `open_dina`, or the reward model was fitted on latents of another VAE.
     """
     home = find_home(config, generator)
-    if home.pipeline == generator:
-        return open_dina(config, backbone)
-    own = open_pipeline(home.pipeline)
+    own = backbone if home.pipeline == generator else open_pipeline(home.pipeline)
     model = load_reward(config.location, own)
+    if generator.compile:
+        compile_blocks(model.truncated)
     return DiNaScorer(config, model, text_encoder=own.load_text_encoder() if home.reads_prompts else None)
 
 

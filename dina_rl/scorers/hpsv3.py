@@ -170,7 +170,7 @@ class HPSv3Scorer:
         self._mean = torch.tensor(base.images.image_mean, device=device).view(3, 1, 1)
         self._std = torch.tensor(base.images.image_std, device=device).view(3, 1, 1)
         file = released_file(config.path, FILE)
-        with loading("the model", file.parent):
+        with loading("the model", file):
             self._model = load_hpsv3(file, base.config).to(device)
 
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:

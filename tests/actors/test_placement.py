@@ -38,7 +38,7 @@ def two_nodes(ray_local) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def placement(two_nodes) -> Iterator[Placement]:
-    placement = Placement(WorkersConfig(gpus=8, start_timeout_s=120))
+    placement = Placement(WorkersConfig(gpus=8, text_workers=2, start_timeout_s=120))
     yield placement
     placement.release()
 
@@ -57,7 +57,7 @@ def pools(placement, handles) -> Iterator[dict[Kind, Pool]]:
 
     def pool(kind: Kind) -> Pool:
         settings = {"name": kind, "start_timeout_s": 240, "call_timeout_s": 120, "max_restarts": 1}
-        return Pool(lambda number: spawn(kind, number), 8, **settings)
+        return Pool(lambda number: spawn(kind, number), 2 if kind == "text" else 8, **settings)
 
     pools = {kind: pool(kind) for kind in KINDS}
     yield pools
@@ -75,8 +75,9 @@ def places(pools) -> dict[Kind, list[Place]]:
 
 
 def test_every_gpu_is_used_by_each_phase(places):
-    assert all(len(set(each)) == 8 for each in places.values())
+    assert {kind: len(set(each)) for kind, each in places.items()} == dict.fromkeys(KINDS, 8) | {"text": 2}
     assert places["rollout"] == places["scorer"] == places["learner"]
+    assert places["text"][:2] == places["rollout"][:2]
 
 
 def test_no_two_ranks_share_a_gpu_and_neighbours_are_on_one_node(places):
@@ -89,11 +90,12 @@ def test_no_two_ranks_share_a_gpu_and_neighbours_are_on_one_node(places):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lost_actor_comes_back_into_its_bundle(pools, handles, places, kind: Kind):
-    lost = handles[kind, 5]
+    number = 1 if kind == "text" else 5
+    lost = handles[kind, number]
     ray.kill(lost)
     pools[kind].map(range(8), lambda actor, item: actor.place.remote(item))
-    assert handles[kind, 5] is not lost
-    assert ray.get(handles[kind, 5].place.remote(0), timeout=60) == places[kind][5]
+    assert handles[kind, number] is not lost
+    assert ray.get(handles[kind, number].place.remote(0), timeout=60) == places[kind][number]
 
 
 def test_actors_that_ask_for_nothing_reserve_nothing():

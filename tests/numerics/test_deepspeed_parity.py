@@ -17,11 +17,11 @@ from actors.placement import actor_options
 from dina_rl.alignment.engine import Engine, TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.rate import learning_rate
-from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.backbones.lora import adapter_disabled, add_lora
 from dina_rl.backbones.sd3 import SD3
 from dina_rl.config import AlignRun, LearnerConfig, WorkersConfig
 from dina_rl.types import TrainingGroup, WorkItem
+from tests.rollouts import Rollouts
 from tests.tensors import assert_same_tensors
 from tests.tiny_run import tiny_run
 
@@ -276,7 +276,7 @@ def nft(tiny_pipeline) -> tuple[AlignRun, list[TrainingGroup]]:
     run = tiny_run(Path("unused"), tiny_pipeline, tiny_pipeline, learner=learner, **settings)
     items = [WorkItem(iteration=0, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
     worth = torch.tensor([0.9, 0.2, 0.4])
-    return run, [TrainingGroup(rollout=each, advantages=worth) for each in RolloutWorker(run).rollout(items)]
+    return run, [TrainingGroup(rollout=each, advantages=worth) for each in Rollouts(run).rollout(items)]
 
 
 @pytest.mark.parametrize(("stage", "whole"), [(0, False), (3, True)])

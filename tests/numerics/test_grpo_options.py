@@ -8,9 +8,9 @@ import torch
 from dina_rl.alignment.algorithms.grpo import window_start
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
-from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.flow.sde import step_law
 from dina_rl.types import TrainingGroup, WorkItem
+from tests.rollouts import Rollouts
 from tests.tensors import assert_same_tensors
 from tests.tiny_run import tiny_run
 
@@ -25,7 +25,7 @@ def rollouts():
     def roll_out(run, policy, iteration):
         key = run.rollout.model_dump_json(), run.learner.guidance_in_loss, iteration
         if key not in made:
-            worker = RolloutWorker(run)
+            worker = Rollouts(run)
             worker.load_weights(policy)
             items = [
                 WorkItem(iteration=iteration, prompt_id=i, prompt=f"a small red circle {i}", group_size=3)

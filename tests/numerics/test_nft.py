@@ -9,7 +9,6 @@ from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
-from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.checkpoint import load_tensors
 from dina_rl.flow.sampler import denoise
@@ -17,6 +16,7 @@ from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import TrainingGroup, WorkItem
 from jobs.align import exporter
+from tests.rollouts import Rollouts
 from tests.tiny_run import tiny_run
 
 NFT = {"algorithm": "nft", "nft": {"levels": 3, "old_rate": 0.1, "old_most": 0.5}}
@@ -40,7 +40,7 @@ def new_learner(run):
 
 
 def groups_of(run, learner):
-    worker = RolloutWorker(run)
+    worker = Rollouts(run)
     worker.load_weights(learner.policy())
     return [TrainingGroup(rollout=rollout, advantages=WORTH) for rollout in worker.rollout(ITEMS)]
 
@@ -101,7 +101,7 @@ def test_the_update_has_the_same_loss_and_weights_in_other_forwards(make):
 
 def test_a_rollout_is_the_end_of_the_ode(make):
     run = make()
-    first, second = RolloutWorker(run).rollout(ITEMS[:2])
+    first, second = Rollouts(run).rollout(ITEMS[:2])
     backbone = open_pipeline(run.pipeline)
     noise = torch.stack([normal((1, *second.latents.shape[1:]), run.seed, "rollout", 0, 1, i)[0] for i in range(3)])
     prompt, negative = second.prompt.repeat(3), backbone.load_text_encoder()([""])

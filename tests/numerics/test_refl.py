@@ -13,7 +13,6 @@ from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.result import finished
 from dina_rl.alignment.rewards import ScoringWorker
-from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.flow.process import predict_clean, velocity_kl
 from dina_rl.flow.sampler import denoise
@@ -22,6 +21,7 @@ from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import TrainingGroup, WorkItem
 from jobs.align import exporter
+from tests.rollouts import Rollouts
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_run import tiny_run
 
@@ -51,7 +51,7 @@ class Recording(TorchEngine):
 
 def stopped_groups(run):
     items = [WorkItem(iteration=0, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
-    return RolloutWorker(run).rollout(items)
+    return Rollouts(run).rollout(items)
 
 
 def gradients(run, groups):
@@ -170,7 +170,7 @@ def test_the_velocity_kl_is_that_of_unit_gaussians():
 def test_a_rollout_stops_on_the_ode_and_predicts_its_end(make):
     """From the last step one-step prediction is the ODE's own end."""
     run = make(refl={"stop_range": [3, 3]}, rollout={"guidance_scale": 1.0})
-    worker = RolloutWorker(run)
+    worker = Rollouts(run)
     group = worker.rollout([WorkItem(iteration=0, prompt_id=0, prompt="a small red circle", group_size=3)])[0]
     noise = torch.stack([normal((1, *group.latents.shape[1:]), run.seed, "rollout", 0, 0, i)[0] for i in range(3)])
     backbone = open_pipeline(run.pipeline)

@@ -9,13 +9,13 @@ from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import align, plan
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
-from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.data.stores.latents import LatentStore, StoredPair, StoreInfo
 from dina_rl.flow.process import flow_matching_loss
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import WorkItem
 from jobs.align import exporter
+from tests.rollouts import Rollouts
 from tests.tiny_run import tiny_run
 
 SHAPE = (16, 8, 8)
@@ -78,7 +78,7 @@ def test_the_learner_reports_the_base_models_loss_before_its_first_update(make):
     run = make(1.0, iterations=1)
     recorder = Recorder(run, run.run_dir, exporter(run))
     align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
-    worker, backbone = RolloutWorker(run), open_pipeline(run.pipeline)
+    worker, backbone = Rollouts(run), open_pipeline(run.pipeline)
     transformer = backbone.load_transformer()
     losses = []
     for item in plan(run, load_prompts(run.prompts).train, 0):

@@ -6,7 +6,6 @@ from diffusers import StableDiffusion3Pipeline
 
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
-from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.backbones.guidance import guided_velocity
 from dina_rl.backbones.lora import adapter_disabled, add_lora, load_lora_state, lora_state, trainable
 from dina_rl.config import PipelineConfig
@@ -15,6 +14,7 @@ from dina_rl.flow.sde import step_law
 from dina_rl.runtime import open_pipeline
 from dina_rl.seeding import generator, normal
 from dina_rl.types import PolicyWeights, TrainingGroup, WorkItem
+from tests.rollouts import Rollouts
 from tests.tiny_run import tiny_run
 
 PROMPT = "a small red circle on blue"
@@ -42,7 +42,7 @@ def run(tmp_path_factory, tiny_pipeline, tiny_reward):
 @pytest.mark.parametrize("dynamics", ["flow_sde", "dance", "cps"])
 def test_replayed_log_probs_equal_the_sampled_ones_bit_for_bit(run, moved_adapter, dynamics):
     run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"dynamics": dynamics})})
-    worker = RolloutWorker(run)
+    worker = Rollouts(run)
     worker.load_weights(moved_adapter)
     item = WorkItem(iteration=0, prompt_id=7, prompt=PROMPT, group_size=3)
     trajectory = worker.rollout([item])[0]
@@ -61,7 +61,7 @@ def test_replayed_log_probs_equal_the_sampled_ones_bit_for_bit(run, moved_adapte
 
 
 def test_first_update_has_ratio_exactly_one_and_changes_the_policy(run):
-    worker = RolloutWorker(run)
+    worker = Rollouts(run)
     items = [WorkItem(iteration=0, prompt_id=i, prompt=PROMPT, group_size=3) for i in range(4)]
     learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
     worker.load_weights(learner.policy())
@@ -78,7 +78,7 @@ def test_first_update_has_ratio_exactly_one_and_changes_the_policy(run):
 
 
 def test_a_stale_trajectory_is_refused(run):
-    worker = RolloutWorker(run)
+    worker = Rollouts(run)
     learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
     trajectory = worker.rollout([WorkItem(iteration=0, prompt_id=0, prompt=PROMPT, group_size=3)])[0]
     learner.version = 1
@@ -87,7 +87,7 @@ def test_a_stale_trajectory_is_refused(run):
 
 
 def test_a_group_is_sampled_alike_alone_and_beside_others(run):
-    worker = RolloutWorker(run)
+    worker = Rollouts(run)
     items = [WorkItem(iteration=1, prompt_id=i, prompt=PROMPT, group_size=3) for i in range(2)]
     together, alone = worker.rollout(items), [worker.rollout([item])[0] for item in items]
     for one, other in zip(together, alone, strict=True):

@@ -49,6 +49,16 @@ def test_overrides_reach_every_depth(tmp_path):
     assert not run.learner.gradient_checkpointing
 
 
+def test_a_fit_is_never_compiled(capsys):
+    run = load(LocalRun, ["--pipeline.compile"], program="test")
+    assert run.align_run(Path("reward"), Path("run")).pipeline.compile
+    assert not run.fit_run(Path("set"), Path("run")).pipeline.compile
+    with pytest.raises(SystemExit) as ending:
+        load(FitRun, ["--pipeline.compile"], program="test")
+    assert ending.value.code == 2
+    assert "pipeline.compile is of the alignment" in capsys.readouterr().err
+
+
 def test_text_is_taken_literally():
     argv = ["--prompt", "a: b, [c", "--images", "1.png", "yes", "~", "--root", "7", "--scorer.path", "on", "--out=None"]
     run = load(ScoreRun, argv, program="test")
@@ -80,6 +90,8 @@ def test_text_is_taken_literally():
         ),
         (["--grpo.guard", "--rollout.dynamics", "cps"], "grpo.guard normalises ratios of an SDE's steps"),
         (["--grpo.guard", "--grpo.old_log_probs", "rollout"], "grpo.guard needs the old means"),
+        (["--pipeline.compile", "--grpo.old_log_probs", "rollout"], "set grpo.old_log_probs to auto or recompute"),
+        (["--pipeline.compile", "--learner.zero_stage", "3"], "use learner.zero_stage 2"),
         (["--watch.action", "raise_kl", "--grpo.kl_weight", "0"], "raise_kl multiplies grpo.kl_weight, which is 0"),
         (["--learner.guidance_in_loss"], "rollout.guidance_scale is 1"),
         (["--rewards.dina.uncertainty_weight", "1"], "needs a spread: draws is 1"),

@@ -10,6 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 import dina_rl
+from benchmarks import loop, ray_overhead, reward_step
+from benchmarks.gpu import settings as gpu
 from dina_rl.cli import NAME, known_keys
 from dina_rl.config import AlignRun, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
 
@@ -28,6 +30,10 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "jobs.evaluate": EvaluateRun,
     "jobs.export": ExportRun,
     "jobs.score": ScoreRun,
+    "benchmarks.loop": loop.BenchmarkRun,
+    "benchmarks.ray_overhead": ray_overhead.BenchmarkRun,
+    "benchmarks.reward_step": reward_step.BenchmarkRun,
+    "benchmarks.gpu": gpu.BenchmarkRun,
 }
 RUNS = set(PROGRAMS.values())
 OTHER_OPTIONS = {

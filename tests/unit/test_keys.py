@@ -47,7 +47,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     },
     PipelineConfig: {
         Mark.PROCESS: "decode_batch",
-        DECIDES: "path revision variant dtype height width max_sequence_length distilled_guidance vae_tiling",
+        DECIDES: "path revision variant dtype compile height width max_sequence_length distilled_guidance vae_tiling",
     },
     RolloutConfig: {
         Mark.PROCESS: "max_failed",
@@ -60,9 +60,9 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         "micro_batch_size ema_decay guidance_in_loss",
     },
     WorkersConfig: {
-        Mark.PROCESS: "layout gpus sleep rollout_workers scorers learner_ranks cpus_per_actor gpus_per_rollout "
-        "gpus_per_scorer gpus_per_rank threads_per_actor start_timeout_s call_timeout_s weights_part_mib "
-        "snapshot_every max_restarts"
+        Mark.PROCESS: "layout gpus sleep rollout_workers text_workers scorers learner_ranks cpus_per_actor "
+        "gpus_per_rollout gpus_per_scorer gpus_per_rank threads_per_actor start_timeout_s call_timeout_s "
+        "weights_part_mib snapshot_every max_restarts"
     },
     EvaluateRun: {
         Mark.PROCESS: "inline max_broken workers",

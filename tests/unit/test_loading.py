@@ -53,9 +53,11 @@ def test_sizes_are_those_of_the_files(tiny_pipeline):
 def test_many_actors_that_load_the_same_are_one_line(large, tiny_pipeline, tiny_reward, tmp_path, capsys):
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, workers={"rollout_workers": 64})
     assert all([announce(who, sizes) for who, sizes in loads(run).items()])
-    rollout, scorer, learner = capsys.readouterr().err.splitlines()
+    text, rollout, scorer, learner = capsys.readouterr().err.splitlines()
     assert rollout.startswith("64 rollout workers load transformer, ")
-    assert rollout.count(" on disk") == 3
+    assert text.startswith("1 text workers load text encoders, ")
+    assert rollout.count(" on disk") == 2
+    assert TEXT not in rollout, "embeddings are sent to them"
     assert scorer.startswith("1 scorers load transformer, ")
     assert VAE not in scorer, "no pixel scorer, no decoding"
     assert learner.startswith("1 learner ranks load transformer, ")

@@ -54,9 +54,10 @@ def test_a_training_step_after_sleep_is_the_one_without():
             gpu.wake()
             module(torch.ones(4, 512, device="cuda")).square().sum().backward()
             optimizer.step()
-            held = torch.cuda.memory_allocated()
+            held, size = torch.cuda.memory_allocated(), sum(parameter.nbytes for parameter in module.parameters())
             gpu.rest()
-            assert (torch.cuda.memory_allocated() < held / 10) == sleeps
+            # Weights, gradients and two moments; cuBLAS keeps a workspace that may be larger than all of them.
+            assert (held - torch.cuda.memory_allocated() >= 4 * size) == sleeps
         gpu.wake()
         return [parameter.detach().cpu() for parameter in module.parameters()]
 

@@ -1,7 +1,7 @@
 """What an alignment algorithm is to the loop, the rollout worker, the learner and the planner, none of which asks which
 one it holds.
 
-    check -> [ sampling -> scorers -> weigh -> objective -> gate ] every iteration
+    check -> [ texts -> sampling -> scorers -> weigh -> objective -> gate ] every iteration
 
 One algorithm is one file beside this one, its section and rules in `config/algorithms.py`, and one line in
 `registry.py`.
@@ -17,12 +17,16 @@ from dina_rl.alignment.advantage import Advantages
 from dina_rl.alignment.objective import Objective
 from dina_rl.alignment.policy import Policy
 from dina_rl.alignment.sampler import PolicySampler
+from dina_rl.backbones.base import TextEncoder
 from dina_rl.types import Rollout, WorkItem
 
 SomeRollout = TypeVar("SomeRollout", bound=Rollout)
 
-Sampling = Callable[[Sequence[WorkItem]], list[SomeRollout]]
-"""One rollout per group; all groups belong to one iteration and go in one batch."""
+Sampling = Callable[[Sequence[WorkItem], TextEncoder], list[SomeRollout]]
+"""One rollout per group; all groups belong to one iteration and go in one batch. Their texts' embeddings are given."""
+
+Texts = Callable[[WorkItem], Sequence[str]]
+"""What sampling a group reads beside its prompt and the negative one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,7 @@ class Work:
 
     title: str
     sampling: str  # how a sample comes about
+    texts_beside: int  # texts of one sample that are encoded beside its prompt
     sampled_passes: float  # forwards of one sample in the rollout, guidance apart; the mean where it is drawn
     prepared_passes: float  # forwards of one sample without a gradient, before an iteration's first update
     trained_passes: int  # forwards with a backward pass of one sample in one epoch
@@ -43,6 +48,7 @@ class Algorithm(Protocol[SomeRollout]):
     """One way to align. Built from the run's configuration in every process; it holds no state of its own."""
 
     wants_reward_gradients: bool  # the scorers are asked for d reward / d latents too
+    rounds_apart: bool  # nothing of the update relies on a rollout's velocity being the learner's to the last digit
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         """Look at what only this algorithm reads, before anything starts.
@@ -50,6 +56,10 @@ class Algorithm(Protocol[SomeRollout]):
         Raises:
             ValueError: it is missing, or does not fit latents of `latent_shape`.
         """
+        ...
+
+    def texts(self, latent_shape: tuple[int, int, int]) -> Texts:
+        """What has to be encoded for a group beyond the prompts; called once by whoever encodes."""
         ...
 
     def sampling(self, sampler: PolicySampler) -> Sampling[SomeRollout]:
@@ -69,3 +79,8 @@ class Algorithm(Protocol[SomeRollout]):
         ...
 
     def work(self) -> Work: ...
+
+
+def prompts_alone(item: WorkItem) -> Sequence[str]:
+    """`Texts` of an algorithm that reads no others."""
+    return ()

@@ -3,19 +3,20 @@
 Shapes: G samples of one prompt, N denoising steps, W of them in the window, M samples of one forward, C H W latent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from dina_rl.alignment.advantage import Advantages, relative_advantages
-from dina_rl.alignment.algorithms.base import Sampling, Work
+from dina_rl.alignment.algorithms.base import Sampling, Texts, Work, prompts_alone
 from dina_rl.alignment.algorithms.clipping import clipped_policy_loss, ratio_gate, regulated_log_ratio
 from dina_rl.alignment.objective import Minibatch, PassLoss, PreparedUpdates, SamplesItself, deal
 from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.sampler import PolicySampler
 from dina_rl.alignment.selection import Selection, select
+from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.flow.sampler import denoise, replay_step
@@ -53,8 +54,12 @@ class FlowGRPO:
 
     def __init__(self, run: AlignRun) -> None:
         self._run = run
+        self.rounds_apart = recomputes(run)
 
     def check(self, latent_shape: tuple[int, int, int]) -> None: ...
+
+    def texts(self, latent_shape: tuple[int, int, int]) -> Texts:
+        return prompts_alone
 
     def sampling(self, sampler: PolicySampler) -> Sampling[Trajectory]:
         return partial(sample_trajectories, self._run, sampler)
@@ -80,6 +85,7 @@ class FlowGRPO:
         return Work(
             title="Flow-GRPO",
             sampling=f"{rollout.num_steps} steps, {dynamics(self._run)} and trained: {window}",
+            texts_beside=0,
             sampled_passes=rollout.num_steps,
             prepared_passes=rollout.window_steps * later if recomputes(self._run) else 0,
             trained_passes=rollout.window_steps,
@@ -103,7 +109,7 @@ def dynamics(run: AlignRun) -> Dynamics:
 def recomputes(run: AlignRun) -> bool:
     """Whether the old log-probabilities are the learner's own rather than the rollout's."""
     if run.grpo.old_log_probs == "auto":
-        return run.grpo.guard or run.pipeline.dtype != "float32"
+        return run.grpo.guard or run.pipeline.dtype != "float32" or run.pipeline.compile
     return run.grpo.old_log_probs == "recompute"
 
 
@@ -121,23 +127,25 @@ def window_start(run: AlignRun, iteration: int) -> int:
     return first + int(torch.randint(choices, (), generator=generator(run.seed, "window", iteration)))
 
 
-def sample_trajectories(run: AlignRun, sampler: PolicySampler, items: Sequence[WorkItem]) -> list[Trajectory]:
+def sample_trajectories(
+    run: AlignRun, sampler: PolicySampler, items: Sequence[WorkItem], texts: TextEncoder
+) -> list[Trajectory]:
     """One trajectory per group: SDE steps inside the iteration's window, ODE steps elsewhere."""
     rollout, device = run.rollout, sampler.device
     noise = sampler.noise(items, 1 + rollout.window_steps)
-    rows, prompt = sampler.prompts(items)
+    rows, prompt = sampler.prompts(items, texts)
     start = window_start(run, items[0].iteration)
     result = denoise(
         noise[0].to(device),
         sampler.sigmas.to(device),
-        sampler.velocity(prompt, rollout.guidance_scale),
+        sampler.velocity(prompt, rollout.guidance_scale, texts),
         window_start=start,
         dynamics=dynamics(run),
         noise_level=rollout.noise_level,
         window_noise=noise[1:].to(device),
         guided_density=run.learner.guidance_in_loss,
     )
-    negative = sampler.trained_negative()
+    negative = sampler.trained_negative(texts)
     trajectories, first = [], 0
     for i, item in enumerate(items):
         group = slice(first, first + item.group_size)
@@ -240,19 +248,18 @@ class GRPOObjective(SamplesItself):
             for k in range(len(batch.old_log_probs))
         ]
 
-    @torch.no_grad()
     def _recompute(self, minibatches: Sequence[Sequence[WindowStep]]) -> float:
         """Fill in the old log-probabilities under the policy that sampled; returns their noise."""
         noise = 0.0
         for steps in minibatches:
             for each in steps:
-                noise = max(noise, self._remember(each, *self._replay(each)))
+                noise = max(noise, self._remember(each, *self._replay(each, self._policy.fixed_velocity)))
         return noise
 
     def _loss(self, each: WindowStep, kl_scale: float) -> PassLoss:
         grpo, batch, device = self._run.grpo, each.batch, self._policy.device
         weights = batch.weights.to(device)
-        log_prob, mean = self._replay(each)
+        log_prob, mean = self._replay(each, self._policy.velocity)
         noise = self._remember(each, log_prob, mean) if each.old_log_prob is None else self._noise(each, log_prob)
         assert each.old_log_prob is not None
         law, minus_dt = self._law(each)
@@ -300,10 +307,12 @@ class GRPOObjective(SamplesItself):
         law = step_law(schedule.dynamics, schedule.sigmas, step, schedule.noise_level)
         return law, float(schedule.sigmas[step] - schedule.sigmas[step + 1])
 
-    def _replay(self, each: WindowStep) -> tuple[torch.Tensor, torch.Tensor]:
+    def _replay(
+        self, each: WindowStep, velocity: Callable[[VelocityInputs], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probability [M], mean [M, C, H, W]) of the step under the current weights."""
         before, after = each.batch.states[each.k : each.k + 2].to(self._policy.device)
-        return replay_step(self._law(each)[0], before, after, self._policy.velocity(self._inputs(each)))
+        return replay_step(self._law(each)[0], before, after, velocity(self._inputs(each)))
 
     def _remember(self, each: WindowStep, log_prob: torch.Tensor, mean: torch.Tensor) -> float:
         """Keep the old policy's part of a step; returns the noise of its log-probability."""

@@ -29,11 +29,12 @@ from typing import Literal
 import torch
 
 from dina_rl.alignment.advantage import Advantages, relative_advantages
-from dina_rl.alignment.algorithms.base import Sampling, Work
+from dina_rl.alignment.algorithms.base import Sampling, Texts, Work, prompts_alone
 from dina_rl.alignment.objective import Minibatch, PassLoss, PreparedUpdates, deal
 from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.sampler import PolicySampler
 from dina_rl.alignment.selection import Selection, select
+from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import AlignRun
 from dina_rl.flow.process import add_noise, velocity_kl
 from dina_rl.flow.sampler import denoise
@@ -58,11 +59,15 @@ class DiffusionNFT:
     """See `base.Algorithm`."""
 
     wants_reward_gradients = False
+    rounds_apart = True  # what samples is asked again by the learner, at fresh noise
 
     def __init__(self, run: AlignRun) -> None:
         self._run = run
 
     def check(self, latent_shape: tuple[int, int, int]) -> None: ...
+
+    def texts(self, latent_shape: tuple[int, int, int]) -> Texts:
+        return prompts_alone
 
     def sampling(self, sampler: PolicySampler) -> Sampling[FinishedGroup]:
         return partial(sample_finished, self._run, sampler)
@@ -84,6 +89,7 @@ class DiffusionNFT:
         return Work(
             title="DiffusionNFT",
             sampling=f"ODE of {steps} steps, trained at {levels} of their {steps} noise levels",
+            texts_beside=0,
             sampled_passes=steps,
             prepared_passes=levels,
             trained_passes=levels,
@@ -93,11 +99,13 @@ class DiffusionNFT:
         )
 
 
-def sample_finished(run: AlignRun, sampler: PolicySampler, items: Sequence[WorkItem]) -> list[FinishedGroup]:
+def sample_finished(
+    run: AlignRun, sampler: PolicySampler, items: Sequence[WorkItem], texts: TextEncoder
+) -> list[FinishedGroup]:
     """One group per item, along the ODE."""
     noise = sampler.noise(items, 1)[0].to(sampler.device)
-    rows, prompt = sampler.prompts(items)
-    velocity = sampler.velocity(prompt, run.rollout.guidance_scale)
+    rows, prompt = sampler.prompts(items, texts)
+    velocity = sampler.velocity(prompt, run.rollout.guidance_scale, texts)
     latents = denoise(noise, sampler.sigmas.to(sampler.device), velocity).latents.cpu()
     return [
         FinishedGroup(
@@ -211,9 +219,9 @@ class NFTObjective:
         selections = [self._select(groups) for groups in minibatches]
         batches = [self._batches(*each) for each in zip(minibatches, selections, strict=True)]
         steps = [[NoisedStep(batch=batch) for batch in own] for own in batches]
-        with torch.no_grad(), self._old_weights() as lags:
+        with self._old_weights() as lags:
             for each in chain.from_iterable(steps if lags else steps[1:]):
-                each.old = self._policy.velocity(each.batch.inputs).cpu()
+                each.old = self._policy.fixed_velocity(each.batch.inputs).cpu()
         return PreparedUpdates(
             minibatches=[
                 Minibatch(

@@ -1,4 +1,4 @@
-"""Preferred images for ReFL's pretraining loss, drawn by the rollout workers, which hold the text encoder."""
+"""Preferred images for ReFL's pretraining loss, drawn by the rollout workers; who encodes draws their prompts too."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,13 +65,26 @@ class PretrainingDraws:
 
     def draw(self, item: WorkItem, encode: TextEncoder) -> PretrainingSamples:
         """One sample per sample of the group, at sigma ~ U(0, 1)."""
-        count = item.group_size
-        draws = generator(self._seed, "pretraining", item.iteration, item.prompt_id)
-        positions = self._usable[torch.randint(len(self._usable), (count,), generator=draws)]
+        draws = self._draws(item)
+        positions = self._positions(item, draws)
         latents = self._store.latents(self._pairs.chosen[positions])
         return PretrainingSamples(
             latents=latents,
             noise=normal(tuple(latents.shape), self._seed, "pretraining-noise", item.iteration, item.prompt_id),
-            sigma=torch.rand(count, generator=draws),
-            prompt=encode([self._pairs.prompts[i] for i in self._pairs.prompt[positions].tolist()]).to("cpu"),
+            sigma=torch.rand(item.group_size, generator=draws),
+            prompt=encode(self._prompts(positions)).to("cpu"),
         )
+
+    def prompts(self, item: WorkItem) -> list[str]:
+        """Those of the samples that `draw` draws."""
+        return self._prompts(self._positions(item, self._draws(item)))
+
+    def _draws(self, item: WorkItem) -> torch.Generator:
+        return generator(self._seed, "pretraining", item.iteration, item.prompt_id)
+
+    def _positions(self, item: WorkItem, draws: torch.Generator) -> torch.Tensor:
+        """Which pairs: what is drawn first."""
+        return self._usable[torch.randint(len(self._usable), (item.group_size,), generator=draws)]
+
+    def _prompts(self, positions: torch.Tensor) -> list[str]:
+        return [self._pairs.prompts[i] for i in self._pairs.prompt[positions].tolist()]

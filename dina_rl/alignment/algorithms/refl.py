@@ -11,12 +11,13 @@ from functools import partial
 import torch
 
 from dina_rl.alignment.advantage import Advantages, equal_weights
-from dina_rl.alignment.algorithms.base import Sampling, Work
+from dina_rl.alignment.algorithms.base import Sampling, Texts, Work, prompts_alone
 from dina_rl.alignment.algorithms.pretraining import PretrainingDraws, PretrainingSamples
 from dina_rl.alignment.objective import Minibatch, PassLoss, PreparedUpdates, SamplesItself, deal
 from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.sampler import PolicySampler
+from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import AlignRun
 from dina_rl.flow.process import add_noise, flow_matching_loss, predict_clean, velocity_kl
 from dina_rl.flow.sampler import denoise_until
@@ -47,9 +48,15 @@ class ReFL:
     def __init__(self, run: AlignRun) -> None:
         self._run = run
         self.wants_reward_gradients = run.refl.reward_gradient == "service"
+        # The gradient is that at a rollout's prediction: in fp32 it is the learner's too (`first_prediction_gap` 0).
+        self.rounds_apart = run.pipeline.dtype != "float32" or run.pipeline.compile
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         self._pretraining(latent_shape)
+
+    def texts(self, latent_shape: tuple[int, int, int]) -> Texts:
+        pretraining = self._pretraining(latent_shape)
+        return prompts_alone if pretraining is None else pretraining.prompts
 
     def sampling(self, sampler: PolicySampler) -> Sampling[StoppedGroup]:
         return partial(sample_stopped, self._run, sampler, self._pretraining(sampler.latent_shape))
@@ -69,6 +76,7 @@ class ReFL:
         return Work(
             title="ReFL",
             sampling=f"ODE of {steps} steps, stopped before one of the steps {first} to {last}",
+            texts_beside=1 if refl.pretraining_weight else 0,
             sampled_passes=(first + last) / 2 + 1,  # and the prediction
             prepared_passes=0,
             trained_passes=2 if refl.pretraining_weight else 1,
@@ -91,21 +99,25 @@ def stop_step(run: AlignRun, iteration: int) -> int:
 
 
 def sample_stopped(
-    run: AlignRun, sampler: PolicySampler, pretraining: PretrainingDraws | None, items: Sequence[WorkItem]
+    run: AlignRun,
+    sampler: PolicySampler,
+    pretraining: PretrainingDraws | None,
+    items: Sequence[WorkItem],
+    texts: TextEncoder,
 ) -> list[StoppedGroup]:
     """One group per item, stopped along the ODE before the iteration's step, and its one-step prediction."""
     scale = run.rollout.guidance_scale
     noise = sampler.noise(items, 1)[0].to(sampler.device)
-    rows, prompt = sampler.prompts(items)
+    rows, prompt = sampler.prompts(items, texts)
     stop = stop_step(run, items[0].iteration)
-    velocity = sampler.velocity(prompt, scale)
+    velocity = sampler.velocity(prompt, scale, texts)
     sigmas = sampler.sigmas.to(sampler.device)
     stopped = denoise_until(noise, sigmas, velocity, stop=stop)
     # The learner's own velocity: where it trains the conditional one alone, that is all that is computed.
     trained = velocity.followed if run.learner.guidance_in_loss else velocity.conditional
     with torch.no_grad():
         clean = predict_clean(stopped, trained(stopped, sigmas[stop].expand(len(stopped))), float(sampler.sigmas[stop]))
-    negative = sampler.trained_negative()
+    negative = sampler.trained_negative(texts)
     sizes = [item.group_size for item in items]
     return [
         StoppedGroup(
@@ -117,7 +129,7 @@ def sample_stopped(
             prompt=rows.select(slice(i, i + 1)).to("cpu"),
             guidance_scale=scale,
             negative=negative,
-            pretraining=None if pretraining is None else pretraining.draw(item, sampler.text),
+            pretraining=None if pretraining is None else pretraining.draw(item, texts),
         )
         for i, (item, before, after) in enumerate(zip(items, stopped.split(sizes), clean.split(sizes), strict=True))
     ]

@@ -32,3 +32,8 @@ ALGORITHMS: dict[AlgorithmName, Kind] = {
 def open_algorithm(run: AlignRun) -> Algorithm[Rollout]:
     """The configured algorithm."""
     return ALGORITHMS[run.algorithm](run)
+
+
+def merges(run: AlignRun) -> bool:
+    """Whether the rollout samples with an adapter merged into the weights, without LoRA layers."""
+    return run.learner.lora is not None and open_algorithm(run).rounds_apart

@@ -81,20 +81,21 @@ def test_pixel_rewards_decode(tiny_pipeline):
 
 
 def test_memory_by_phase():
-    rollout = ActorFootprint(held=100, working=7)
-    scorer = ActorFootprint(held=20, working=5)
-    actors = {"rollout": rollout, "scorer": scorer, "learner": ActorFootprint(held=50, working=30)}
+    rollout, scorer = ActorFootprint(held=100, working=7), ActorFootprint(held=20, working=5)
+    learner, text = ActorFootprint(held=50, working=30), ActorFootprint(held=1000, working=1)
+    actors = {"text": text, "rollout": rollout, "scorer": scorer, "learner": learner}
 
     def phases(workers: WorkersConfig, *, sleep: bool = False) -> list[dict]:
         return [dict(gpu.phases) for gpu in gpu_memory(layout_of(workers), actors, sleep=sleep)]
 
-    base = 3 * PROCESS
+    base, more = 3 * PROCESS, 4 * PROCESS
     together = {"rollout": base + 177, "scorer": base + 175, "learner": base + 200}
-    assert phases(WorkersConfig(gpus=2)) == [together, together]
-    asleep = {"rollout": base + 107, "scorer": base + 25, "learner": base + 80}
+    first = {"text": more + 1171, "rollout": more + 1177, "scorer": more + 1175, "learner": more + 1200}
+    assert phases(WorkersConfig(gpus=2)) == [first, together]
+    asleep = {"text": more + 1001, "rollout": more + 107, "scorer": more + 25, "learner": more + 80}
     assert phases(WorkersConfig(gpus=1, sleep=True), sleep=True) == [asleep]
     shared = WorkersConfig(
         rollout_workers=1, learner_ranks=1, gpus_per_rank=1, gpus_per_rollout=0.5, gpus_per_scorer=0.5
     )
-    both = {"rollout": 2 * PROCESS + 132, "scorer": 2 * PROCESS + 132}  # they overlap
-    assert phases(shared) == [{"learner": PROCESS + 80}, both]
+    all_three = dict.fromkeys(("text", "rollout", "scorer"), 3 * PROCESS + 1133)  # they overlap
+    assert phases(shared) == [{"learner": PROCESS + 80}, all_three]

@@ -52,7 +52,7 @@ def test_the_arithmetic_of_a_plan():
     assert "10 iterations, 5,760 training images" in text
     assert "32 prompts x 18 samples = 576 images, 8 calls" in text
     assert "minibatch 288 = 16 forwards x 9 samples x 2 ranks; 48 backward passes a rank" in text
-    assert "2 rollout x 0.5 GPU, 1 scorer x 0 GPU, 2 learner x 1 GPU: 3 GPUs" in text
+    assert "2 rollout x 0.5 GPU, 1 scorer x 0 GPU, 2 learner x 1 GPU, 1 text beside a rollout: 3 GPUs" in text
     assert "busy      unknown: not every actor has a GPU" in text
     assert f"{576 * 5 * 16 * 8 * 8 * 4 / 2**20:.1f} MiB of latents" in text
 
@@ -81,10 +81,11 @@ def test_a_known_hub_id_is_planned_without_a_network_and_the_better_layout_named
     shares = {"gpus_per_rollout": 1, "gpus_per_scorer": 1, "gpus_per_rank": 1}
     workers = {"rollout_workers": 4, "scorers": 2, "learner_ranks": 2, **shares}
     text = describe(AlignRun.model_validate({**RECIPE, "workers": workers}))
-    assert "rollout 12.4 PFLOP: 5,760 passes of one sample an iteration" in text
+    assert "rollout 12.3 PFLOP: 5,760 passes of one sample\n" in text
     assert "the reward model is not there yet and counted as the paper's" in text
     assert "GPU 0-1 (learner)" in text
-    assert "warning: the GPUs are busy 34%; 100% with workers: {gpus: 8}" in text
+    assert "GPU 7 (text, rollout) 35%" in text
+    assert "warning: the GPUs are busy 34%; 98% with workers: {gpus: 8}" in text
     assert "s an iteration at 350 TFLOP/s" in text
 
 
@@ -92,21 +93,22 @@ def test_calls_that_do_not_divide_are_told_of():
     rollout = {"prompts_per_iteration": 32, "groups_per_call": 16}
     values = {"rewards": {"dina": {"path": "/nowhere"}}, "rollout": rollout, "workers": {"gpus": 8}}
     text = describe(AlignRun.model_validate({**values, "learner": {"micro_batch_size": 9}}))
-    assert "GPU 0-1 (rollout, scorer, learner) 100%" in text
+    assert "GPU 1 (rollout, scorer, learner) 100%" in text
     assert "warning: the GPUs are busy" in text
     assert "2 calls do not divide over 8 rollout actors (rollout.groups_per_call)" in text
 
 
 def test_what_does_not_fit_a_gpu_is_told_to_sleep():
     rewards = {"dina": None, "pickscore": {}}
-    values = {"rewards": rewards, "golden": {"scorer": "clip_score"}, "learner": {"micro_batch_size": 9}, "plan_gib": 6}
+    values = {"rewards": rewards, "golden": {"scorer": "clip_score"}, "learner": {"micro_batch_size": 9}, "plan_gib": 7}
     text = describe(AlignRun.model_validate({**values, "workers": {"gpus": 8}}))
-    assert "colocated, 8 x (rollout, scorer, learner) in turns: 8 GPUs" in text
-    assert "GPU 0-7 (rollout, scorer, learner) 100%" in text
-    assert "warning: beyond the 6 GiB of one GPU" in text
-    assert "with workers.sleep they fit: rollout 3.4 GiB" in text
+    assert "colocated, 8 x (rollout, scorer, learner) in turns, 1 text: 8 GPUs" in text
+    assert "GPU 1-7 (rollout, scorer, learner) 100%" in text
+    assert "warning: beyond the 7 GiB of one GPU" in text
+    assert "with workers.sleep they fit: encode 2.3 GiB, rollout 4.0 GiB" in text
     slept = describe(AlignRun.model_validate({**values, "workers": {"gpus": 8, "sleep": True}}))
-    assert "GPU 0-7 (rollout, scorer, learner): rollout 3.4 GiB" in slept
+    assert "GPU 0 (text, rollout, scorer, learner): encode 2.3 GiB" in slept
+    assert "GPU 1-7 (rollout, scorer, learner): rollout 3.4 GiB" in slept
     assert "warning" not in slept
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from dina_rl.alignment.rewards import ScoringWorker
-from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.scorers.dina import cautious_mean
 from dina_rl.types import WorkItem
+from tests.rollouts import Rollouts
 from tests.tiny_run import tiny_run
 
 
 @pytest.fixture(scope="module")
 def trajectories(tmp_path_factory, tiny_pipeline, tiny_reward):
-    worker = RolloutWorker(tiny_run(tmp_path_factory.mktemp("run"), tiny_pipeline, tiny_reward))
+    worker = Rollouts(tiny_run(tmp_path_factory.mktemp("run"), tiny_pipeline, tiny_reward))
     return worker.rollout(
         [WorkItem(iteration=0, prompt_id=i, prompt="a small red circle on blue", group_size=3) for i in range(2)]
     )

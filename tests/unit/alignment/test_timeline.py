@@ -1,5 +1,7 @@
 """Who waits for whom, on numbers that can be worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
@@ -11,8 +13,8 @@ from dina_rl.config import AlignRun
 WORKERS = {"rollout_workers": 4, "scorers": 2, "learner_ranks": 2}
 SHARES = {"gpus_per_rollout": 1, "gpus_per_scorer": 1, "gpus_per_rank": 1}
 SPLIT = {**WORKERS, **SHARES}
-COSTS = Costs(forward=10, trained=30, score=5, score_gradient=11, prompt=100, golden=7)
-UNITS = Operations(rollout=5760, scorer=288, learner=8640)  # transformer passes of the published recipe
+COSTS = Costs(sampled=10, forward=10, trained=30, score=5, score_gradient=11, prompt=100, golden=7)
+UNITS = Operations(text=0, rollout=5760, scorer=288, learner=8640)  # transformer passes of the published recipe
 
 
 def run_with(**values) -> AlignRun:
@@ -28,7 +30,7 @@ def line_of(run: AlignRun, operations: Operations = UNITS):
 def test_split_gpus_wait_for_each_other():
     line = line_of(run_with())
     assert line.length == 5760 / 4 + 288 / 32 + 8640 / 2  # scoring lags behind sampling by one call
-    assert line.busy == pytest.approx([4320 / 5769] * 2 + [1440 / 5769] * 4 + [144 / 5769] * 2)
+    assert line.busy == pytest.approx([4320 / 5769] * 2 + [1440 / 5769] * 3 + [144 / 5769] * 2 + [1440 / 5769])
     assert line.mean_busy == pytest.approx(0.318, abs=1e-3)
 
 
@@ -36,6 +38,24 @@ def test_colocated_gpus_do_not():
     line = line_of(run_with(workers={"gpus": 8}))
     assert line.length == pytest.approx(14688 / 8)
     assert line.busy == pytest.approx([1.0] * 8)
+
+
+TEXTS = replace(UNITS, text=320)
+
+
+def test_who_encodes_keeps_colocated_gpus_waiting_unless_each_does():
+    line = line_of(run_with(workers={"gpus": 8}), TEXTS)
+    assert line.length == pytest.approx(320 + 14688 / 8)
+    assert line.busy == pytest.approx([1.0] + [1836 / 2156] * 7)
+    assert line_of(run_with(workers={"gpus": 8, "text_workers": 8}), TEXTS).busy == pytest.approx([1.0] * 8)
+
+
+def test_split_encoding_overlaps_with_sampling_on_the_gpu_that_it_shares():
+    line = line_of(run_with(), TEXTS)
+    assert line.length == 5760 / 4 + 320 + 8640 / 2
+    assert line.busy[-1] == pytest.approx(1760 / 6080)
+    few = replace(TEXTS, text=32)
+    assert line_of(run_with(), few).length == 5760 / 4 + 32 + 8640 / 2  # more than one call of texts and one of scores
 
 
 def test_calls_that_do_not_divide_leave_gpus_waiting():
@@ -72,7 +92,7 @@ def test_passes_and_operations_of_each_algorithm():
     assert (passes.sampled, passes.scored, passes.trained, passes.reference) == (5760, 576, 3456, 3456)
     assert passes.prepared == 576 * 3 / 2  # the first minibatch's old log-probabilities are its first forward's
     operations = count_operations(run, passes, COSTS, with_gradient=False)
-    assert operations.rollout == 57600 + 3200
+    assert (operations.text, operations.rollout) == (3200, 57600)
     assert operations.scorer == 2880
     assert operations.learner == 3456 * 30 + (3456 + 864) * 10
 
@@ -88,6 +108,7 @@ def test_passes_and_operations_of_each_algorithm():
     run = run_with(algorithm="refl", refl=refl)
     passes = count_passes(run, open_algorithm(run).work())
     assert (passes.sampled, passes.trained, passes.rewarded) == (576 * 7, 1152, 576)
+    assert passes.encoded == 32 + 576  # prompts of the pretraining images
     assert count_operations(run, passes, COSTS, with_gradient=True).scorer == 576 * 11
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dina_rl.alignment.rewards import ScoringWorker
-from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.config import DiNaScorerConfig, PictureScorerConfig, PipelineConfig
 from dina_rl.evaluation.named_scorers import named_scorer
 from dina_rl.reward.card import CARD_FILE
@@ -20,6 +19,7 @@ from dina_rl.runtime import open_pipeline
 from dina_rl.scoring import open_scorer
 from dina_rl.types import WorkItem
 from jobs.align import preflight
+from tests.rollouts import Rollouts
 from tests.tiny_reward import stirred_model
 from tests.tiny_run import tiny_run
 
@@ -63,7 +63,7 @@ def test_another_generators_latents_are_scored_as_its_own_would_be(
     tiny_pipeline: Path, reward: Path, tmp_path: Path, part: str
 ) -> None:
     generator = Path(tuned(tiny_pipeline, tmp_path, part).path)
-    groups = RolloutWorker(tiny_run(tmp_path / "run", generator, reward)).rollout(ITEMS)
+    groups = Rollouts(tiny_run(tmp_path / "run", generator, reward)).rollout(ITEMS)
     found = scores(tmp_path / "run", generator, reward, groups)
     own = open_pipeline(PipelineConfig(path=str(tiny_pipeline))).load_text_encoder()([ITEMS[0].prompt])
     at_home = [replace(groups[0], prompt=own)]

@@ -1,11 +1,11 @@
-"""The reward step's benchmark: both loops do the same work, and the command runs."""
+"""The benchmarks' commands run, and the reward step's two loops do the same work."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import reward_step
+from benchmarks import forward, reward_step
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.config import FitConfig, PipelineConfig
 from dina_rl.reward.fit import RewardFit, fit, training_noise
@@ -69,3 +69,25 @@ def test_another_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         reward_step.main(["--pipeline.path", str(tmp_path)])
     assert ending.value.code == 2
     assert "another family" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # of torch, as it loads its compiler
+def test_the_forwards_take_turns(tiny_pipeline: Path, capsys: pytest.CaptureFixture) -> None:
+    with torch.compiler.set_stance("force_eager"):  # compiling takes longer than all the rest
+        forward.main(["--pipeline", str(tiny_pipeline), "--batch", "2", "--repeats", "2"])
+    rows = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [name.strip() for name, *_ in rows] == [
+        "adapter unmerged, ms",
+        "merged, ms",
+        "merged and compiled, ms",
+        "adapter unmerged / merged",
+        "adapter unmerged / merged and compiled",
+    ]
+    assert all(0 < float(low) <= float(middle) <= float(high) for _, low, middle, high in rows)
+
+
+def test_a_pipeline_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ending:
+        forward.main(["--pipeline", "/nowhere/sd3"])
+    assert ending.value.code == 2
+    assert "/nowhere/sd3" in capsys.readouterr().err
