@@ -1,17 +1,16 @@
 """A randomly initialised HPSv3 in the released layout: one file of weights, and the base's directory without any."""
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from dina_rl.config import HPSv3Config
-from dina_rl.scorers.hpsv3 import INSTRUCTION
+from dina_rl.scorers.hpsv3_input import INSTRUCTION
 
 WIDTH = 16
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
@@ -29,17 +28,16 @@ def save_tiny_hpsv3(directory: Path) -> HPSv3Config:
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(base)
     Qwen2VLImageProcessorPil().save_pretrained(base)
-    model = _model(len(tokenizer), tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    model = _model(len(tokenizer) + 1, tokenizer.convert_tokens_to_ids("<|image_pad|>"))  # the reward's token
     model.config.save_pretrained(base)
-    model.resize_token_embeddings(len(tokenizer) + 1)  # the reward's token
     save_released(model, tiny_head(), weights)
     return HPSv3Config(path=str(weights), processor=str(base))
 
 
 def tiny_head() -> nn.Sequential:
-    layers = nn.Linear(WIDTH, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
+        layers = nn.Linear(WIDTH, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
         head = nn.Sequential(*layers)
         for layer in (layers[0], layers[3], layers[5]):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -83,17 +81,13 @@ def _model(tokens: int, image_token: int) -> Qwen2VLForConditionalGeneration:
 
 
 def _tokenizer() -> Qwen2Tokenizer:
-    """A few hundred byte pairs of the instruction's own words, so that it is no longer than the real one makes it."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer, trained.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator([INSTRUCTION], trainer)
-    bpe = json.loads(trained.to_str())["model"]
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *bpe["vocab"]])}
+    """Beginnings of the instruction's own words are tokens, so that it is hardly longer than the real one makes it."""
+    words = [word for word, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(INSTRUCTION)]
+    merges = {(word[:end], word[end]): None for word in words for end in range(1, len(word))}  # in order, each once
+    pieces = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
     tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=[tuple(pair) for pair in bpe["merges"]],
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=list(merges),
         pad_token=SPECIAL[0],
         extra_special_tokens=SPECIAL[1:],
     )

@@ -4,17 +4,14 @@ The released file has one safetensors with the names of the transformers of its 
 The base's directory has everything else: sizes, tokenizer with chat template, image processor.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -24,7 +21,7 @@ from transformers import (
     Qwen2VLModel,
     Qwen2VLTextConfig,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_position_ids
 
 from dina_rl.backbones.known import VISION_LANGUAGE_MODELS
@@ -32,19 +29,13 @@ from dina_rl.config import ImageScorerConfig
 from dina_rl.loading import loading
 from dina_rl.reward.card import check_tensors
 from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
+from dina_rl.scorers.hpsv3_input import REWARD_TOKEN, Grid, Pictures, Tokens, middle, tokens
 from dina_rl.scorers.weights import Tensors, file_if_here, load_tensors, released_file
 
 FILE = "HPSv3.safetensors"
-REWARD_TOKEN = "<|Reward|>"  # hpsv3/train.py: added to the base's tokens; the head reads what stands there
-IMAGE_TOKEN = "<|image_pad|>"
-PIXELS = 256 * 28 * 28  # hpsv3/inference.py: of a picture, at least and at most
-INSTRUCTION = "\n".join(json.loads((Path(__file__).parent / "hpsv3_instruction.json").read_text("utf-8"))["lines"])
 HEAD_WIDTHS = (1024, 16, 2)  # hpsv3/model/qwen2vl_trainer.py
-TEXT_TOKENS = 550
-"""Of the instruction in its chat template, with a prompt of 20: what a plan counts."""
-
-LONGEST = 200
-"""Times the short edge that the base takes a picture to be long; of a longer one the ends go."""
+EDGE, TEXT_TOKENS = 448, 550
+"""What a plan counts: a square picture, and the instruction in its chat template with a prompt of 20 tokens."""
 
 OLD_NAMES = ((r"^(model\.)?visual\.", "visual."), (r"^model\.(language_model\.)?", "language_model."))
 """The released names, and those that a later transformers would save, in those of the base here."""
@@ -64,27 +55,22 @@ class HPSv3(nn.Module):
         self.base = Qwen2VLModel(config)
         self.rm_head = make_head(text_sizes(config).hidden_size)
 
-    def forward(
-        self, patches: torch.Tensor, grid: tuple[int, int], before: torch.Tensor, after: torch.Tensor, place: int
-    ) -> torch.Tensor:
-        """The mean preference, fp32, of one picture's patches [h * w, values] between two runs of token ids.
-
-        Args:
-            place: of the token in `after` that the head reads.
-        """
+    def forward(self, patches: torch.Tensor, grid: Grid, text: Tokens) -> torch.Tensor:
+        """The mean preference, fp32, of one picture's patches [h * w, values] in its text."""
         embed = self.base.get_input_embeddings()
         seen = self.see(patches, grid)
-        sequence = torch.cat([embed(before), seen.to(self.base.dtype), embed(after)])
+        before, after = (embed(part.to(patches.device)) for part in (text.before, text.after))
+        sequence = torch.cat([before, seen.to(before.dtype), after])
         states = self.base.language_model(inputs_embeds=sequence[None], use_cache=False).last_hidden_state[0]
-        mean: torch.Tensor = self.rm_head(states[len(before) + len(seen) + place].float())[0]
+        mean: torch.Tensor = self.rm_head(states[len(before) + len(seen) + text.place].float())[0]
         return mean
 
-    def see(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def see(self, patches: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The picture as tokens [h * w / 4, width]."""
         shape = torch.tensor([[1, *grid]])  # on the CPU, where its numbers are needed
         positions = get_vision_position_ids(shape, self.base.visual.spatial_merge_size).to(patches.device)
-        tokens: torch.Tensor = self.base.visual(patches, grid_thw=shape, position_ids=positions).pooler_output
-        return tokens
+        seen: torch.Tensor = self.base.visual(patches, grid_thw=shape, position_ids=positions).pooler_output
+        return seen
 
 
 def text_sizes(config: Qwen2VLConfig) -> Qwen2VLTextConfig:
@@ -149,9 +135,6 @@ def check_hpsv3(config: ImageScorerConfig) -> None:
 class HPSv3Scorer:
     """`Scorer` in image space: the mean of the preference.
 
-    The picture goes through Qwen2-VL's preprocessing as tensor operations, so that the score has a gradient. Its
-    bicubic resize is torch's antialiased one rather than PIL's on 8-bit images: an approximation of rounding only.
-
     Pictures go through the model one at a time: a score does not depend on what is scored beside it, nor does memory.
     With a gradient each is computed again on the way back.
 
@@ -163,12 +146,7 @@ class HPSv3Scorer:
 
     def __init__(self, config: ImageScorerConfig, *, device: str) -> None:
         base = read_base(config.processor)
-        self._tokenizer, self._device = base.tokenizer, device
-        self._factor = base.images.patch_size * base.images.merge_size
-        self._patch, self._repeats = base.images.patch_size, base.images.temporal_patch_size
-        self._merge = base.images.merge_size
-        self._mean = torch.tensor(base.images.image_mean, device=device).view(3, 1, 1)
-        self._std = torch.tensor(base.images.image_std, device=device).view(3, 1, 1)
+        self._tokenizer, self._pictures, self._device = base.tokenizer, Pictures.of(base.images), device
         file = released_file(config.path, FILE)
         with loading("the model", file):
             self._model = load_hpsv3(file, base.config).to(device)
@@ -179,59 +157,20 @@ class HPSv3Scorer:
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1] against their prompts."""
         one = self._remembered if len(prompts) > 1 and images.requires_grad else self._one
-        return torch.stack([one(image, prompt) for image, prompt in zip(images.unbind(), prompts, strict=True)])
+        return torch.stack([one(image, prompt) for image, prompt in zip(images.to(self._device), prompts, strict=True)])
 
     def _remembered(self, image: torch.Tensor, prompt: str) -> torch.Tensor:
         score: torch.Tensor = checkpoint(self._one, image, prompt, use_reentrant=False)
         return score
 
     def _one(self, image: torch.Tensor, prompt: str) -> torch.Tensor:
-        before, after, place = self.tokens(prompt)
-        patches, grid = self.patches(image)
-        score: torch.Tensor = self._model(patches, grid, before, after, place)
+        score: torch.Tensor = self._model(*self._pictures.patches(image), tokens(self._tokenizer, prompt))
         return score
-
-    def tokens(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Token ids before and after the picture, and where in the latter the reward's token is."""
-        words = INSTRUCTION.replace("{prompt}", prompt)
-        turn: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
-        text = self._tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        assert isinstance(text, str)
-        before, after = (
-            self._tokenizer(part, add_special_tokens=False).input_ids for part in text.split(IMAGE_TOKEN, 1)
-        )
-        reward = self._tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
-        place = len(after) - 1 - after[::-1].index(reward)  # the last, whatever the prompt has
-        return torch.tensor(before, device=self._device), torch.tensor(after, device=self._device), place
-
-    def patches(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Patches [h * w, values] of an image [3, H, W] in [0, 1] in the order of the base, and (h, w)."""
-        pixels = (self._resized(image.to(self._device)) - self._mean) / self._std
-        size, merge = self._patch, self._merge
-        rows, columns = (edge // size for edge in pixels.shape[1:])
-        blocks = pixels.reshape(3, rows // merge, merge, size, columns // merge, merge, size)
-        ordered = blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns, 3, 1, size, size)
-        return ordered.expand(-1, -1, self._repeats, -1, -1).reshape(rows * columns, -1), (rows, columns)
 
     @torch.no_grad()
     def reduce(self, pixels: torch.Tensor) -> torch.Tensor:
         """The resized picture [3, h, w] in [0, 1] of one [3, H, W] uint8. Its score is that of the whole."""
-        return self._resized(_middle(pixels).to(self._device).float() / 255).cpu()
-
-    def _resized(self, image: torch.Tensor) -> torch.Tensor:
-        """To the size that the base gives it (bicubic), unless it has one that may come of that."""
-        whole = _middle(image)
-        height, width = whole.shape[1:]
-        if self._is_reduced(height, width):
-            return whole
-        size = smart_resize(height, width, factor=self._factor, min_pixels=PIXELS, max_pixels=PIXELS)
-        return functional.interpolate(whole[None], size=size, mode="bicubic", antialias=True).clamp(0, 1)[0]
-
-    def _is_reduced(self, height: int, width: int) -> bool:
-        """Multiples of a token's edge, as near the number of pixels as that allows."""
-        step = self._factor
-        near = (height - step) * (width - step) < PIXELS < (height + step) * (width + step)
-        return height % step == width % step == 0 and near
+        return self._pictures.resized(middle(pixels).to(self._device).float() / 255).cpu()
 
 
 def load_hpsv3(file: Path, config: Qwen2VLConfig) -> HPSv3:
@@ -284,13 +223,6 @@ def _with_vocabulary(config: Qwen2VLConfig, vocabulary: int) -> Qwen2VLConfig:
     return config
 
 
-def _middle(image: torch.Tensor) -> torch.Tensor:
-    *_, height, width = image.shape
-    most = LONGEST * min(height, width)
-    rows, columns = (max(0, edge - most + 1) // 2 for edge in (height, width))
-    return image[..., rows : height - rows, columns : width - columns]
-
-
 @cache
 def empty_hpsv3(processor: str) -> EmptyImageScorer:
     """The model without weights on a base that is known by its hub id or read from where it is.
@@ -306,18 +238,14 @@ def empty_hpsv3(processor: str) -> EmptyImageScorer:
     with torch.device("meta"):
         model = HPSv3(config).requires_grad_(False)
         nn.Module.to(model.base, torch.bfloat16)
-    return EmptyImageScorer(model=model, look=lambda: look(model))
+    square = torch.empty(3, EDGE, EDGE, device="meta")
+    return EmptyImageScorer(model=model, look=lambda: look(model, square))
 
 
-def look(model: HPSv3, *, with_gradient: bool = False) -> torch.Tensor:
-    """One square picture through a model without weights."""
-    vision = model.base.visual.config
-    edge = int(PIXELS**0.5) // vision.patch_size
-    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    with torch.device("meta"):
-        patches = torch.empty(edge**2, values, requires_grad=with_gradient)
-        before, after = torch.empty(14, dtype=torch.long), torch.empty(TEXT_TOKENS - 14, dtype=torch.long)
-    score: torch.Tensor = model(patches, (edge, edge), before, after, 0)
+def look(model: HPSv3, image: torch.Tensor) -> torch.Tensor:
+    """The score of an image [3, H, W] against as much text as there usually is."""
+    before, after = torch.zeros(14, dtype=torch.long), torch.zeros(TEXT_TOKENS - 14, dtype=torch.long)
+    score: torch.Tensor = model(*Pictures().patches(image), Tokens(before=before, after=after, place=0))
     return score
 
 
