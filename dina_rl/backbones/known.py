@@ -230,3 +230,24 @@ VISION_LANGUAGE_MODELS: Mapping[str, KnownVisionLanguageModel] = {
         vision={"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14},
     ),
 }
+
+BLIP_LARGE: Mapping[str, KnownVisionLanguageModel] = {
+    "THUDM/ImageReward": KnownVisionLanguageModel(
+        text={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "vocab_size": 30524,
+            "max_position_embeddings": 512,
+        },
+        vision={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "patch_size": 16,
+            "image_size": 224,
+        },
+    ),
+}

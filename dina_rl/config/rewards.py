@@ -11,6 +11,7 @@ PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
 HPSV2 = "xswu/HPSv2"
+IMAGEREWARD, BERT = "THUDM/ImageReward", "google-bert/bert-base-uncased"
 HPSV3, HPSV3_BASE = "MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"
 
 
@@ -56,7 +57,7 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "hpsv3"]
+ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "imagereward", "hpsv3"]
 
 
 class ImageScorerConfig(ScorerConfig):
@@ -113,6 +114,17 @@ class HPSv21Config(ImageScorerConfig):
     """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
 
 
+class ImageRewardConfig(ImageScorerConfig):
+    """ImageReward: BLIP fine-tuned on rankings, on the decoded image."""
+
+    name = "imagereward"
+
+    path: str = IMAGEREWARD
+    """ImageReward.pt with med_config.json beside it, or a directory or hub id that has both"""
+    processor: str = BERT
+    """directory or hub id of its tokenizer"""
+
+
 class HPSv3Config(ImageScorerConfig):
     """HPSv3: mean preference of a vision-language model, on the decoded image."""
 
@@ -125,7 +137,8 @@ class HPSv3Config(ImageScorerConfig):
 
 
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
-    section.name: section for section in (PickScoreConfig, CLIPScoreConfig, HPSv2Config, HPSv21Config, HPSv3Config)
+    section.name: section
+    for section in (PickScoreConfig, CLIPScoreConfig, HPSv2Config, HPSv21Config, ImageRewardConfig, HPSv3Config)
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
@@ -138,6 +151,7 @@ class RewardsConfig(Section):
     clip_score: CLIPScoreConfig | None = None
     hpsv2: HPSv2Config | None = None
     hpsv2_1: HPSv21Config | None = None
+    imagereward: ImageRewardConfig | None = None
     hpsv3: HPSv3Config | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"
     """constant: scores by each scorer's mean and std; group: by its own mean and standard deviation inside each group;

@@ -10,30 +10,20 @@ LONGEST = 16
 """Times the short edge that a picture may be long before its ends, which the crop leaves out, go before resizing."""
 
 
-class CLIPInput:
-    """The tokenizer and the image processor of a CLIP model.
+class SquareCrop:
+    """Pictures as CLIP, and whoever follows it, crops them.
 
     The bicubic resize is torch's antialiased one rather than PIL's on 8-bit images: an approximation of rounding only.
 
     Args:
-        processor: directory or hub id of both.
+        edge: pixels of the shortest one before the crop.
     """
 
-    def __init__(self, processor: str, *, device: str) -> None:
-        self._device = device
-        self._tokenizer = AutoTokenizer.from_pretrained(processor)
-        images = CLIPImageProcessorPil.from_pretrained(processor)
-        self._edge = images.size["shortest_edge"]
-        self._crop = images.crop_size["height"], images.crop_size["width"]
-        self._mean = torch.tensor(images.image_mean, device=device).view(3, 1, 1)
-        self._std = torch.tensor(images.image_std, device=device).view(3, 1, 1)
-
-    def tokens(self, prompts: Sequence[str], length: int) -> BatchEncoding:
-        """`input_ids` and `attention_mask` [B, length]."""
-        tokens: BatchEncoding = self._tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
-        return tokens.to(self._device)
+    def __init__(
+        self, edge: int, crop: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, device: str
+    ) -> None:
+        self._edge, self._crop, self._device = edge, crop, device
+        self._mean, self._std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (mean, std))
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1]: shortest edge to the model's size (bicubic), centre crop, normalisation."""
@@ -59,6 +49,31 @@ class CLIPInput:
         resized = functional.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (size[0] - self._crop[0]) // 2, (size[1] - self._crop[1]) // 2
         return resized[:, :, top : top + self._crop[0], left : left + self._crop[1]]
+
+
+class CLIPInput:
+    """The tokenizer and the image processor of a CLIP model.
+
+    Args:
+        processor: directory or hub id of both.
+    """
+
+    def __init__(self, processor: str, *, device: str) -> None:
+        images = CLIPImageProcessorPil.from_pretrained(processor)
+        crop = images.crop_size["height"], images.crop_size["width"]
+        self._device = device
+        self._pictures = SquareCrop(
+            images.size["shortest_edge"], crop, images.image_mean, images.image_std, device=device
+        )
+        self.pixels, self.reduce, self.cropped = self._pictures.pixels, self._pictures.reduce, self._pictures.cropped
+        self._tokenizer = AutoTokenizer.from_pretrained(processor)
+
+    def tokens(self, prompts: Sequence[str], length: int) -> BatchEncoding:
+        """`input_ids` and `attention_mask` [B, length]."""
+        tokens: BatchEncoding = self._tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        return tokens.to(self._device)
 
 
 def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:

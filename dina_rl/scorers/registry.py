@@ -10,6 +10,7 @@ from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
 from dina_rl.scorers.hpsv2 import HPSV2, HPSV2_1
 from dina_rl.scorers.hpsv3 import HPSV3
+from dina_rl.scorers.imagereward import IMAGEREWARD
 
 CONFIG = "config.json"  # of transformers' models, whose weights lie beside it in files of several names
 
@@ -18,6 +19,7 @@ IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "clip_score": CLIP_SCORE,
     "hpsv2": HPSV2,
     "hpsv2_1": HPSV2_1,
+    "imagereward": IMAGEREWARD,
     "hpsv3": HPSV3,
 }
 
