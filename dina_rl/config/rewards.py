@@ -55,7 +55,7 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1"]
+ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "aesthetic"]
 
 
 class ImageScorerConfig(ScorerConfig):
@@ -112,8 +112,19 @@ class HPSv21Config(ImageScorerConfig):
     """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
 
 
+class AestheticConfig(ImageScorerConfig):
+    """LAION's aesthetic predictor: of the decoded image alone, the prompt is not read."""
+
+    name = "aesthetic"
+
+    path: str = "camenduru/improved-aesthetic-predictor"
+    """sac+logos+ava1-l14-linearMSE.pth, or a directory or hub id that has it"""
+    processor: str = CLIP_L
+    """directory or hub id of the CLIPModel whose image embedding it reads, with its image processor"""
+
+
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
-    section.name: section for section in (PickScoreConfig, CLIPScoreConfig, HPSv2Config, HPSv21Config)
+    section.name: section for section in (PickScoreConfig, CLIPScoreConfig, HPSv2Config, HPSv21Config, AestheticConfig)
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
@@ -126,6 +137,7 @@ class RewardsConfig(Section):
     clip_score: CLIPScoreConfig | None = None
     hpsv2: HPSv2Config | None = None
     hpsv2_1: HPSv21Config | None = None
+    aesthetic: AestheticConfig | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"
     """constant: scores by each scorer's mean and std; group: by its own mean and standard deviation inside each group;
     advantage: each scorer has a clipped advantage of its own, and their weighted sum is not standardised again (the

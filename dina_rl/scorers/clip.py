@@ -47,7 +47,9 @@ def load_clip(path: str, device: str) -> CLIPModel:
 
 def frozen(model: CLIPModel, device: str) -> CLIPModel:
     nn.Module.to(model, device)  # in place; transformers' wrapper around it says nothing of its arguments
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    model.eval()
+    return model
 
 
 def text_length(model: CLIPModel) -> int:

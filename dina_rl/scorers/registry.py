@@ -5,6 +5,7 @@ from dina_rl.checkpoint import Input
 from dina_rl.config import ImageScorerConfig, ImageScorerName, PipelineConfig, RewardsConfig
 from dina_rl.fingerprint import local_directory, repository_parts
 from dina_rl.loading import on_disk
+from dina_rl.scorers.aesthetic import AESTHETIC
 from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Scorer
 from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
@@ -17,6 +18,7 @@ IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "clip_score": CLIP_SCORE,
     "hpsv2": HPSV2,
     "hpsv2_1": HPSV2_1,
+    "aesthetic": AESTHETIC,
 }
 
 
