@@ -55,7 +55,7 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "aesthetic"]
+ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "aesthetic", "mps"]
 
 
 class ImageScorerConfig(ScorerConfig):
@@ -123,8 +123,20 @@ class AestheticConfig(ImageScorerConfig):
     """directory or hub id of the CLIPModel whose image embedding it reads, with its image processor"""
 
 
+class MPSConfig(ImageScorerConfig):
+    """MPS (overall): learned scale times cosine, on the decoded image, whose tokens look at the words."""
+
+    name = "mps"
+
+    path: str = "~/dina_rl/MPS_overall.safetensors"
+    """what `python -m jobs.convert_mps` makes of the released MPS_overall_checkpoint.pth"""
+    processor: str = CLIP_H
+    """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
+
+
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
-    section.name: section for section in (PickScoreConfig, CLIPScoreConfig, HPSv2Config, HPSv21Config, AestheticConfig)
+    section.name: section
+    for section in (PickScoreConfig, CLIPScoreConfig, HPSv2Config, HPSv21Config, AestheticConfig, MPSConfig)
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
@@ -138,6 +150,7 @@ class RewardsConfig(Section):
     hpsv2: HPSv2Config | None = None
     hpsv2_1: HPSv21Config | None = None
     aesthetic: AestheticConfig | None = None
+    mps: MPSConfig | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"
     """constant: scores by each scorer's mean and std; group: by its own mean and standard deviation inside each group;
     advantage: each scorer has a clipped advantage of its own, and their weighted sum is not standardised again (the

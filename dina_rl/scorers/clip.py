@@ -59,6 +59,12 @@ def text_length(model: CLIPModel) -> int:
     return text.max_position_embeddings
 
 
+def embedding_width(model: CLIPModel) -> int:
+    width = model.config.projection_dim
+    assert width is not None
+    return width
+
+
 class CLIPScorer:
     """`Scorer` in image space: the cosine of image and text embedding, times the model's own scale if `learned_scale`.
 
@@ -127,12 +133,17 @@ def empty_clip(path: str) -> EmptyImageScorer:
         config = clip_config(path)
     with torch.device("meta"):
         model = CLIPModel(config)
+    picture = empty_picture(model)
+    return EmptyImageScorer(model=model, look=lambda: model.get_image_features(pixel_values=picture))
+
+
+def empty_picture(model: CLIPModel) -> torch.Tensor:
+    """One [1, 3, h, w] on the meta device, as the model looks at it."""
     vision = model.config.vision_config
     assert isinstance(vision, CLIPVisionConfig)
     edge = vision.image_size
     assert isinstance(edge, int)
-    picture = torch.empty(1, 3, edge, edge, device="meta")
-    return EmptyImageScorer(model=model, look=lambda: model.get_image_features(pixel_values=picture))
+    return torch.empty(1, 3, edge, edge, device="meta")
 
 
 def _kind(*, learned_scale: bool) -> ImageKind:

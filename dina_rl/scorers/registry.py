@@ -10,6 +10,7 @@ from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Score
 from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
 from dina_rl.scorers.hpsv2 import HPSV2, HPSV2_1
+from dina_rl.scorers.mps import MPS
 
 CONFIG = "config.json"  # of transformers' models, whose weights lie beside it in files of several names
 
@@ -19,6 +20,7 @@ IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "hpsv2": HPSV2,
     "hpsv2_1": HPSV2_1,
     "aesthetic": AESTHETIC,
+    "mps": MPS,
 }
 
 
