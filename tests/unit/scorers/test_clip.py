@@ -7,10 +7,13 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dina_rl.alignment.golden import open_metric
-from dina_rl.config import CLIPScoreConfig, GoldenConfig
+from dina_rl.config import IMAGE_SCORERS, CLIPScoreConfig, GoldenConfig
 from dina_rl.scorers.clip import check_clip, open_clip_scorer
 from dina_rl.scorers.clip_input import CLIPInput
+from dina_rl.scorers.registry import open_image_scorer
 from tests.tiny_clip import EDGE, save_tiny_clip
+from tests.tiny_open_clip import PROMPTS as WORDS
+from tests.tiny_open_clip import pictures, save_as_clip, taught
 
 PROMPTS = ("a small red circle on blue", "a large green square on black", "a small red circle on blue")
 
@@ -19,6 +22,11 @@ PROMPTS = ("a small red circle on blue", "a large green square on black", "a sma
 def clip(tmp_path_factory):
     path = str(save_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny"))
     return CLIPScoreConfig(path=path, processor=path)
+
+
+@pytest.fixture(scope="module")
+def taught_clip(tmp_path_factory):
+    return str(save_as_clip(taught(), tmp_path_factory.mktemp("clip") / "taught"))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,15 @@ def test_scores_are_those_of_the_stock_processor_and_model(clip, pixels, learned
     expected = stock_scores(clip, pixels, learned_scale)
     assert expected.std() > 1e-3 * expected.abs().max(), "the pictures must be told apart"
     torch.testing.assert_close(ours, expected, rtol=0.01, atol=0.01 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clip_score"])
+def test_a_picture_prefers_its_own_prompt(taught_clip, name):
+    scorer = open_image_scorer(IMAGE_SCORERS[name](path=taught_clip, processor=taught_clip), device="cpu")
+    own, foreign = (scorer.score(pictures(), words) for words in (WORDS, WORDS[1:] + WORDS[:1]))
+    assert (own > foreign).all()
+    turned = scorer.score(pictures().roll(1, 0), WORDS)
+    assert (own > turned).all()
 
 
 def test_the_score_has_the_gradient_of_its_finite_differences(clip, pixels):
