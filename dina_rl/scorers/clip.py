@@ -1,6 +1,7 @@
 """Rewards on CLIP's two towers: PickScore (Kirstain et al., 2023) and CLIPScore (Hessel et al., 2021)."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from dina_rl.loading import loading
 from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
 from dina_rl.scorers.clip_input import CLIPInput, distinct
 
+COUNTED = ".position_ids"
+"""0, 1, 2, ...: older transformers kept them among the weights."""
+
 
 def check_clip(path: str, processor: str) -> None:
     """Whether the model is there at all, without loading its weights.
@@ -40,9 +44,19 @@ def check_clip(path: str, processor: str) -> None:
 
 
 def load_clip(path: str, device: str) -> CLIPModel:
-    """The frozen model on the device."""
+    """The frozen model on the device.
+
+    Raises:
+        ValueError: weights are missing, which would be drawn at random, or left over.
+    """
     with loading("the model", path):
-        return frozen(CLIPModel.from_pretrained(path), device)
+        loaded: Any = CLIPModel.from_pretrained(path, output_loading_info=True)  # a pair, which its type does not say
+        model, told = loaded
+        for what in ("missing", "unexpected"):
+            names = sorted(name for name in told[f"{what}_keys"] if not name.endswith(COUNTED))
+            if names:
+                raise ValueError(f"CLIP model {path} does not fit: {len(names)} tensors {what}: {', '.join(names[:3])}")
+        return frozen(model, device)
 
 
 def frozen(model: CLIPModel, device: str) -> CLIPModel:

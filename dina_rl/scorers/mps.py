@@ -21,6 +21,7 @@ from dina_rl.loading import loading
 from dina_rl.reward.card import check_tensors
 from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
 from dina_rl.scorers.clip import (
+    COUNTED,
     check_clip,
     clip_config,
     embedding_width,
@@ -42,7 +43,6 @@ THRESHOLD = 0.3
 # The same, trainer/models/clip_model.py and cross_modeling.py
 LAYERS, HEADS, HEAD_WIDTH, EXPANSION = 4, 16, 64, 4
 CLIP, CROSS = "model.", "cross_model."
-COUNTED = ".position_ids"  # 0, 1, 2, ...: older transformers kept them among the weights
 
 
 class SwiGLU(nn.Module):

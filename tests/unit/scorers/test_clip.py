@@ -1,9 +1,12 @@
 """PickScore and CLIPScore against the stock processor and model, and their gradients."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dina_rl.alignment.golden import open_metric
@@ -94,6 +97,25 @@ def test_as_golden_metric_it_returns_plain_numbers(clip, pixels):
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="CLIP model .*nowhere.* cannot be read"):
         check_clip(str(tmp_path / "nowhere"), str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_weights_that_are_missing_or_left_over_are_named(clip, tmp_path, change):
+    shutil.copytree(clip.path, tmp_path / "clip")
+    weights = tmp_path / "clip/model.safetensors"
+    state = load_file(weights)
+    counted = {"text_model.embeddings.position_ids": torch.arange(8)[None]}  # which published files may have
+    save_file(state | counted, weights, {"format": "pt"})
+    open_image_scorer(CLIPScoreConfig(path=str(tmp_path / "clip"), processor=clip.processor), device="cpu")
+    name = "text_projection.weight"
+    if change == "missing":
+        del state[name]
+    else:
+        name = "extra.weight"
+        state[name] = torch.ones(2)
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"does not fit: 1 tensors {change}: {name}"):
+        open_image_scorer(CLIPScoreConfig(path=str(tmp_path / "clip"), processor=clip.processor), device="cpu")
 
 
 @pytest.mark.parametrize("size", [(40, 32), (24, 24), (100, 300), (23, 61)])

@@ -18,7 +18,8 @@ from dina_rl.scorers.registry import (
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_open_clip import save_hps, taught
 
-PARAMETERS = {"hpsv2": 986_109_441, "hpsv2_1": 986_109_441, "aesthetic": 427_616_513, "mps": 986_109_441 + 4 * 2 * 14_813_184}
+CLIP_H, CLIP_L = 986_109_441, 427_616_513
+PARAMETERS = {"hpsv2": CLIP_H, "hpsv2_1": CLIP_H, "aesthetic": CLIP_L, "mps": CLIP_H + 4 * 2 * 14_813_184}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
