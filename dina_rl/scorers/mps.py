@@ -11,11 +11,11 @@ Shapes: B pictures, V image tokens, N text tokens, D embedding.
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPModel
 
+from dina_rl.checkpoint import save_tensors
 from dina_rl.config import ImageScorerConfig
 from dina_rl.loading import loading
 from dina_rl.reward.card import check_tensors
@@ -180,42 +180,40 @@ def convert_mps(released: Path, out: Path) -> int:
     state = {name: tensor for name, tensor in module_tensors(released).items() if not name.endswith(COUNTED)}
     if not any(name.startswith(CROSS) for name in state):
         raise ValueError(f"{released} holds no MPS: none of its {len(state)} tensors is called {CROSS}...")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, out)
+    save_tensors(out, state)
     return len(state)
 
 
 def check_mps(config: ImageScorerConfig) -> None:
     """Raises ValueError where the converted file or its CLIP model is not there, or they do not fit together."""
-    check_clip(config.processor, config.processor)
-    _parts(config)
+    _checked(config)
 
 
 def open_mps(config: ImageScorerConfig, device: str) -> MPSScorer:
     """Raises ValueError as `check_mps`."""
-    check_mps(config)
-    clip_state, cross_state = _parts(config)
+    state = _checked(config)
     with loading("the model", config.path):
         sizes = clip_config(config.processor)
-        clip = frozen(CLIPModel.from_pretrained(None, config=sizes, state_dict=clip_state), device)
+        clip = frozen(CLIPModel.from_pretrained(None, config=sizes, state_dict=_below(CLIP, state)), device)
         cross = CrossModel(embedding_width(clip))
-        cross.load_state_dict(cross_state)
+        cross.load_state_dict(_below(CROSS, state))
     return MPSScorer(clip, cross.to(device).requires_grad_(False).eval(), CLIPInput(config.processor, device=device))
 
 
-def _parts(config: ImageScorerConfig) -> tuple[Tensors, Tensors]:
-    """The tensors of CLIP and of the cross model, fp32, by the names that they have here."""
+def _checked(config: ImageScorerConfig) -> Tensors:
+    """The file's tensors, by the names that they have here."""
+    check_clip(config.processor, config.processor)
     file = Path(config.path).expanduser()
     if file.suffix != ".safetensors" or not file.is_file():
         problem = "is no safetensors file" if file.exists() else "does not exist"
         raise ValueError(f"{file} {problem}; python -m jobs.convert_mps makes it of MPS_overall_checkpoint.pth")
-    empty = empty_mps(config.processor).model
     state = {_short(name): tensor for name, tensor in load_tensors(file).items() if not name.endswith(COUNTED)}
-    check_tensors(state, empty.state_dict(), file)
-    return _below(CLIP, state), _below(CROSS, state)
+    check_tensors(state, empty_mps(config.processor).model.state_dict(), file)
+    return state
 
 
 def _below(prefix: str, state: Tensors) -> Tensors:
+    """In fp32."""
     return {name.removeprefix(prefix): each.float() for name, each in state.items() if name.startswith(prefix)}
 
 
