@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from dina_rl.config.base import SHIPPED_PIPELINE
-from tests.tiny_clip import EDGE, EOS
+from dina_rl.scorers.hpsv2 import clip_names
+from tests.tiny_clip import EDGE, EOS, save_tiny_clip
 
 WIDTH, HEADS, LAYERS, EMBED, PATCH, WORDS, LENGTH = 16, 2, 2, 8, 8, 1000, 8
 PROMPTS = (
@@ -119,6 +120,14 @@ def taught() -> OpenCLIP:
             loss.backward()
             optimizer.step()
     return model.eval().requires_grad_(False)
+
+
+def save_as_clip(model: OpenCLIP, directory: Path) -> Path:
+    """The same as a CLIPModel's directory, with tokenizer and image processor."""
+    save_tiny_clip(directory, activation="gelu")
+    config = AutoConfig.from_pretrained(directory)
+    CLIPModel.from_pretrained(None, config=config, state_dict=clip_names(model.state_dict())).save_pretrained(directory)
+    return directory
 
 
 def save_hps(model: OpenCLIP, file: Path) -> Path:

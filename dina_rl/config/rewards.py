@@ -57,7 +57,7 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "imagereward", "hpsv3"]
+ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "aesthetic", "mps", "imagereward", "hpsv3"]
 
 
 class ImageScorerConfig(ScorerConfig):
@@ -114,6 +114,28 @@ class HPSv21Config(ImageScorerConfig):
     """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
 
 
+class AestheticConfig(ImageScorerConfig):
+    """LAION's aesthetic predictor: of the decoded image alone, the prompt is not read."""
+
+    name = "aesthetic"
+
+    path: str = "camenduru/improved-aesthetic-predictor"
+    """sac+logos+ava1-l14-linearMSE.pth, or a directory or hub id that has it"""
+    processor: str = CLIP_L
+    """directory or hub id of the CLIPModel whose image embedding it reads, with its image processor"""
+
+
+class MPSConfig(ImageScorerConfig):
+    """MPS (overall): learned scale times cosine, on the decoded image, whose tokens look at the words."""
+
+    name = "mps"
+
+    path: str = "~/dina_rl/MPS_overall.safetensors"
+    """what `python -m jobs.convert_mps` makes of the released MPS_overall_checkpoint.pth"""
+    processor: str = CLIP_H
+    """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
+
+
 class ImageRewardConfig(ImageScorerConfig):
     """ImageReward: BLIP fine-tuned on rankings, on the decoded image."""
 
@@ -138,7 +160,16 @@ class HPSv3Config(ImageScorerConfig):
 
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
     section.name: section
-    for section in (PickScoreConfig, CLIPScoreConfig, HPSv2Config, HPSv21Config, ImageRewardConfig, HPSv3Config)
+    for section in (
+        PickScoreConfig,
+        CLIPScoreConfig,
+        HPSv2Config,
+        HPSv21Config,
+        AestheticConfig,
+        MPSConfig,
+        ImageRewardConfig,
+        HPSv3Config,
+    )
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
@@ -151,6 +182,8 @@ class RewardsConfig(Section):
     clip_score: CLIPScoreConfig | None = None
     hpsv2: HPSv2Config | None = None
     hpsv2_1: HPSv21Config | None = None
+    aesthetic: AestheticConfig | None = None
+    mps: MPSConfig | None = None
     imagereward: ImageRewardConfig | None = None
     hpsv3: HPSv3Config | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"

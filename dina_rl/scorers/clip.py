@@ -1,6 +1,7 @@
 """Rewards on CLIP's two towers: PickScore (Kirstain et al., 2023) and CLIPScore (Hessel et al., 2021)."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from dina_rl.loading import loading
 from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
 from dina_rl.scorers.clip_input import CLIPInput, distinct
 
+COUNTED = ".position_ids"
+"""0, 1, 2, ...: older transformers kept them among the weights."""
+
 
 def check_clip(path: str, processor: str) -> None:
     """Whether the model is there at all, without loading its weights.
@@ -40,14 +44,26 @@ def check_clip(path: str, processor: str) -> None:
 
 
 def load_clip(path: str, device: str) -> CLIPModel:
-    """The frozen model on the device."""
+    """The frozen model on the device.
+
+    Raises:
+        ValueError: weights are missing, which would be drawn at random, or left over.
+    """
     with loading("the model", path):
-        return frozen(CLIPModel.from_pretrained(path), device)
+        loaded: Any = CLIPModel.from_pretrained(path, output_loading_info=True)  # a pair, which its type does not say
+        model, told = loaded
+        for what in ("missing", "unexpected"):
+            names = sorted(name for name in told[f"{what}_keys"] if not name.endswith(COUNTED))
+            if names:
+                raise ValueError(f"CLIP model {path} does not fit: {len(names)} tensors {what}: {', '.join(names[:3])}")
+        return frozen(model, device)
 
 
 def frozen(model: CLIPModel, device: str) -> CLIPModel:
     nn.Module.to(model, device)  # in place; transformers' wrapper around it says nothing of its arguments
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    model.eval()
+    return model
 
 
 def text_length(model: CLIPModel) -> int:
@@ -55,6 +71,12 @@ def text_length(model: CLIPModel) -> int:
     text = model.config.text_config
     assert isinstance(text, CLIPTextConfig)
     return text.max_position_embeddings
+
+
+def embedding_width(model: CLIPModel) -> int:
+    width = model.config.projection_dim
+    assert width is not None
+    return width
 
 
 class CLIPScorer:
@@ -125,12 +147,17 @@ def empty_clip(path: str) -> EmptyImageScorer:
         config = clip_config(path)
     with torch.device("meta"):
         model = CLIPModel(config)
+    picture = empty_picture(model)
+    return EmptyImageScorer(model=model, look=lambda: model.get_image_features(pixel_values=picture))
+
+
+def empty_picture(model: CLIPModel) -> torch.Tensor:
+    """One [1, 3, h, w] on the meta device, as the model looks at it."""
     vision = model.config.vision_config
     assert isinstance(vision, CLIPVisionConfig)
     edge = vision.image_size
     assert isinstance(edge, int)
-    picture = torch.empty(1, 3, edge, edge, device="meta")
-    return EmptyImageScorer(model=model, look=lambda: model.get_image_features(pixel_values=picture))
+    return torch.empty(1, 3, edge, edge, device="meta")
 
 
 def _kind(*, learned_scale: bool) -> ImageKind:

@@ -65,6 +65,12 @@ class Encoders:
     text: BlipTextConfig
     vision: BlipVisionConfig
 
+    @property
+    def edge(self) -> int:
+        """Of the pictures, in pixels."""
+        assert isinstance(self.vision.image_size, int)
+        return self.vision.image_size
+
 
 class ImageReward(nn.Module):
     """Its three parts."""
@@ -120,8 +126,7 @@ class ImageRewardScorer:
         with loading("the model", file):
             tensors, encoders = _read(file, config.path)
             self._model = load_imagereward(tensors, encoders).to(device)
-        edge = encoders.vision.image_size
-        assert isinstance(edge, int)
+        edge = encoders.edge
         self._pictures = SquareCrop(edge, (edge, edge), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, device=device)
 
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
@@ -227,8 +232,7 @@ def empty_imagereward(path: str) -> EmptyImageScorer:
     encoders = _encoders(known.text, known.vision) if known else _read(released_file(path, FILE), path)[1]
     with torch.device("meta"):
         model = ImageReward(encoders).requires_grad_(False)
-        edge = encoders.vision.image_size
-        picture, ids = torch.empty(1, 3, edge, edge), torch.empty(1, TOKENS, dtype=torch.long)
+        picture, ids = torch.empty(1, 3, encoders.edge, encoders.edge), torch.empty(1, TOKENS, dtype=torch.long)
     return EmptyImageScorer(model=model, look=lambda: model(picture, ids, None))
 
 

@@ -5,12 +5,14 @@ from dina_rl.checkpoint import Input
 from dina_rl.config import ImageScorerConfig, ImageScorerName, PipelineConfig, RewardsConfig
 from dina_rl.fingerprint import local_directory, repository_parts
 from dina_rl.loading import on_disk
+from dina_rl.scorers.aesthetic import AESTHETIC
 from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Scorer
 from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
 from dina_rl.scorers.hpsv2 import HPSV2, HPSV2_1
 from dina_rl.scorers.hpsv3 import HPSV3
 from dina_rl.scorers.imagereward import IMAGEREWARD
+from dina_rl.scorers.mps import MPS
 
 CONFIG = "config.json"  # of transformers' models, whose weights lie beside it in files of several names
 
@@ -19,6 +21,8 @@ IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "clip_score": CLIP_SCORE,
     "hpsv2": HPSV2,
     "hpsv2_1": HPSV2_1,
+    "aesthetic": AESTHETIC,
+    "mps": MPS,
     "imagereward": IMAGEREWARD,
     "hpsv3": HPSV3,
 }

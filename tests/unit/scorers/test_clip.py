@@ -1,16 +1,22 @@
 """PickScore and CLIPScore against the stock processor and model, and their gradients."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dina_rl.alignment.golden import open_metric
-from dina_rl.config import CLIPScoreConfig, GoldenConfig
+from dina_rl.config import IMAGE_SCORERS, CLIPScoreConfig, GoldenConfig
 from dina_rl.scorers.clip import check_clip, open_clip_scorer
 from dina_rl.scorers.clip_input import CLIPInput
+from dina_rl.scorers.registry import open_image_scorer
 from tests.tiny_clip import EDGE, save_tiny_clip
+from tests.tiny_open_clip import PROMPTS as WORDS
+from tests.tiny_open_clip import pictures, save_as_clip, taught
 
 PROMPTS = ("a small red circle on blue", "a large green square on black", "a small red circle on blue")
 
@@ -19,6 +25,11 @@ PROMPTS = ("a small red circle on blue", "a large green square on black", "a sma
 def clip(tmp_path_factory):
     path = str(save_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny"))
     return CLIPScoreConfig(path=path, processor=path)
+
+
+@pytest.fixture(scope="module")
+def taught_clip(tmp_path_factory):
+    return str(save_as_clip(taught(), tmp_path_factory.mktemp("clip") / "taught"))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +67,15 @@ def test_scores_are_those_of_the_stock_processor_and_model(clip, pixels, learned
     torch.testing.assert_close(ours, expected, rtol=0.01, atol=0.01 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["pickscore", "clip_score"])
+def test_a_picture_prefers_its_own_prompt(taught_clip, name):
+    scorer = open_image_scorer(IMAGE_SCORERS[name](path=taught_clip, processor=taught_clip), device="cpu")
+    own, foreign = (scorer.score(pictures(), words) for words in (WORDS, WORDS[1:] + WORDS[:1]))
+    assert (own > foreign).all()
+    turned = scorer.score(pictures().roll(1, 0), WORDS)
+    assert (own > turned).all()
+
+
 def test_the_score_has_the_gradient_of_its_finite_differences(clip, pixels):
     scorer = open_clip_scorer(clip, learned_scale=True, device="cpu")
     images = (0.25 + as_images(pixels) / 2).requires_grad_()
@@ -77,6 +97,25 @@ def test_as_golden_metric_it_returns_plain_numbers(clip, pixels):
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="CLIP model .*nowhere.* cannot be read"):
         check_clip(str(tmp_path / "nowhere"), str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_weights_that_are_missing_or_left_over_are_named(clip, tmp_path, change):
+    shutil.copytree(clip.path, tmp_path / "clip")
+    weights = tmp_path / "clip/model.safetensors"
+    state = load_file(weights)
+    counted = {"text_model.embeddings.position_ids": torch.arange(8)[None]}  # which published files may have
+    save_file(state | counted, weights, {"format": "pt"})
+    open_image_scorer(CLIPScoreConfig(path=str(tmp_path / "clip"), processor=clip.processor), device="cpu")
+    name = "text_projection.weight"
+    if change == "missing":
+        del state[name]
+    else:
+        name = "extra.weight"
+        state[name] = torch.ones(2)
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"does not fit: 1 tensors {change}: {name}"):
+        open_image_scorer(CLIPScoreConfig(path=str(tmp_path / "clip"), processor=clip.processor), device="cpu")
 
 
 @pytest.mark.parametrize("size", [(40, 32), (24, 24), (100, 300), (23, 61)])
