@@ -13,7 +13,7 @@ steps run on it too, with weights of zeros, and their peak is measured.
     and blocks again     the policy's blocks are computed again on the way back (`learner.gradient_checkpointing`)
     and the idle asleep  the one of policy and reward that does not work is in host memory (`workers.sleep`)
 
-All of these help either reward, so the table has both, and DiNa-LRM against HPSv3 in one graph beside.
+All of these help either reward, so the table has both; `vs graph` is DiNa-LRM against HPSv3 in one graph.
 """
 
 import gc
@@ -37,7 +37,7 @@ from benchmarks.refl_step import (
     Cost,
     RewardName,
     Step,
-    cost,
+    costs,
     filled,
     measured_peaks,
 )
@@ -99,9 +99,8 @@ def count(run: AlignRun, *, measure: bool) -> tuple[dict[RewardName, Cost], Peak
     """
     with open_skeletons(run) as (local, models):
         step = Step(run=local, models=models)
-        costs = {reward: cost(step, reward) for reward in REWARDS}
         peaks = {reward: _measured(step, reward) for reward in REWARDS} if measure else {}
-    return costs, peaks
+        return costs(step), peaks
 
 
 def _measured(step: Step, reward: RewardName) -> dict[str, int]:
@@ -111,29 +110,28 @@ def _measured(step: Step, reward: RewardName) -> dict[str, int]:
     return peaks
 
 
-def rows(costs: Mapping[RewardName, Cost], peaks: Peaks) -> dict[str, Row]:
+def rows(counted: Mapping[RewardName, Cost], peaks: Peaks) -> dict[str, Row]:
     """By name."""
-    score = {reward: each.score / 1e12 for reward, each in costs.items()}
+    score = {reward: each.reward.forward / 1e12 for reward, each in counted.items()}
     found: dict[str, Row] = {"reward, TFLOP": (score, score, PAPER["reward"])}
-    for arrangement in (PLAIN, AGAIN):
-        numbers = {reward: each.optimisation()[arrangement] / 1e12 for reward, each in costs.items()}
-        plain = {reward: each.optimisation()[PLAIN] / 1e12 for reward, each in costs.items()}
-        paper = PAPER["optimisation"] if arrangement == PLAIN else None
-        found[f"optimisation, TFLOP: {arrangement}"] = (numbers, plain, paper)
-    planned: Peaks = {reward: each.memory.peaks() for reward, each in costs.items()}
-    for what, by_reward in (("memory", planned), ("measured", peaks)):
-        for arrangement in ARRANGEMENTS if by_reward else ():
-            numbers, plain = (
-                {reward: each[name] / 2**30 for reward, each in by_reward.items()} for name in (arrangement, PLAIN)
-            )
-            paper = PAPER["memory"] if arrangement == PLAIN else None
-            found[f"{what}, GiB: {arrangement}"] = (numbers, plain, paper)
-    return found
+    work = {reward: each.optimisation() for reward, each in counted.items()}
+    found |= _arranged("optimisation, TFLOP", work, 1e12, (PLAIN, AGAIN))
+    planned = {reward: each.peaks() for reward, each in counted.items()}
+    found |= _arranged("memory, GiB", planned, 2**30, ARRANGEMENTS)
+    return found | (_arranged("measured memory, GiB", peaks, 2**30, ARRANGEMENTS) if peaks else {})
+
+
+def _arranged(what: str, numbers: Peaks, unit: float, arrangements: Sequence[str]) -> dict[str, Row]:
+    def pair(arrangement: str) -> Pair:
+        return {reward: each[arrangement] / unit for reward, each in numbers.items()}
+
+    paper = next(change for name, change in PAPER.items() if name in what)
+    return {f"{what}: {each}": (pair(each), pair(PLAIN), paper if each == PLAIN else None) for each in arrangements}
 
 
 def table(found: Mapping[str, Row]) -> str:
     width = max(map(len, found))
-    lines = [f"{'':<{width}}{DINA:>10}{HPSV3:>10}{'change':>10}{'of plain':>10}{'paper':>10}"]
+    lines = [f"{'':<{width}}{DINA:>10}{HPSV3:>10}{'change':>10}{'vs graph':>10}{'paper':>10}"]
     for name, (numbers, plain, paper) in found.items():
         changes = numbers[DINA] / numbers[HPSV3] - 1, numbers[DINA] / plain[HPSV3] - 1, paper
         shown = "".join(f"{'' if change is None else f'{change:+.1%}':>10}" for change in changes)
@@ -141,19 +139,19 @@ def table(found: Mapping[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def parts(costs: Mapping[RewardName, Cost]) -> str:
+def parts(counted: Mapping[RewardName, Cost]) -> str:
     """What the numbers are made of."""
     return "\n".join(
-        f"{reward}: score {each.score / 1e12:.2f} + {each.score_backward / 1e12:.2f} TFLOP, policy "
-        f"{each.policy / 1e12:.2f} + {each.policy_backward / 1e12:.2f} (forward + backward); weights "
-        f"{shown_bytes(each.memory.reward)} + {shown_bytes(each.memory.policy)}, kept "
-        f"{shown_bytes(each.memory.reward_kept)} + {shown_bytes(each.memory.policy_kept)} (reward + policy)"
-        for reward, each in costs.items()
+        f"{name}: score {reward.forward / 1e12:.2f} + {reward.backward / 1e12:.2f} TFLOP, policy "
+        f"{policy.forward / 1e12:.2f} + {policy.backward / 1e12:.2f} (forward + backward); weights "
+        f"{shown_bytes(reward.held)} + {shown_bytes(policy.held)}, kept "
+        f"{shown_bytes(reward.kept)} + {shown_bytes(policy.kept)} (reward + policy)"
+        for name, reward, policy in ((name, each.reward, each.policy) for name, each in counted.items())
     )
 
 
 def draw(found: Mapping[str, Row], file: Path) -> None:
-    """Bars by arrangement, operations above memory, with DiNa-LRM's change against HPSv3 in the plain step."""
+    """Bars by arrangement, operations above memory, with DiNa-LRM's change against HPSv3 in one graph."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, unit in zip(figure.subplots(2), ("TFLOP", "GiB"), strict=True):
@@ -177,15 +175,15 @@ def draw(found: Mapping[str, Row], file: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     run = load(BenchmarkRun, argv, program="python -m benchmarks.figure4")
     try:
-        costs, peaks = count(run.align_run(), measure=run.measure and torch.cuda.is_available())
+        counted, peaks = count(run.align_run(), measure=run.measure and torch.cuda.is_available())
     except ValueError as error:
         refuse(error)
-    found = rows(costs, peaks)
+    found = rows(counted, peaks)
     print(
         f"one ReFL step of {run.pipeline} at {run.height}x{run.width}, batch 1, {run.max_sequence_length} text tokens"
     )
     print(table(found))
-    print(parts(costs))
+    print(parts(counted))
     if run.out is not None:
         draw(found, run.out.expanduser())
 

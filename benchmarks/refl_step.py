@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dina_rl.adamw import MOMENTS
 from dina_rl.alignment.costs import operations
-from dina_rl.alignment.footprint import FP32, FlashAttention, bytes_of, empty_inputs
+from dina_rl.alignment.footprint import FlashAttention, bytes_of, empty_inputs
 from dina_rl.alignment.skeletons import Skeletons
 from dina_rl.backbones.lora import trainable
 from dina_rl.config import AlignRun
@@ -95,79 +95,90 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes."""
+class PolicyCost:
+    """Operations and bytes of the policy."""
 
-    policy: int  # weights, gradients and moments
-    reward: int  # weights
-    policy_kept: int  # for the policy's backward
-    policy_kept_again: int  # the same where blocks are computed again, one block's share among it
-    reward_kept: int  # for the reward's
+    forward: int
+    backward: int
+    held: int  # weights, gradients and moments
+    kept: int  # for the backward
+    kept_again: int  # the same where blocks are computed again, one block's share among it
 
-    def peaks(self) -> dict[str, int]:
-        """By how the step is arranged."""
-        held = self.policy + self.reward
-        again = self.policy_kept_again
-        return {
-            PLAIN: held + self.policy_kept + self.reward_kept,
-            APART: held + max(self.policy_kept, self.reward_kept),
-            AGAIN: held + max(again, self.reward_kept),
-            ASLEEP: max(self.policy + again, self.reward + self.reward_kept),
-        }
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardCost:
+    """Operations and bytes of a reward."""
+
+    forward: int
+    backward: int
+    held: int  # weights
+    kept: int  # for the backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Of a step with one reward."""
+    """Of a step."""
 
-    score: int  # operations
-    score_backward: int
-    policy: int
-    policy_backward: int
-    memory: Memory
+    policy: PolicyCost
+    reward: RewardCost
 
     def optimisation(self) -> dict[str, int]:
         """Operations by how the step is arranged."""
-        once = self.policy + self.policy_backward + self.score + self.score_backward
-        return {PLAIN: once, APART: once, AGAIN: once + self.policy, ASLEEP: once + self.policy}
+        policy, reward = self.policy, self.reward
+        once = policy.forward + policy.backward + reward.forward + reward.backward
+        return {PLAIN: once, APART: once, AGAIN: once + policy.forward, ASLEEP: once + policy.forward}
+
+    def peaks(self) -> dict[str, int]:
+        """Bytes by how the step is arranged."""
+        policy, reward = self.policy, self.reward
+        held = policy.held + reward.held
+        return {
+            PLAIN: held + policy.kept + reward.kept,
+            APART: held + max(policy.kept, reward.kept),
+            AGAIN: held + max(policy.kept_again, reward.kept),
+            ASLEEP: max(policy.held + policy.kept_again, reward.held + reward.kept),
+        }
 
 
-def cost(step: Step, reward: RewardName) -> Cost:
+def policy_cost(step: Step) -> PolicyCost:
     """Counted on the models' shapes."""
+    transformer = step.models.transformer
     with operations(with_gradient=True) as counter:
         clean = step.predicted()
-        policy = counter.get_total_flops()
+        forward = counter.get_total_flops()
         clean.sum().backward()
-        policy_backward = counter.get_total_flops() - policy
+    kept = kept_bytes(step.predicted, transformer)
+    with checkpointed(transformer):
+        again = kept_bytes(step.predicted, transformer) + kept // step.models.backbone.num_blocks
+    return PolicyCost(
+        forward=forward,
+        backward=counter.get_total_flops() - forward,
+        held=bytes_of(transformer) + (1 + len(MOMENTS)) * tensor_bytes(trainable(transformer).values()),
+        kept=kept,
+        kept_again=again,
+    )
+
+
+def reward_cost(step: Step, reward: RewardName) -> RewardCost:
+    """Counted on the models' shapes."""
+    clean = step.inputs()[0].requires_grad_()
     with operations(with_gradient=True) as counter:
-        score = step.score(reward, torch.zeros_like(clean).requires_grad_())
+        score = step.score(reward, clean)
         forward = counter.get_total_flops()
         score.backward()
-        backward = counter.get_total_flops() - forward
-    return Cost(
-        score=forward,
-        score_backward=backward,
-        policy=policy,
-        policy_backward=policy_backward,
-        memory=memory(step, reward),
+    modules = step.modules(reward)
+    return RewardCost(
+        forward=forward,
+        backward=counter.get_total_flops() - forward,
+        held=sum(map(bytes_of, modules)),
+        kept=kept_bytes(lambda: step.score(reward, clean), *modules),
     )
 
 
-def memory(step: Step, reward: RewardName) -> Memory:
-    transformer = step.models.transformer
-    trained = sum(parameter.numel() for parameter in trainable(transformer).values())
-    clean = torch.zeros_like(step.inputs()[0]).requires_grad_()
-    plain = kept_bytes(step.predicted, transformer)
-    block = plain // step.models.backbone.num_blocks
-    with checkpointed(transformer):
-        again = kept_bytes(step.predicted, transformer) + block
-    return Memory(
-        policy=bytes_of(transformer) + (1 + len(MOMENTS)) * FP32 * trained,
-        reward=sum(map(bytes_of, step.modules(reward))),
-        policy_kept=plain,
-        policy_kept_again=again,
-        reward_kept=kept_bytes(lambda: step.score(reward, clean), *step.modules(reward)),
-    )
+def costs(step: Step) -> dict[RewardName, Cost]:
+    """Of the step with either reward."""
+    policy = policy_cost(step)
+    return {reward: Cost(policy=policy, reward=reward_cost(step, reward)) for reward in REWARDS}
 
 
 def kept_bytes(work: Callable[[], object], *owners: nn.Module) -> int:
@@ -183,9 +194,8 @@ def kept_bytes(work: Callable[[], object], *owners: nn.Module) -> int:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), FlashAttention():
         result = work()
-    total = sum(storage.nbytes() for storage in kept.values())
-    del result
-    return total
+    del result  # held until here, so that what it keeps has addresses of its own
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 @contextmanager

@@ -254,4 +254,5 @@ HPSV3 = ImageKind(
     check=check_hpsv3,
     empty=lambda config: empty_hpsv3(config.processor),
     files=(FILE, "config.json"),
+    backbone="Qwen2VL-7B",
 )

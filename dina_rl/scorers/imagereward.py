@@ -240,5 +240,5 @@ IMAGEREWARD = ImageKind(
     open=lambda config, device: ImageRewardScorer(config, device=device),
     check=check_imagereward,
     empty=lambda config: empty_imagereward(config.path),
-    files=(FILE, "tokenizer_config.json"),
+    files=(FILE, "tokenizer_config.json"),  # the paper's table has it under CLIP
 )
