@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from dina_rl.alignment.costs import operations
@@ -225,3 +225,18 @@ def test_the_published_model_is_planned_without_a_network():
     with operations() as counter:
         published.look()
     assert counter.get_total_flops() == pytest.approx(12.3e12, rel=0.01)
+
+
+def test_the_published_base_is_read_in_its_own_old_form(tmp_path):
+    """Qwen/Qwen2-VL-7B-Instruct's config.json has the text's sizes at its top."""
+    known = VISION_LANGUAGE_MODELS[HPSv3Config().processor]
+    text = {name: value for name, value in known.text.items() if name != "rope_parameters"}
+    rope = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_vl", **text, **rope, "vision_config": known.vision})
+    )
+    read, expected = AutoConfig.from_pretrained(tmp_path), Qwen2VLConfig(text_config=known.text)
+    rotary = (read.text_config.rope_parameters[name] for name in ("rope_theta", "mrope_section"))
+    assert tuple(rotary) == (1e6, expected.text_config.rope_parameters["mrope_section"])
+    assert {name: read.text_config.to_dict()[name] for name in text} == text
+    assert read.vision_config.embed_dim == 1280
