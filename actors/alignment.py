@@ -41,6 +41,7 @@ from dina_rl.alignment.measurement import EvaluationItem, Measurement, combine
 from dina_rl.alignment.planning import loads
 from dina_rl.alignment.rollout import in_calls
 from dina_rl.alignment.texts import EncodedTexts
+from dina_rl.backbones.text import TOGETHER
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
 from dina_rl.loading import announce, say
@@ -85,6 +86,14 @@ class EncodedItem(Generic[Item]):
 
     item: Item
     texts: ray.ObjectRef[EncodedTexts | None] | None  # None: whoever does the work has the text encoders
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding(Generic[Item]):
+    """How a text actor is asked for the embeddings of `together` items at once: its forwards are full so."""
+
+    together: int
+    call: Callable[[Handle[TextActor], Sequence[Item]], ray.ObjectRef[EncodedTexts]]
 
 
 class RayExperience:
@@ -151,7 +160,10 @@ class RayExperience:
 
         results = self._sample_and_score(
             calls,
-            lambda actor, call: actor.for_rollout.remote(call),
+            Encoding(
+                together=-(-TOGETHER // self._groups_per_call),
+                call=lambda actor, few: actor.for_rollout.remote([item for call in few for item in call]),
+            ),
             lambda actor, call: actor.rollout.remote(call.item, call.texts),
             score,
         )
@@ -173,7 +185,7 @@ class RayExperience:
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
         results = self._sample_and_score(
             items,
-            lambda actor, item: actor.for_evaluation.remote(item),
+            Encoding(together=1, call=lambda actor, few: actor.for_evaluation.remote(few)),
             lambda actor, call: actor.evaluate.remote(call.item, call.texts),
             lambda actor, samples: actor.score_evaluation.remote(samples),
         )
@@ -188,7 +200,7 @@ class RayExperience:
     def _sample_and_score(
         self,
         items: Sequence[Item],
-        encode: Callable[[Handle[TextActor], Item], ray.ObjectRef[EncodedTexts]],
+        encoding: Encoding[Item],
         sample: Callable[[Handle[RolloutActor], EncodedItem[Item]], ray.ObjectRef[Result]],
         score: Callable[[Handle[ScorerActor], ray.ObjectRef[Result]], ray.ObjectRef[Scores]],
     ) -> list[tuple[ray.ObjectRef[Result], Scores]]:
@@ -200,7 +212,7 @@ class RayExperience:
                 samples[index] = ref
                 yield index, ref
 
-        calls = self._encode(items, encode)
+        calls = self._encode(items, encoding)
         self._shifts.turn("rollout")
         self._send_weights()
         sampled = self._stage("rollout", self.rollouts, calls, sample)
@@ -208,15 +220,19 @@ class RayExperience:
         scores = {index: ray.get(ref, timeout=self._timeout_s) for index, ref in scored}
         return [(samples[index], scores[index]) for index in range(len(items))]
 
-    def _encode(
-        self, items: Sequence[Item], encode: Callable[[Handle[TextActor], Item], ray.ObjectRef[EncodedTexts]]
-    ) -> Iterator[tuple[int, EncodedItem[Item]]]:
+    def _encode(self, items: Sequence[Item], encoding: Encoding[Item]) -> Iterator[tuple[int, EncodedItem[Item]]]:
         """Every item with its number; its embeddings too, where rollout actors do not make them themselves."""
         if not self._has_text_workers:
             return ((index, EncodedItem(item=item, texts=None)) for index, item in enumerate(items))
-        encoded = self._stage("text", self.texts, enumerate(items), encode)
+        few = encoding.together
+        chunks = ((start, items[start : start + few]) for start in range(0, len(items), few))
+        encoded = self._stage("text", self.texts, chunks, encoding.call)
         optional = partial(cast, "ray.ObjectRef[EncodedTexts | None]")  # a reference is invariant in what it refers to
-        return ((index, EncodedItem(item=items[index], texts=optional(ref))) for index, ref in encoded)
+        return (
+            (index, EncodedItem(item=items[index], texts=optional(ref)))
+            for start, ref in encoded
+            for index in range(start, min(start + few, len(items)))
+        )
 
     def _stage(
         self,
