@@ -30,6 +30,8 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "jobs.evaluate": EvaluateRun,
     "jobs.export": ExportRun,
     "jobs.score": ScoreRun,
+    "benchmarks.forward": forward.BenchmarkRun,
+    "benchmarks.layouts": layouts.BenchmarkRun,
     "benchmarks.loop": loop.BenchmarkRun,
     "benchmarks.ray_overhead": ray_overhead.BenchmarkRun,
     "benchmarks.reward_step": reward_step.BenchmarkRun,
