@@ -31,7 +31,7 @@ class RolloutActor(OnSharedGPU):
 
     @ray.method
     def evaluate(self, item: EvaluationItem, texts: EncodedTexts | None) -> EvaluationSamples:
-        return self._worker.evaluate(item, texts or self._own.for_evaluation(item))
+        return self._worker.evaluate(item, texts or self._own.for_evaluation([item]))
 
     @property
     def _own(self) -> PromptEncoder:

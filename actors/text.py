@@ -24,5 +24,5 @@ class TextActor(OnSharedGPU):
         return self._prompts.for_rollout(items)
 
     @ray.method
-    def for_evaluation(self, item: EvaluationItem) -> EncodedTexts:
-        return self._prompts.for_evaluation(item)
+    def for_evaluation(self, items: Sequence[EvaluationItem]) -> EncodedTexts:
+        return self._prompts.for_evaluation(items)

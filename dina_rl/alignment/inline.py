@@ -26,9 +26,9 @@ class InlineExperience:
         self._scorer = ScoringWorker(run)
 
     def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[SampledGroup[Rollout]]]:
-        scored = []
+        scored, texts = [], self._prompts.for_rollout(items)
         for call in in_calls(items, self._groups_per_call):
-            sampled = self._worker.rollout(call, self._prompts.for_rollout(call))
+            sampled = self._worker.rollout(call, texts)
             gradients: Sequence[torch.Tensor | None] = [None] * len(sampled)
             if self._with_gradient:
                 scores, computed = self._scorer.score_with_gradient(sampled)
@@ -48,7 +48,8 @@ class InlineExperience:
         self._worker.load_weights(weights)
 
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
-        samples = [self._worker.evaluate(item, self._prompts.for_evaluation(item)) for item in items]
+        texts = self._prompts.for_evaluation(items)
+        samples = [self._worker.evaluate(item, texts) for item in items]
         return combine(samples, [self._scorer.score_evaluation(batch) for batch in samples], self._rewards)
 
 

@@ -74,7 +74,7 @@ def _gpu(layout: Layout, actors: Mapping[Kind, ActorFootprint], seats: Sequence[
 
 
 def _text(models: Skeletons) -> ActorFootprint:
-    """One prompt at a time needs next to nothing beside the encoders."""
+    """A few prompts at a time need next to nothing beside the encoders."""
     return ActorFootprint(held=sum(map(bytes_of, models.text_encoders.values())), working=0)
 
 

@@ -18,7 +18,7 @@ from dina_rl.types import PromptEmbeds, WorkItem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedTexts:
-    """Embeddings of all texts that a call reads, on the CPU: a `TextEncoder` of these alone."""
+    """Embeddings of all texts that some calls read, on the CPU: a `TextEncoder` of these alone."""
 
     texts: tuple[str, ...]  # distinct
     rows: PromptEmbeds  # one each
@@ -44,13 +44,14 @@ class PromptEncoder:
         self._encode = backbone.load_text_encoder()
 
     def for_rollout(self, items: Sequence[WorkItem]) -> EncodedTexts:
-        """What one call of `RolloutWorker.rollout` reads."""
+        """What calls of `RolloutWorker.rollout` read."""
         beside = [text for item in items for text in self._beside(item)]
         return self._encoded([item.prompt for item in items] + beside, guided=self._guided)
 
-    def for_evaluation(self, item: EvaluationItem) -> EncodedTexts:
-        """What one call of `RolloutWorker.evaluate` reads."""
-        return self._encoded(item.prompts, guided=item.guidance_scale != 1)
+    def for_evaluation(self, items: Sequence[EvaluationItem]) -> EncodedTexts:
+        """What calls of `RolloutWorker.evaluate` read."""
+        prompts = [prompt for item in items for prompt in item.prompts]
+        return self._encoded(prompts, guided=any(item.guidance_scale != 1 for item in items))
 
     def _encoded(self, prompts: Iterable[str], *, guided: bool) -> EncodedTexts:
         texts = tuple(dict.fromkeys([*prompts, *([self._negative] if guided else [])]))

@@ -13,8 +13,11 @@ import pytest
 import ray
 import torch
 
-from actors.alignment import RayExperience, RayLearner, RemoteRollout, open_actors
+from actors.alignment import open_actors
+from actors.experience import RayExperience
+from actors.learner_gang import RayLearner
 from actors.placement import Placement
+from actors.remote import RemoteRollout
 from actors.shifts import Shifts
 from dina_rl.alignment.inline import InlineExperience
 from dina_rl.alignment.loop import align, plan

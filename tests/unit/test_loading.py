@@ -51,7 +51,7 @@ def test_sizes_are_those_of_the_files(tiny_pipeline):
 
 
 def test_many_actors_that_load_the_same_are_one_line(large, tiny_pipeline, tiny_reward, tmp_path, capsys):
-    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, workers={"rollout_workers": 64})
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, workers={"rollout_workers": 64, "text_workers": 1})
     assert all([announce(who, sizes) for who, sizes in loads(run).items()])
     text, rollout, scorer, learner = capsys.readouterr().err.splitlines()
     assert rollout.startswith("64 rollout workers load transformer, ")

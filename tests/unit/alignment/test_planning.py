@@ -81,7 +81,7 @@ def test_a_known_hub_id_is_planned_without_a_network_and_the_better_layout_named
     shares = {"gpus_per_rollout": 1, "gpus_per_scorer": 1, "gpus_per_rank": 1}
     workers = {"rollout_workers": 4, "scorers": 2, "learner_ranks": 2, **shares}
     text = describe(AlignRun.model_validate({**RECIPE, "workers": workers}))
-    assert "rollout 12.3 PFLOP: 5,760 passes of one sample\n" in text
+    assert "rollout 12.1 PFLOP: 5,760 passes of one sample\n" in text
     assert "the reward model is not there yet and counted as the paper's" in text
     assert "GPU 0-1 (learner)" in text
     assert "GPU 7 (text, rollout) 35%" in text

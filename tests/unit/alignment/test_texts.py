@@ -51,8 +51,8 @@ def test_a_call_gets_each_text_once_and_as_it_would_be_alone(run: AlignRun) -> N
 
 def test_the_negative_prompt_is_sent_where_it_is_read(run: AlignRun) -> None:
     encoder = PromptEncoder(run)
-    assert NEGATIVE in encoder.for_evaluation(measured(2.0)).texts
-    assert NEGATIVE not in encoder.for_evaluation(measured(1.0)).texts
+    assert NEGATIVE in encoder.for_evaluation([measured(2.0)]).texts
+    assert NEGATIVE not in encoder.for_evaluation([measured(1.0)]).texts
 
 
 def test_rollout_workers_and_scorers_load_no_text_encoders(run: AlignRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,4 +61,6 @@ def test_rollout_workers_and_scorers_load_no_text_encoders(run: AlignRun, monkey
     monkeypatch.setattr(SD3, "load_text_encoder", lambda self, **options: pytest.fail("text encoders are loaded"))
     groups = RolloutWorker(run).rollout(ITEMS, texts)
     assert ScoringWorker(run).score(groups)["dina"].isfinite().all()
-    assert [who for who, sizes in loads(run).items() if TEXT in sizes] == ["1 text workers"]
+    with_texts = run.model_copy(update={"workers": run.workers.model_copy(update={"text_workers": 1})})
+    assert [who for who, sizes in loads(with_texts).items() if TEXT in sizes] == ["1 text workers"]
+    assert [who for who, sizes in loads(run).items() if TEXT in sizes] == ["1 rollout workers"]
