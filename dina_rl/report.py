@@ -112,7 +112,7 @@ def plot_bands(panels: Mapping[tuple[str, str], Mapping[str, Band]], path: Path)
     for (x, y), bands in panels.items():
         axes = places[beside.index(y), below.index(x)]
         for label, band in bands.items():
-            _plot_band(axes, band, label, labels.index(label))
+            _plot_band(axes, band, _counted(label, len(band.runs)), labels.index(label))
         plain(axes, "y")
     for axes, name in zip(places[-1], below, strict=True):
         axes.set_xlabel(name)
@@ -121,6 +121,10 @@ def plot_bands(panels: Mapping[tuple[str, str], Mapping[str, Band]], path: Path)
     handles, names = places[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper left", ncols=min(3, len(labels)), frameon=False)
     save(figure, path)
+
+
+def _counted(label: str, runs: int) -> str:
+    return f"{label} (median and range of {runs} runs)" if runs > 1 else label
 
 
 def _plot_band(axes: Axes, band: Band, label: str, number: int) -> None:
