@@ -209,7 +209,7 @@ def band(curves: Sequence[Curve]) -> Band:
     """Median, lowest and highest of `curves`, wherever all of them are known, in lines between their points."""
     first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     places = sorted({x for curve in curves for x, _ in curve if first <= x <= last})
-    values = np.stack([np.interp(places, *zip(*curve, strict=True)) for curve in curves])
+    values = np.stack([np.interp(places, *np.array(curve).T) for curve in curves])
     return Band(
         runs=curves,
         x=places,

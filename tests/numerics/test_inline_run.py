@@ -63,11 +63,6 @@ def test_everything_a_user_looks_for_is_there(finished, tiny_pipeline):
         points = EventAccumulator(str(board / curve)).Reload().Scalars(f"{curve}/dev")
         assert [event.step for event in points] == [0, 2, 3]
     assert [entry["first_ratio_gap"] for entry in recorder.history.iterations()] == [0, 0, 0]
-    (read,) = read_runs([str(run.run_dir)])
-    assert [each.iteration for each in read.moments] == [0, 2, 3]
-    seconds = [each.seconds for each in read.moments]
-    assert seconds == sorted(seconds)
-    assert seconds[-1] == sum(recorder.seconds[stage] for stage in ("rollout", "update", "publish"))
     StableDiffusion3Pipeline.from_pretrained(tiny_pipeline).load_lora_weights(run.run_dir / "adapter")
 
 
@@ -155,7 +150,17 @@ def test_a_finished_run_that_is_made_longer_equals_the_one_that_was_longer(
         opened(run.model_copy(update={"iterations": 2}), prompts),
     ):
         pass
+    moments_are_read_as_they_were_recorded(run, longer)
     exports_are_what_the_run_keeps(run, longer, capsys)
+
+
+def moments_are_read_as_they_were_recorded(run, recorder):
+    (read,) = read_runs([str(run.run_dir)])
+    points = [(moment.iteration, moment.golden, moment.proxy) for moment in read.moments]
+    assert points == [(point["iteration"], point["golden"], point["proxy"]) for point in recorder.history.points()]
+    seconds = [moment.seconds for moment in read.moments]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == sum(recorder.seconds[stage] for stage in ("rollout", "update", "publish"))
 
 
 def exports_are_what_the_run_keeps(run, recorder, capsys):
