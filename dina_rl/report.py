@@ -22,6 +22,8 @@ from dina_rl.types import Point
 TILE = 96
 """Pixels that an image of a grid is wide at least."""
 CAPTION_LINES = 4
+GAP = 4
+"""Pixels between the pictures of a strip."""
 GOLDEN, PROXY, FAINT = "#c9a227", "#2f6f9f", "#8a8a8a"
 COLOURS = ("#2f6f9f", "#c9a227", "#7a4f9a", "#3f8f5f", "#b5523b", "#6b7a86")
 STYLES = ("-", "--", ":")
@@ -45,8 +47,7 @@ def image_grid(images: torch.Tensor, columns: int = 8, captions: Sequence[str] =
 
     Small ones are enlarged without smoothing. Below each stands its caption, if there are any.
     """
-    scale = -(-TILE // images.shape[3])
-    enlarged = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    enlarged = _enlarged(images)
     if captions:
         texts = [_caption(text, enlarged.shape[3]) for text in captions]
         enlarged = torch.cat([enlarged, torch.stack(texts)], 2)
@@ -57,6 +58,11 @@ def image_grid(images: torch.Tensor, columns: int = 8, captions: Sequence[str] =
     return torch.cat([torch.cat(list(row), 2) for row in rows], 1)
 
 
+def _enlarged(images: torch.Tensor) -> torch.Tensor:
+    scale = -(-TILE // images.shape[3])
+    return images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+
 def _caption(text: str, width: int) -> torch.Tensor:
     """`text` [3, h, width] uint8, black on white, wrapped, and cut after `CAPTION_LINES`.
 
@@ -64,9 +70,8 @@ def _caption(text: str, width: int) -> torch.Tensor:
     """
     size = max(11, width // 11)
     font = _font(size)
-    lines = textwrap.wrap(text, int(width / font.getlength("m")), max_lines=CAPTION_LINES, placeholder="...")
     picture = Image.new("RGB", (width, CAPTION_LINES * (size + 2) + 2), "white")
-    ImageDraw.Draw(picture).multiline_text((0, 0), "\n".join(lines), "black", font, spacing=2)
+    ImageDraw.Draw(picture).multiline_text((0, 0), _wrapped(text, font, width), "black", font, spacing=2)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
@@ -74,32 +79,36 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans Mono"), size)  # comes with matplotlib
 
 
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, int(width / font.getlength("m")), max_lines=CAPTION_LINES, placeholder="..."))
+
+
 def draw_evolution(columns: Mapping[str, torch.Tensor], prompts: Sequence[str], path: Path) -> torch.Tensor:
     """Samples of `prompts` over the iterations, same noise: a row a prompt, a column [B, 3, h, w] uint8 a title.
 
     Returns the picture [3, H, W] uint8. Small samples are enlarged without smoothing.
     """
-    scale = -(-TILE // next(iter(columns.values())).shape[3])
-    tiles = torch.stack(list(columns.values()), 1).repeat_interleave(scale, 3).repeat_interleave(scale, 4)
-    height, width = tiles.shape[3:]
-    margin, head, gap = 3 * width // 2, width // 4, 4
-    size = (margin + len(columns) * (width + gap), head + len(prompts) * (height + gap))
-    picture = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(picture), _font(max(11, width // 11))
-    for number, title in enumerate(columns):
-        middle = margin + number * (width + gap) + width // 2
-        draw.text((middle, head - gap), title, "black", font, anchor="mb")
-    for row, prompt in enumerate(prompts):
-        top = head + row * (height + gap)
-        room = int((margin - 3 * gap) / font.getlength("m"))
-        lines = textwrap.wrap(prompt, room, max_lines=CAPTION_LINES, placeholder="...")
-        draw.multiline_text((gap, top + height // 2), "\n".join(lines), "black", font, anchor="lm", spacing=4)
-        for number, tile in enumerate(tiles[row]):
-            image = Image.fromarray(tile.permute(1, 2, 0).numpy())
-            picture.paste(image, (margin + number * (width + gap), top))
+    samples = [_enlarged(column) for column in columns.values()]
+    height, width = samples[0].shape[2:]
+    size = max(11, width // 11)
+    margin, head = 3 * width // 2, 3 * size
+    corner = torch.full((3, head, margin), 255, dtype=torch.uint8)
+    rows = [torch.cat([corner, *(_written(title, size, width + GAP, head) for title in columns)], 2)]
+    for number, prompt in enumerate(prompts):
+        tiles = [torch.nn.functional.pad(column[number], (0, GAP, 0, GAP), value=255) for column in samples]
+        rows.append(torch.cat([_written(prompt, size, margin, height + GAP), *tiles], 2))
+    strip = torch.cat(rows, 1)
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    Image.fromarray(strip.permute(1, 2, 0).numpy()).save(buffer, "png")
     write_bytes(path, buffer.getvalue())
+    return strip
+
+
+def _written(text: str, size: int, width: int, height: int) -> torch.Tensor:
+    """`text` [3, height, width] uint8, black on white, wrapped, in the middle of its height."""
+    picture, font = Image.new("RGB", (width, height), "white"), _font(size)
+    lines = _wrapped(text, font, width - 2 * GAP)
+    ImageDraw.Draw(picture).multiline_text((GAP, height // 2), lines, "black", font, anchor="lm", spacing=2)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
@@ -124,7 +133,9 @@ def plot_bands(panels: Mapping[tuple[str, str], Mapping[str, Band]], path: Path)
 
 
 def _counted(label: str, runs: int) -> str:
-    return f"{label} (median and range of {runs} runs)" if runs > 1 else label
+    """A label for the legend, where a leading underscore would hide it and dollars would begin a formula."""
+    text = " " + label.replace("$", r"\$")
+    return f"{text} (median and range of {runs} runs)" if runs > 1 else text
 
 
 def _plot_band(axes: Axes, band: Band, label: str, number: int) -> None:

@@ -40,15 +40,17 @@ def compare(comparison: CompareRuns) -> None:
 
 
 def _told(found: Mapping[str, Sequence[ReadRun]]) -> str:
-    """A line for each band, and one for each run without seconds."""
+    """A line for each band, and one for each run that did not keep all its seconds."""
     lines = []
     for label, group in found.items():
         seeds = ", ".join(str(each.run.seed) for each in group)
         ends = ", ".join(f"{each.moments[-1].golden:.3f} at {each.moments[-1].iteration}" for each in group)
         lines.append(f"{label}: golden {ends} (seed {seeds})")
     for each in (run for group in found.values() for run in group):
-        if any(moment.seconds is None for moment in each.moments):
-            lines.append(f"{each.directory} kept no seconds at first: it is drawn over those that it has")
+        missing = sum(moment.seconds is None for moment in each.moments)
+        if missing:
+            of = f"{missing} of its {len(each.moments)} measurements"
+            lines.append(f"{each.directory} kept no seconds of {of}: they are drawn over iterations alone")
     return "\n".join(lines)
 
 

@@ -36,6 +36,16 @@ class Moment:
     proxy_gain: float  # over the base, in standard deviations of the base
 
 
+OVER: dict[str, Callable[[Moment], float | None]] = {
+    "iteration": lambda moment: moment.iteration,
+    "seconds of training (measurements aside)": lambda moment: moment.seconds,
+}
+CURVES: dict[str, Callable[[Moment], float]] = {
+    "golden (held out)": lambda moment: moment.golden,
+    "proxy gain / std of the base": lambda moment: moment.proxy_gain,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRun:
     """What a run directory says of its curves."""
@@ -109,7 +119,7 @@ def bands(runs: Sequence[ReadRun]) -> dict[str, list[ReadRun]]:
     """Label -> its runs, by seed. Without a label of their own, runs are one band that differ by their seed alone.
 
     Raises:
-        ValueError: two runs of a band have one seed.
+        ValueError: two runs of a band have one seed, or two bands one label.
     """
     groups: dict[str, list[ReadRun]] = {}
     for each in sorted(runs, key=lambda each: each.run.seed):
@@ -117,6 +127,8 @@ def bands(runs: Sequence[ReadRun]) -> dict[str, list[ReadRun]]:
     order = sorted(groups.values(), key=lambda group: min(map(runs.index, group)))
     labels = _labels(order, _names(runs))
     for label, group in zip(labels, order, strict=True):
+        if labels.count(label) > 1:
+            raise ValueError(f"two bands are called {label}; tell them apart by LABEL=RUN")
         _check_seeds(label, group)
     return dict(zip(labels, order, strict=True))
 
@@ -172,37 +184,18 @@ def write_table(found: Mapping[str, Sequence[ReadRun]], path: Path) -> None:
 
 def draw(found: Mapping[str, Sequence[ReadRun]], path: Path) -> None:
     """Golden above, the proxy's gain below; over iterations and, where runs kept them, over seconds of training."""
-    panels = {}
-    for below, x in (("iteration", _iteration), ("seconds of training (measurements aside)", _seconds)):
-        for beside, y in (("golden (held out)", _golden), ("proxy gain / std of the base", _proxy)):
-            panels[below, beside] = {label: curves for label in found if (curves := _curves(found[label], x, y))}
-    plot_bands({place: _as_bands(lines) for place, lines in panels.items() if lines}, path)
-
-
-def _iteration(moment: Moment) -> float | None:
-    return moment.iteration
-
-
-def _seconds(moment: Moment) -> float | None:
-    return moment.seconds
-
-
-def _golden(moment: Moment) -> float:
-    return moment.golden
-
-
-def _proxy(moment: Moment) -> float:
-    return moment.proxy_gain
+    panels = {
+        (below, beside): {label: band(curves) for label in found if (curves := _curves(found[label], x, y))}
+        for below, x in OVER.items()
+        for beside, y in CURVES.items()
+    }
+    plot_bands({place: lines for place, lines in panels.items() if lines}, path)
 
 
 def _curves(group: Sequence[ReadRun], x: Callable[[Moment], float | None], y: Callable[[Moment], float]) -> list[Curve]:
     """The lines of a band's runs, as far as x is known."""
     lines = [[(at, y(each)) for each in run.moments if (at := x(each)) is not None] for run in group]
     return [line for line in lines if line]
-
-
-def _as_bands(lines: Mapping[str, Sequence[Curve]]) -> dict[str, Band]:
-    return {label: band(curves) for label, curves in lines.items()}
 
 
 def band(curves: Sequence[Curve]) -> Band:

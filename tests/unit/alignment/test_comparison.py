@@ -99,6 +99,11 @@ def test_a_band_is_known_where_all_its_runs_are():
     assert found.median == [0.5, 1.25, 2, 3]
 
 
+def test_curves_that_do_not_overlap_have_no_band():
+    found = band([[(0.0, 0.0), (1.0, 1.0)], [(2.0, 0.0), (3.0, 1.0)]])
+    assert (found.x, found.low, found.median, found.high) == ([], [], [], [])
+
+
 def test_a_gain_is_in_deviations_of_the_base():
     assert gain(3.0, 1.0, 4.0) == 0.5
     assert gain(1.0, 1.0, 0.0) == 0
@@ -110,7 +115,7 @@ def test_runs_of_before_are_drawn_without_seconds(runs, tmp_path, capsys):
     history = (runs / "nft" / "history.jsonl").read_text()
     (old / "history.jsonl").write_text(history.replace('"iteration":', '"step":'))
     main([str(old), "--out", str(tmp_path / "out")])
-    assert f"{old} kept no seconds" in capsys.readouterr().out
+    assert f"{old} kept no seconds of 2 of its 2 measurements" in capsys.readouterr().out
     assert (tmp_path / "out" / "comparison.csv").read_text().splitlines()[1].startswith("old,0,0,,0.4")
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 0
 
@@ -132,6 +137,7 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
         ([nft, f"a={nft}"], "nft is named twice"),
         ([nft, str(tmp_path / "clip")], "golden metrics differ and cannot share an axis: shapes in "),
         ([f"a={nft}", f"a={runs}/fast_seed0"], "both have seed 0 in the band a; tell them apart by LABEL=RUN"),
+        ([f"nft={runs}/fast_seed0", nft], "two bands are called nft; tell them apart by LABEL=RUN"),
         ([nft, "--out", str(runs / "nft" / "config.yaml")], "config.yaml is no directory"),
         ([nft, "--outt", "x"], "unknown key"),
     ):

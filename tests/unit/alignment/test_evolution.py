@@ -67,16 +67,18 @@ def test_a_row_is_a_prompt_and_a_column_an_iteration(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "evolution.png"))
     assert (picture == strip.permute(1, 2, 0).numpy()).all(), "as TensorBoard gets it"
     height, width = 2 * 32, 2 * 48
-    assert picture.shape[:2] == (width // 4 + 3 * (height + 4), 3 * width // 2 + 3 * (width + 4)), "a prompt once"
+    head, margin = 3 * 11, 3 * width // 2
+    assert picture.shape[:2] == (head + 3 * (height + 4), margin + 3 * (width + 4)), "a prompt once"
     for row in range(3):
         for column, value in enumerate((0, 5, 100)):
             tile = picture[width // 4 + row * (height + 4) :][:height, 3 * width // 2 + column * (width + 4) :][
                 :, :width
             ]
             assert (tile == value).all()
-    margin = picture[:, : 3 * width // 2].min(2) < 100
-    assert all(rows.any() for rows in np.split(margin[width // 4 :], 3)), "every prompt beside its row"
-    assert not margin[:, -4:].any(), "and none in its pictures"
+    ink = picture.min(2) < 100
+    assert all(row.any() for row in np.split(ink[head:, :margin], 3)), "every prompt beside its row"
+    assert all(title.any() for title in np.split(ink[:head, margin:], 3, axis=1)), "every iteration over its column"
+    assert not ink[:, margin - 4 : margin].any(), "and none in another's picture"
 
 
 def test_what_is_kept_is_small(tmp_path):
