@@ -10,12 +10,14 @@ from itertools import takewhile
 from dina_rl.alignment.comparison import ReadRun, bands, draw, read_runs, write_table
 from dina_rl.cli import fail, load
 from dina_rl.config import CompareRuns
+from jobs.submitted import check_results
 
 
 def main(argv: Sequence[str]) -> None:
     named = list(takewhile(lambda word: not word.startswith("-"), argv))
     words = [*(["--runs", *named] if named else []), *argv[len(named) :]]
     comparison = load(CompareRuns, words, program="python -m jobs.compare RUN RUN ...")
+    check_results(out=comparison.out)
     try:
         compare(comparison)
     except ValueError as error:

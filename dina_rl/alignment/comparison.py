@@ -16,7 +16,7 @@ import numpy as np
 from dina_rl.alignment.history import gain, read_history, read_seconds
 from dina_rl.alignment.result import saved_run
 from dina_rl.checkpoint import write_text
-from dina_rl.config import AlignRun
+from dina_rl.config import AlignRun, ImageScorerConfig
 from dina_rl.config.keys import Mark, marked, without
 from dina_rl.report import Band, Curve, plot_bands
 
@@ -107,12 +107,13 @@ def _read(directory: Path, label: str | None) -> ReadRun:
     return ReadRun(directory=directory, label=label, run=run, moments=moments)
 
 
-def _metric(run: AlignRun) -> tuple[str, str | None, str | None]:
-    return run.golden.scorer, run.golden.path, run.golden.processor
+def _metric(run: AlignRun) -> tuple[str, ImageScorerConfig | None]:
+    return run.golden.scorer, run.golden.of_images
 
 
 def _title(read: ReadRun) -> str:
-    return f"{' '.join(filter(None, _metric(read.run)))} in {read.directory}"
+    golden = read.run.golden
+    return f"{' '.join(filter(None, (golden.scorer, golden.path, golden.processor)))} in {read.directory}"
 
 
 def bands(runs: Sequence[ReadRun]) -> dict[str, list[ReadRun]]:

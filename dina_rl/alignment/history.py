@@ -65,7 +65,7 @@ def read_history(run_dir: Path) -> History:
     try:
         text = read_text(file) if file.is_file() else ""
         history.restore(json.loads(line) for line in text.split("\n") if line)
-    except json.JSONDecodeError as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} holds no history; was it edited?") from error
     return history
 
