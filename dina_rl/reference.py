@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dina_rl.config import AlignRun, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
+from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
 from dina_rl.config.keys import NAME, can_be_off, is_named, section_of
 
 
@@ -28,6 +28,7 @@ COMMANDS = (
     ),
     Command(call="python -m jobs.align", run=AlignRun),
     Command(call="python -m jobs.export RUN_DIR", run=ExportRun),
+    Command(call="python -m jobs.compare RUN RUN ...", run=CompareRuns),
     Command(call="python -m jobs.evaluate", run=EvaluateRun),
     Command(call="python -m jobs.score", run=ScoreRun),
 )

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dina_rl.alignment.checkpoints import Checkpoints
-from dina_rl.alignment.record import exported
-from dina_rl.checkpoint import CONFIG_FILE, saved_config
+from dina_rl.alignment.result import exported, saved_run
 from dina_rl.cli import fail, load
-from dina_rl.config import AlignRun, ExportRun
+from dina_rl.config import ExportRun
 from jobs.align import exporter
 
 
@@ -33,24 +32,11 @@ def export_weights(export: ExportRun) -> str:
         ValueError: no alignment run, no such weights in it, its pipeline is gone, or a directory that is in use.
     """
     run_dir = export.run_dir.expanduser().resolve()
-    run = _run_of(run_dir)
+    run = saved_run(run_dir)
     out = _place(export, exported(run, run_dir))
     found = Checkpoints(run_dir).weights(export.which)
     file = exporter(run)(out, found.tensors)
     return f"{found.title}: {file}"
-
-
-def _run_of(run_dir: Path) -> AlignRun:
-    file = run_dir / CONFIG_FILE
-    inner = run_dir / "align"  # of `python -m dina_rl.local`
-    if (inner / CONFIG_FILE).is_file():
-        raise ValueError(f"run directory {run_dir} holds a whole loop; name its alignment, {inner}")
-    if not file.is_file():
-        raise ValueError(f"run directory {run_dir} holds no run: it has no {CONFIG_FILE}")
-    try:
-        return saved_config(AlignRun, file)
-    except ValueError as error:
-        raise ValueError(f"run directory {run_dir} holds no alignment run: {error}") from error
 
 
 def _place(export: ExportRun, result: Path) -> Path:

@@ -65,6 +65,10 @@ class Board:
         captions = [f"{number} {prompt}" for number, prompt in enumerate(prompts[:SHOWN_IMAGES], 1)]
         self._main.add_image(tag, image_grid(images[:SHOWN_IMAGES], COLUMNS, captions), iteration)
 
+    def picture(self, tag: str, picture: torch.Tensor, iteration: int) -> None:
+        """A picture [3, H, W] uint8 as it is."""
+        self._main.add_image(tag, picture, iteration)
+
     def prompts(self, split: str, prompts: Sequence[str], iteration: int) -> None:
         """The whole prompts of that split's pictures, by their numbers."""
         self.text(f"prompts/{split}", numbered(prompts[:SHOWN_IMAGES]), iteration)

@@ -1,14 +1,18 @@
-"""What happened in an alignment run, in order: every iteration, every measurement, every alarm of the watch."""
+"""What happened in an alignment run, in order: every iteration, every measurement, every alarm of the watch.
+
+How long it took stands in a file of its own: a run that is done again has the same history, and other seconds.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
-from dina_rl.checkpoint import write_text
+from dina_rl.checkpoint import write_json, write_text
+from dina_rl.textfiles import read_text
 from dina_rl.types import Point
 
-FILE = "history.jsonl"
+FILE, SECONDS_FILE = "history.jsonl", "seconds.json"
 
 Entry = dict[str, object]
 """`kind` (iteration, measurement, diverged), `iteration` (how many are done), and what there is to say."""
@@ -49,3 +53,42 @@ class History:
 
     def _of(self, kind: str) -> list[Entry]:
         return [entry for entry in self.entries if entry["kind"] == kind]
+
+
+def read_history(run_dir: Path) -> History:
+    """That of a run as its directory has it now; empty before the first measurement.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    history, file = History(), run_dir / FILE
+    try:
+        text = read_text(file) if file.is_file() else ""
+        history.restore(json.loads(line) for line in text.split("\n") if line)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} holds no history; was it edited?") from error
+    return history
+
+
+def write_seconds(run_dir: Path, seconds: Mapping[int, float]) -> None:
+    """Keep how long the run had worked at each measurement, by its iteration."""
+    write_json(run_dir / SECONDS_FILE, seconds)
+
+
+def read_seconds(run_dir: Path) -> dict[int, float]:
+    """What `write_seconds` wrote; empty of a version that did not.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    file = run_dir / SECONDS_FILE
+    try:
+        saved = json.loads(read_text(file)) if file.is_file() else {}
+        return {int(iteration): float(seconds) for iteration, seconds in saved.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} holds no seconds; was it edited?") from error
+
+
+def gain(value: float, base: float, spread: float) -> float:
+    """How far `value` lies over the base, in the base's standard deviations over samples."""
+    return (value - base) / max(spread, 1e-6)

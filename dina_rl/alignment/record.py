@@ -14,7 +14,8 @@ from tqdm import tqdm
 from dina_rl.alignment.advantage import Advantages
 from dina_rl.alignment.board import SHOWN_IMAGES, Board
 from dina_rl.alignment.checkpoints import Checkpoint, Checkpoints
-from dina_rl.alignment.history import History
+from dina_rl.alignment.evolution import Evolution
+from dina_rl.alignment.history import History, gain, read_seconds, write_seconds
 from dina_rl.alignment.measurement import Measurement
 from dina_rl.alignment.result import exported, keep_length, note_finished
 from dina_rl.alignment.watch import DivergenceWatch
@@ -24,6 +25,9 @@ from dina_rl.report import plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.textfiles import read_text
 from dina_rl.types import Weights
+
+WORKING = ("rollout", "update", "publish")
+"""Stages of training; the others are for those who look on."""
 
 
 class Recorder:
@@ -41,6 +45,8 @@ class Recorder:
         self.checkpoints = Checkpoints(run_dir)
         self.seconds: dict[str, float] = defaultdict(float)
         self._export = export
+        self._evolution = Evolution(run, run_dir)
+        self._worked: dict[int, float] = {}
         self._bar: tqdm[int] | None = None
         self._opened: Board | None = None
         self._marks: dict[str, float] = {}
@@ -65,6 +71,8 @@ class Recorder:
         """`recall`, to go on from there. Opens TensorBoard."""
         done, state = self.recall()
         keep_length(self.run, self.dir)
+        self._evolution.restore(done)
+        self._worked = {at: seconds for at, seconds in read_seconds(self.dir).items() if at <= done}
         self._opened = Board(self.run, self.dir / "tensorboard", done=done)
         return done, state
 
@@ -144,12 +152,12 @@ class Recorder:
         self._board.curves(
             done,
             golden={
-                "gain": (point["golden"] - first["golden"]) / max(first["golden_std"], 1e-6),
+                "gain": gain(point["golden"], first["golden"], first["golden_std"]),
                 "golden/dev": point["golden"],
                 **{f"golden_parts/{name}": value for name, value in measurement.parts.items()},
             },
             proxy={
-                "gain": (point["proxy"] - first["proxy"]) / max(first["proxy_std"], 1e-6),
+                "gain": gain(point["proxy"], first["proxy"], first["proxy_std"]),
                 "proxy/dev": point["proxy"],
                 **{f"proxy_parts/{name}": value for name, value in measurement.proxy_parts.items()},
             },
@@ -157,6 +165,9 @@ class Recorder:
         if point is first:
             self._board.prompts("dev", measurement.prompts, done)
         self._board.images("samples/dev", measurement.images, measurement.prompts, done)
+        self._board.picture("evolution", self._evolution.add(done, measurement.images, measurement.prompts), done)
+        self._worked[done] = sum(self.seconds.get(stage, 0.0) for stage in WORKING)
+        write_seconds(self.dir, self._worked)
         self.history.save(self.dir)
         plot_curves(points, self.base_lines(), self.dir / "curves.png", start=self.run.start)
         tqdm.write(f"  iteration {done:4d}  golden {point['golden']:.3f}  proxy {point['proxy']:+.3f}")
@@ -179,7 +190,7 @@ class Recorder:
             "groups_constant": advantages.constant,
             "images": rewards.numel(),
         }
-        working = sum(self._marks[stage] for stage in ("rollout", "update", "publish"))
+        working = sum(self._marks[stage] for stage in WORKING)
         done = number + 1
         rate = {name: metrics[name] for name in ("learning_rate",) if name in metrics}  # absent without an update
         self.history.add("iteration", done, {**train, "scorers": by_scorer, **metrics})

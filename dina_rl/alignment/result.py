@@ -10,13 +10,29 @@ from pathlib import Path
 from dina_rl.alignment.checkpoints import Checkpoints
 from dina_rl.alignment.history import History
 from dina_rl.alignment.watch import DivergenceWatch
-from dina_rl.checkpoint import write_json
+from dina_rl.checkpoint import CONFIG_FILE, saved_config, write_json
 from dina_rl.config import AlignRun
 from dina_rl.textfiles import read_text
 
 ADAPTER, TRANSFORMER = "adapter", "transformer"
 RESULT_FILE = "result.json"
 """How many iterations the run was to have whose result lies there, written last."""
+
+
+def saved_run(run_dir: Path) -> AlignRun:
+    """The run that a directory holds. Raises ValueError where it holds no alignment run."""
+    file = run_dir / CONFIG_FILE
+    inner = run_dir / "align"  # of `python -m dina_rl.local`
+    if (inner / CONFIG_FILE).is_file():
+        raise ValueError(f"run directory {run_dir} holds a whole loop; name its alignment, {inner}")
+    if not run_dir.is_dir():
+        raise ValueError(f"run directory {run_dir} does not exist")
+    if not file.is_file():
+        raise ValueError(f"run directory {run_dir} holds no run: it has no {CONFIG_FILE}")
+    try:
+        return saved_config(AlignRun, file)
+    except ValueError as error:
+        raise ValueError(f"run directory {run_dir} holds no alignment run: {error}") from error
 
 
 def exported(run: AlignRun, run_dir: Path) -> Path:

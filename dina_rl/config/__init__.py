@@ -13,6 +13,7 @@ from dina_rl.config.alignment import (
     WorkersConfig,
 )
 from dina_rl.config.base import LoRAConfig, PipelineConfig, PolicyLoRAConfig
+from dina_rl.config.comparing import CompareRuns
 from dina_rl.config.evaluation import EvaluateRun, EvaluationWorkersConfig, SetConfig
 from dina_rl.config.exporting import ExportRun
 from dina_rl.config.fitting import (
@@ -45,6 +46,7 @@ __all__ = [
     "AlignRun",
     "IMAGE_SCORERS",
     "CLIPScoreConfig",
+    "CompareRuns",
     "DatasetConfig",
     "DiNaScorerConfig",
     "EvaluateRun",

@@ -62,7 +62,7 @@ def value_at(values: Mapping[str, Any], key: str) -> Any:
 
 def dump_without(section: BaseModel, *marks: Mark) -> dict[str, object]:
     """The section's values as JSON has them, without the settings that carry one of `marks`."""
-    return _without(section.model_dump(mode="json"), tuple(marked(type(section), *marks)))
+    return without(section.model_dump(mode="json"), tuple(marked(type(section), *marks)))
 
 
 def with_todays_names(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -75,9 +75,10 @@ def with_todays_names(values: Mapping[str, object], prefix: str = "") -> dict[st
     }
 
 
-def _without(values: Mapping[str, object], keys: Sequence[str], prefix: str = "") -> dict[str, object]:
+def without(values: Mapping[str, object], keys: Sequence[str], prefix: str = "") -> dict[str, object]:
+    """A dump without the settings and sections at `keys`."""
     return {
-        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, dict) else value
+        name: without(value, keys, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in values.items()
         if not covers(keys, prefix + name)
     }

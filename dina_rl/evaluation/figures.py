@@ -1,22 +1,15 @@
-"""The evaluator's pictures, drawn by Agg without pyplot: no display, safe in any process."""
+"""The evaluator's pictures."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dina_rl.checkpoint import write_bytes
 from dina_rl.evaluation.calibration import Calibration
 from dina_rl.evaluation.tables import Cell, Table
+from dina_rl.report import COLOURS, FAINT, STYLES, plain, save
 
-STYLES = ("-", "--", ":")
 PANELS_PER_ROW = 3
-COLOURS = ("#2f6f9f", "#c9a227", "#7a4f9a", "#3f8f5f", "#b5523b", "#6b7a86")
-FAINT = "#8a8a8a"
 Line = Sequence[tuple[float, Cell]]
 """(x, value) from left to right."""
 
@@ -47,10 +40,10 @@ def plot_table(table: Table, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_title(table.title, loc="left", fontsize=10)
     axes.set_xlabel("percent" if table.percent else "")
-    _plain(axes, "x")
+    plain(axes, "x")
     if axes.containers:
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_lines(panels: Mapping[str, Mapping[str, Line]], path: Path, *, title: str, percent: bool) -> None:
@@ -73,11 +66,11 @@ def plot_lines(panels: Mapping[str, Mapping[str, Line]], path: Path, *, title: s
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("noise level t")
         axes.set_ylabel("percent" if percent else "")
-        _plain(axes, "y")
+        plain(axes, "y")
     figure.suptitle(title, fontsize=10)
     if figure.axes[-1].lines:
         figure.axes[-1].legend(fontsize=7, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_reliability(curves: Mapping[str, Calibration], path: Path) -> None:
@@ -98,10 +91,10 @@ def plot_reliability(curves: Mapping[str, Calibration], path: Path) -> None:
         )
     axes.set_xlabel("probability of the predicted winner")
     axes.set_ylabel("share of people's decisions for it")
-    _plain(axes, "both")
+    plain(axes, "both")
     if len(axes.lines) > 1:
         axes.legend(fontsize=7, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _error(cell: Cell) -> tuple[float, float]:
@@ -111,15 +104,3 @@ def _error(cell: Cell) -> tuple[float, float]:
     if cell.low is not None and cell.high is not None:
         return max(0.0, cell.mean - cell.low), max(0.0, cell.high - cell.mean)
     return 0.0, 0.0
-
-
-def _plain(axes: Axes, grid: Literal["x", "y", "both"]) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#e5e5e5")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=130)
-    write_bytes(path, buffer.getvalue())

@@ -10,6 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dina_rl.alignment.comparison import read_runs
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import ScoredGroup, align, plan
 from dina_rl.alignment.planning import describe
@@ -38,6 +39,10 @@ def adapter_of(run):
     return load_tensors(run.run_dir / "adapter" / "pytorch_lora_weights.safetensors")
 
 
+def same_evolution(*runs):
+    return len({(run.run_dir / "evolution.png").read_bytes() for run in runs}) == 1
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_pipeline, tiny_reward):
     run = tiny_run(tmp_path_factory.mktemp("whole"), tiny_pipeline, tiny_reward, learner=RATES)
@@ -46,14 +51,14 @@ def finished(tmp_path_factory, tiny_pipeline, tiny_reward):
 
 def test_everything_a_user_looks_for_is_there(finished, tiny_pipeline):
     run, recorder = finished
-    for name in ("curves.png", "samples.png", "history.jsonl", "measurements/base.json"):
+    for name in ("curves.png", "samples.png", "evolution.png", "history.jsonl", "measurements/base.json"):
         assert (run.run_dir / name).stat().st_size > 0
     assert [point["iteration"] for point in recorder.history.points()] == [0, 2, 3]
     assert set(recorder.table("base")) == {1.0, 2.0}
     board = run.run_dir / "tensorboard"
     events = EventAccumulator(str(board)).Reload()
     assert {"update/ratio_mean", "learner/learning_rate"} <= set(events.Tags()["scalars"])
-    assert "samples/dev" in events.Tags()["images"]
+    assert {"samples/dev", "evolution"} <= set(events.Tags()["images"])
     for curve in ("golden", "proxy"):
         points = EventAccumulator(str(board / curve)).Reload().Scalars(f"{curve}/dev")
         assert [event.step for event in points] == [0, 2, 3]
@@ -105,6 +110,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
     resumed = perform(run)
     assert_same_tensors(adapter_of(run), adapter_of(whole))
     assert resumed.history.entries == recorder.history.entries
+    assert same_evolution(run, whole)
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert lines == recorder.history.entries
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -138,12 +144,23 @@ def test_a_finished_run_that_is_made_longer_equals_the_one_that_was_longer(
     assert is_finished(run, run.run_dir)
     assert_same_tensors(adapter_of(run), adapter_of(whole))
     assert longer.history.entries == recorder.history.entries
+    assert same_evolution(run, whole)
     with (
         pytest.raises(ValueError, match="iterations 2: it has 3, which can only grow"),
         opened(run.model_copy(update={"iterations": 2}), prompts),
     ):
         pass
+    moments_are_read_as_they_were_recorded(run, longer)
     exports_are_what_the_run_keeps(run, longer, capsys)
+
+
+def moments_are_read_as_they_were_recorded(run, recorder):
+    (read,) = read_runs([str(run.run_dir)])
+    points = [(moment.iteration, moment.golden, moment.proxy) for moment in read.moments]
+    assert points == [(point["iteration"], point["golden"], point["proxy"]) for point in recorder.history.points()]
+    seconds = [moment.seconds for moment in read.moments]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == sum(recorder.seconds[stage] for stage in ("rollout", "update", "publish"))
 
 
 def exports_are_what_the_run_keeps(run, recorder, capsys):

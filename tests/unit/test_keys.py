@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from dina_rl.config import (
     AlignRun,
+    CompareRuns,
     DatasetConfig,
     EvaluateRun,
     EvaluationWorkersConfig,
@@ -24,7 +25,7 @@ from dina_rl.config.base import Section
 from dina_rl.config.evaluation import BootstrapConfig, SetConfig
 from dina_rl.config.keys import Mark, covers, dump_without, marked, section_of
 
-RUNS: tuple[type[BaseModel], ...] = (FitRun, AlignRun, LocalRun, EvaluateRun, ScoreRun, ExportRun)
+RUNS: tuple[type[BaseModel], ...] = (FitRun, AlignRun, LocalRun, EvaluateRun, ScoreRun, ExportRun, CompareRuns)
 DECIDES = None
 PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     FitRun: {Mark.PROCESS: "inline", Mark.PLACE: "run_dir resume", DECIDES: "seed latents"},
