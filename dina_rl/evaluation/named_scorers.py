@@ -54,7 +54,13 @@ def named_scorer(
     if config.of_images is not None:
         check_image_scorer(config.of_images)
         return NamedScorer(
-            name=name, config=config, backbone="CLIP", main=PLAIN, ensemble=None, thurstone=None, bucketing=None
+            name=name,
+            config=config,
+            backbone=config.of_images.backbone,
+            main=PLAIN,
+            ensemble=None,
+            thurstone=None,
+            bucketing=None,
         )
     card = read_card(config.dina.location)
     pipeline = dina_pipeline(config, card)

@@ -4,13 +4,16 @@ from dina_rl.backbones.base import Backbone
 from dina_rl.checkpoint import Input
 from dina_rl.config import ImageScorerConfig, ImageScorerName, PipelineConfig, RewardsConfig
 from dina_rl.fingerprint import repository_parts
+from dina_rl.loading import on_disk
 from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Scorer
 from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
+from dina_rl.scorers.unified_reward import UNIFIED_REWARD
 
 IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "pickscore": PICKSCORE,
     "clip_score": CLIP_SCORE,
+    "unified_reward": UNIFIED_REWARD,
 }
 
 
@@ -55,9 +58,17 @@ def empty_image_scorer(config: ImageScorerConfig) -> EmptyImageScorer:
     return IMAGE_KINDS[config.name].empty(config)
 
 
+def image_scorer_bytes(config: ImageScorerConfig) -> int | None:
+    """Of its weights on disk; 0 where a server has them; None: a hub id that is not here."""
+    return 0 if IMAGE_KINDS[config.name].files is None else on_disk(config.name, config.path)
+
+
 def image_scorer_inputs(config: ImageScorerConfig) -> list[Input]:
-    """What it is made from, by the keys of its section."""
-    of_weights, of_processor = IMAGE_KINDS[config.name].files
+    """What it is made from, by the keys of its section; nobody here knows what a server has."""
+    files = IMAGE_KINDS[config.name].files
+    if files is None:
+        return []
+    of_weights, of_processor = files
     return [
         Input(key="path", path=config.path, parts=repository_parts(config.path, of_weights)),
         Input(key="processor", path=config.processor, parts=repository_parts(config.processor, of_processor)),
