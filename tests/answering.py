@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from threading import Event, Lock, Thread
@@ -26,15 +26,8 @@ class Asked(BaseHTTPRequestHandler):
         with self.server.lock:
             self.number = len(self.server.asked)
             self.server.asked.append(self)
-            self.server.open += 1
-            self.server.most_open = max(self.server.most_open, self.server.open)
-        try:
+        with suppress(ConnectionError):  # who asked has hung up
             self.server.answer(self)
-        except ConnectionError:
-            pass  # who asked has hung up
-        finally:
-            with self.server.lock:
-                self.server.open -= 1
 
     @property
     def picture(self) -> Image.Image:
@@ -78,7 +71,6 @@ class AnsweringServer(ThreadingHTTPServer):
         self.asked: list[Asked] = []
         self.lock = Lock()
         self.closing = Event()
-        self.open = self.most_open = 0
 
     @property
     def url(self) -> str:

@@ -181,11 +181,14 @@ def check_server(server: Server, model: str) -> None:
         raise ValueError(f"{server.url} is no address of a server: http://HOST:PORT/v1")
     try:
         reply = server.ask("GET", "/models")
-        if reply.status != 200:
-            raise ValueError(f"HTTP {reply.status} {_quoted(reply.content)}")
-        models = [each["id"] for each in json.loads(reply.content)["data"]]
-    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+    except (OSError, HTTPException, ValueError) as error:  # the last of an address that is none
         raise ValueError(f"server {server.url} cannot be asked: {type(error).__name__}: {error}") from error
+    try:
+        models = [each["id"] for each in json.loads(reply.content)["data"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"server {server.url} does not say what it serves: HTTP {reply.status} {_quoted(reply.content)}"
+        ) from error
     if model not in models:
         raise ValueError(f"server {server.url} serves {', '.join(map(str, models))}, not {model}")
 

@@ -114,4 +114,4 @@ def _empty(config: ImageScorerConfig) -> EmptyImageScorer:
     return EmptyImageScorer(model=nn.Module(), look=lambda: None)
 
 
-UNIFIED_REWARD = ImageKind(open=_open, check=_check, empty=_empty, files=None)
+UNIFIED_REWARD = ImageKind(open=_open, check=_check, empty=_empty, files=None, backbone="server")
