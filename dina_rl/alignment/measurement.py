@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from statistics import pstdev
 
 import torch
 
 from dina_rl.config import RewardsConfig
+from dina_rl.errors import RunStopped
 from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.types import GoldenScores, PromptEmbeds
 
@@ -34,7 +37,10 @@ class EvaluationSamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Golden and proxy of one policy at one guidance scale over one split."""
+    """Golden and proxy of one policy at one guidance scale over one split.
+
+    Means and deviations are over the samples that have a finite score, of which there are some: a failed one is no 0.
+    """
 
     guidance_scale: float
     golden: tuple[float, ...]  # per sample, in a fixed order
@@ -46,11 +52,24 @@ class Measurement:
 
     @property
     def golden_mean(self) -> float:
-        return sum(self.golden) / len(self.golden)
+        return _mean(self.golden)
+
+    @property
+    def golden_std(self) -> float:
+        return pstdev(_finite(self.golden))
 
     @property
     def proxy_mean(self) -> float:
-        return sum(self.proxy) / len(self.proxy)
+        return _mean(self.proxy)
+
+    @property
+    def proxy_std(self) -> float:
+        return pstdev(_finite(self.proxy))
+
+    @property
+    def measured(self) -> int:
+        """Samples with a finite golden score."""
+        return len(_finite(self.golden))
 
 
 def evaluation_items(
@@ -74,16 +93,33 @@ def evaluation_items(
 def combine(
     samples: Sequence[EvaluationSamples], scores: Sequence[Mapping[str, torch.Tensor]], rewards: RewardsConfig
 ) -> Measurement:
-    """One measurement from its batches, in order; `scores[i]` [B] by scorer are those of `samples[i]`."""
+    """One measurement from its batches, in order; `scores[i]` [B] by scorer are those of `samples[i]`.
+
+    Raises:
+        RunStopped: no sample has a finite score.
+    """
     whole = {name: torch.cat([batch[name] for batch in scores]) for name in rewards.scorers}
     golden = [value for batch in samples for value in batch.golden.values]
+    proxy = weighted_sum(rewards, whole).tolist()
+    for name, values in (("golden", golden), ("reward", proxy)):
+        if not _finite(values):
+            raise RunStopped(f"none of the {len(values)} samples of a measurement has a finite {name} score")
     names = samples[0].golden.parts
     return Measurement(
         guidance_scale=samples[0].item.guidance_scale,
         golden=tuple(golden),
         parts={name: sum(v for b in samples for v in b.golden.parts[name]) / len(golden) for name in names},
-        proxy=tuple(weighted_sum(rewards, whole).tolist()),
-        proxy_parts={name: score.mean().item() for name, score in whole.items()},
+        proxy=tuple(proxy),
+        proxy_parts={name: score[score.isfinite()].mean().item() for name, score in whole.items()},
         images=torch.cat([batch.images for batch in samples]),
         prompts=tuple(prompt for batch in samples for prompt in batch.item.prompts),
     )
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if isfinite(value)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = _finite(values)
+    return sum(finite) / len(finite)

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import pstdev
 from time import perf_counter
 
 import torch
@@ -132,14 +131,17 @@ class Recorder:
             done,
             {
                 "golden": measurement.golden_mean,
-                "golden_std": pstdev(measurement.golden),
+                "golden_std": measurement.golden_std,
                 "proxy": measurement.proxy_mean,
-                "proxy_std": pstdev(measurement.proxy),
+                "proxy_std": measurement.proxy_std,
                 "parts": measurement.parts,
                 "proxy_parts": measurement.proxy_parts,
-                "samples": len(measurement.golden),
+                "samples": measurement.measured,
             },
         )
+        failed = len(measurement.golden) - measurement.measured
+        if failed:
+            tqdm.write(f"  iteration {done:4d}  {failed} of {len(measurement.golden)} samples have no golden score")
         points = self.history.points()
         first, point = points[0], points[-1]
         if self.watch.improved:

@@ -36,6 +36,7 @@ from dina_rl.config.rewards import (
     PickScoreConfig,
     RewardsConfig,
     ScorerConfig,
+    UnifiedRewardConfig,
 )
 from dina_rl.config.runs import AlignRun, FitRun, LocalRun
 from dina_rl.config.scoring import PictureScorerConfig, ScoreRun
@@ -78,6 +79,7 @@ __all__ = [
     "EvaluationWorkersConfig",
     "SetConfig",
     "ThurstoneConfig",
+    "UnifiedRewardConfig",
     "TimestepConfig",
     "WatchConfig",
     "WorkersConfig",

@@ -143,6 +143,9 @@ class ReFLConfig(AlgorithmConfig):
             yield (
                 f"rewards.normalise {rewards.normalise} compares samples of a prompt, which refl does not; use constant"
             )
+        for scorer in rewards.of_images:
+            if not scorer.differentiable:
+                yield f"rewards.{scorer.name} has no gradient, which refl follows; use grpo or nft, or set it to None"
 
 
 class NFTConfig(AlgorithmConfig):

@@ -5,7 +5,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dina_rl.config.base import Guidances, NoiseLevels, Positive, Rate, Section
+from dina_rl.config.base import Guidances, NoiseLevels, NonNegative, Positive, Rate, Section
+from dina_rl.config.keys import Mark
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -57,13 +58,16 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "aesthetic", "mps", "imagereward", "hpsv3"]
+ImageScorerName = Literal[
+    "pickscore", "clip_score", "hpsv2", "hpsv2_1", "aesthetic", "mps", "imagereward", "hpsv3", "unified_reward"
+]
 
 
 class ImageScorerConfig(ScorerConfig):
     """A scorer of decoded images: a model, and what turns pictures and prompts into its input."""
 
     name: ClassVar[ImageScorerName]
+    differentiable: ClassVar[bool] = True  # in the image
     path: str
     """directory or hub id of the weights"""
     processor: str
@@ -158,6 +162,25 @@ class HPSv3Config(ImageScorerConfig):
     """directory or hub id of the Qwen2-VL that it was trained from: sizes, tokenizer and image processor"""
 
 
+class UnifiedRewardConfig(ImageScorerConfig):
+    """UnifiedReward: grade of a vision-language model, on the decoded image, by a server; it has no gradient."""
+
+    name = "unified_reward"
+    differentiable = False
+
+    path: Annotated[str, Mark.PLACE] = "http://127.0.0.1:8080/v1"
+    """address of an OpenAI-compatible server (vLLM, SGLang), as those who score reach it. A key that it asks for goes
+    into DINA_RL_SERVER_KEY in their environment"""
+    processor: str = "UnifiedReward"
+    """name under which it serves the model"""
+    concurrency: Annotated[Positive, Mark.PROCESS] = 16
+    """requests that one process has open at a time"""
+    timeout_s: Annotated[Rate, Mark.PROCESS] = 120.0
+    """longest wait for one answer"""
+    retries: Annotated[NonNegative, Mark.PROCESS] = 3
+    """repetitions of a request that was not answered, or refused for the moment (HTTP 429, 5xx)"""
+
+
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
     section.name: section
     for section in (
@@ -169,6 +192,7 @@ IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
         MPSConfig,
         ImageRewardConfig,
         HPSv3Config,
+        UnifiedRewardConfig,
     )
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
@@ -186,6 +210,7 @@ class RewardsConfig(Section):
     mps: MPSConfig | None = None
     imagereward: ImageRewardConfig | None = None
     hpsv3: HPSv3Config | None = None
+    unified_reward: UnifiedRewardConfig | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"
     """constant: scores by each scorer's mean and std; group: by its own mean and standard deviation inside each group;
     advantage: each scorer has a clipped advantage of its own, and their weighted sum is not standardised again (the
@@ -220,9 +245,9 @@ class GoldenConfig(Section):
     scorer: Literal["shapes"] | ImageScorerName = "shapes"
     """which metric: the miniature world's rules, or a model's opinion of the decoded image"""
     path: str | None = None
-    """directory or hub id of its weights; None: the published ones"""
+    """directory or hub id of its weights, or its server's address; None: the published ones"""
     processor: str | None = None
-    """directory or hub id of its tokenizer and image processor; None: the published one"""
+    """directory or hub id of its tokenizer and image processor, or its name at the server; None: the published one"""
     every: Positive = 10
     """iterations between measurements on the dev prompts"""
     dev_samples: Positive = 128

@@ -15,9 +15,10 @@ class PictureScorerConfig(Section):
     kind: Literal["dina"] | ImageScorerName = "dina"
     """dina: a reward model directory, of this project or in the published layout; the others: a scorer of images"""
     path: str | None = None
-    """directory or hub id; None: what `fit_reward` writes by default, or the published weights"""
+    """directory or hub id, or address of a server; None: what `fit_reward` writes by default, or published weights"""
     processor: str | None = None
-    """all but dina: directory or hub id of tokenizer and image processor; None: the published ones"""
+    """all but dina: directory or hub id of tokenizer and image processor, or the model's name at the server; None: the
+    published ones"""
     levels: NoiseLevels | None = None
     """dina: one level (Eq. 12) or an ensemble (Eq. 13); None: the reward model's own single level"""
     draws: Positive = 1

@@ -47,7 +47,10 @@ class Identities:
         if scorer.of_images is None:
             weights = self._content(scorer.dina.path, "config.json")
             return {"kind": scorer.kind, "weights": weights, **self.of_pipeline(scorer)}
-        of_weights, of_processor = IMAGE_KINDS[scorer.of_images.name].files
+        files = IMAGE_KINDS[scorer.of_images.name].files
+        if files is None:
+            return {"kind": scorer.kind, "server": scorer.of_images.path, "model": scorer.of_images.processor}
+        of_weights, of_processor = files
         weights = self._content(scorer.of_images.path, of_weights)
         processor = self._content(scorer.of_images.processor, of_processor)
         return {"kind": scorer.kind, "weights": weights, "processor": processor}

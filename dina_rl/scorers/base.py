@@ -70,7 +70,7 @@ class ImageKind:
     open: Callable[[ImageScorerConfig, str], "ImageScorer"]
     check: Callable[[ImageScorerConfig], None]
     empty: Callable[[ImageScorerConfig], EmptyImageScorer]
-    files: tuple[str, str]  # a file that every repository of its weights, and of its processor, has
+    files: tuple[str, str] | None  # that every repository of its weights, and of its processor, has; None: a server's
     backbone: str = "CLIP"  # as the paper's tables call what it is built on
 
 

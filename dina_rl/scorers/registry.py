@@ -13,6 +13,7 @@ from dina_rl.scorers.hpsv2 import HPSV2, HPSV2_1
 from dina_rl.scorers.hpsv3 import HPSV3
 from dina_rl.scorers.imagereward import IMAGEREWARD
 from dina_rl.scorers.mps import MPS
+from dina_rl.scorers.unified_reward import UNIFIED_REWARD
 
 CONFIG = "config.json"  # of transformers' models, whose weights lie beside it in files of several names
 
@@ -25,6 +26,7 @@ IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "mps": MPS,
     "imagereward": IMAGEREWARD,
     "hpsv3": HPSV3,
+    "unified_reward": UNIFIED_REWARD,
 }
 
 
@@ -70,15 +72,21 @@ def empty_image_scorer(config: ImageScorerConfig) -> EmptyImageScorer:
 
 
 def image_scorer_bytes(config: ImageScorerConfig) -> int | None:
-    """Of its weights on disk; None: a hub id that is not here."""
-    name, _ = IMAGE_KINDS[config.name].files
+    """Of its weights on disk; 0 where a server has them; None: a hub id that is not here."""
+    files = IMAGE_KINDS[config.name].files
+    if files is None:
+        return 0
+    name, _ = files
     directory = None if name == CONFIG else local_directory(config.path, name)
     return on_disk(config.name, config.path if directory is None else directory / name)
 
 
 def image_scorer_inputs(config: ImageScorerConfig) -> list[Input]:
-    """What it is made from, by the keys of its section."""
-    of_weights, of_processor = IMAGE_KINDS[config.name].files
+    """What it is made from, by the keys of its section; nobody here knows what a server has."""
+    files = IMAGE_KINDS[config.name].files
+    if files is None:
+        return []
+    of_weights, of_processor = files
     return [
         Input(key="path", path=config.path, parts=repository_parts(config.path, of_weights)),
         Input(key="processor", path=config.processor, parts=repository_parts(config.processor, of_processor)),

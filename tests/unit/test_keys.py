@@ -19,6 +19,7 @@ from dina_rl.config import (
     PipelineConfig,
     RolloutConfig,
     ScoreRun,
+    UnifiedRewardConfig,
     WorkersConfig,
 )
 from dina_rl.config.base import Section
@@ -64,6 +65,11 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         Mark.PROCESS: "layout gpus sleep rollout_workers text_workers scorers learner_ranks cpus_per_actor "
         "gpus_per_rollout gpus_per_scorer gpus_per_rank threads_per_actor start_timeout_s call_timeout_s "
         "weights_part_mib snapshot_every max_restarts"
+    },
+    UnifiedRewardConfig: {
+        Mark.PROCESS: "concurrency timeout_s retries",
+        Mark.PLACE: "path",
+        DECIDES: "weight mean std processor",
     },
     EvaluateRun: {
         Mark.PROCESS: "inline max_broken workers",
