@@ -10,6 +10,7 @@ from dina_rl.config.base import Guidances, NoiseLevels, Positive, Rate, Section
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
+LRM_RELEASE = "casiatao/LRM"
 
 
 class ScorerConfig(Section):
@@ -54,7 +55,7 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-ImageScorerName = Literal["pickscore", "clip_score"]
+ImageScorerName = Literal["pickscore", "clip_score", "lrm_sd15", "lrm_sdxl"]
 
 
 class ImageScorerConfig(ScorerConfig):
@@ -89,8 +90,32 @@ class CLIPScoreConfig(ImageScorerConfig):
     """directory or hub id of its tokenizer and image processor"""
 
 
+class LRMSD15Config(ImageScorerConfig):
+    """LRM-SD1.5: learned scale times cosine of noisy latents of its own VAE, here of the decoded image."""
+
+    name = "lrm_sd15"
+
+    path: str = LRM_RELEASE
+    """directory of the released layout (unet/, text_encoder/, state_dict.pt), or hub id or directory that has it as
+    lrm_sd15/"""
+    processor: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """directory or hub id of the pipeline that lends vae/, tokenizer/ and scheduler/"""
+
+
+class LRMSDXLConfig(ImageScorerConfig):
+    """LRM-SDXL: learned scale times cosine of noisy latents of its own VAE, here of the decoded image."""
+
+    name = "lrm_sdxl"
+
+    path: str = LRM_RELEASE
+    """directory of the released layout (unet/, text_encoder/, text_encoder_2/, state_dict.pt), or hub id or directory
+    that has it as lrm_sdxl/"""
+    processor: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    """directory or hub id of the pipeline that lends vae/, tokenizer/, tokenizer_2/ and scheduler/"""
+
+
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
-    section.name: section for section in (PickScoreConfig, CLIPScoreConfig)
+    section.name: section for section in (PickScoreConfig, CLIPScoreConfig, LRMSD15Config, LRMSDXLConfig)
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
@@ -101,6 +126,8 @@ class RewardsConfig(Section):
     dina: DiNaScorerConfig | None = DiNaScorerConfig()
     pickscore: PickScoreConfig | None = None
     clip_score: CLIPScoreConfig | None = None
+    lrm_sd15: LRMSD15Config | None = None
+    lrm_sdxl: LRMSDXLConfig | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"
     """constant: scores by each scorer's mean and std; group: by its own mean and standard deviation inside each group;
     advantage: each scorer has a clipped advantage of its own, and their weighted sum is not standardised again (the

@@ -7,10 +7,13 @@ from dina_rl.fingerprint import repository_parts
 from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Scorer
 from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
+from dina_rl.scorers.lrm import LRM_SD15, LRM_SDXL
 
 IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "pickscore": PICKSCORE,
     "clip_score": CLIP_SCORE,
+    "lrm_sd15": LRM_SD15,
+    "lrm_sdxl": LRM_SDXL,
 }
 
 

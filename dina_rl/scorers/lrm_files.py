@@ -1,0 +1,244 @@
+"""The released layout of an LRM: `unet/`, `text_encoder/`, for SDXL `text_encoder_2/`, and `state_dict.pt`."""
+
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from dina_rl.backbones.known import (
+    CLIP_G_TEXT,
+    CLIP_L_TEXT,
+    SD15_AUTOENCODER,
+    SD15_UNET,
+    SDXL_AUTOENCODER,
+    SDXL_UNET,
+    Sizes,
+)
+from dina_rl.config import LRM_RELEASE
+from dina_rl.fingerprint import weight_files
+from dina_rl.loading import loading
+from dina_rl.reward.card import check_tensors
+from dina_rl.reward.published import DAMAGED, HUB_ID
+from dina_rl.scorers.lrm_model import LEFT_OUT, LRM, Head, TextModel, truncated
+
+STATE = "state_dict.pt"
+CONFIG, ALL = "config.json", "*"
+TEXTS: Mapping[str, type[TextModel]] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartSizes:
+    """Of the parts that a plan needs."""
+
+    unet: Sizes
+    vae: Sizes
+    texts: tuple[Sizes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Family:
+    """One of the two released models."""
+
+    folder: str  # of the release: Kwai-Kolors/LPO, lpo/configs/*.py, ft_model_path
+    texts: tuple[str, ...]  # its text encoders
+    sizes: PartSizes  # as published
+
+
+SD15 = Family(
+    folder="lrm_sd15",
+    texts=("text_encoder",),
+    sizes=PartSizes(unet=SD15_UNET, vae=SD15_AUTOENCODER, texts=(CLIP_L_TEXT,)),
+)
+SDXL = Family(
+    folder="lrm_sdxl",
+    texts=("text_encoder", "text_encoder_2"),
+    sizes=PartSizes(unet=SDXL_UNET, vae=SDXL_AUTOENCODER, texts=(CLIP_L_TEXT, CLIP_G_TEXT)),
+)
+
+
+@cache
+def empty_lrm(path: str, processor: str, family: Family) -> LRM:
+    """The model on the meta device, known by its hub id or read from where it is.
+
+    Raises:
+        ValueError: it is neither known nor can be read, or is another kind of model.
+    """
+    sizes = family.sizes if path == LRM_RELEASE else read_sizes(path, processor, family)
+    texts = zip(family.texts, sizes.texts, strict=True)
+    with torch.device("meta"):
+        return _assembled(
+            AutoencoderKL.from_config(sizes.vae),
+            UNet2DConditionModel.from_config(sizes.unet),
+            [TEXTS[name](CLIPTextConfig(**text)) for name, text in texts],
+        )
+
+
+def read_sizes(path: str, processor: str, family: Family) -> PartSizes:
+    """Of its parts, from their configurations.
+
+    Raises:
+        ValueError: one cannot be read, or is another kind of model's.
+    """
+    place = directory_of(path, family, CONFIG)
+    unet = _config(UNet2DConditionModel, place, "unet")
+    _check_unet(unet, path, family)
+    texts = tuple(_text_config(place, name) for name in family.texts)
+    return PartSizes(unet=unet, vae=_config(AutoencoderKL, processor, "vae"), texts=texts)
+
+
+def open_lrm(path: str, processor: str, family: Family) -> LRM:
+    """The model with its weights, fp32.
+
+    Raises:
+        ValueError: a part cannot be read, or its tensors are not those of the model.
+    """
+    place = directory_of(path, family, ALL)
+    _check_unet(_config(UNet2DConditionModel, place, "unet"), path, family)
+    with loading("the model", place / "unet"):
+        vae = _stock(AutoencoderKL, processor, "vae")
+        unet = _open_unet(place / "unet")
+        model = _assembled(vae, unet, [_stock(TEXTS[name], str(place), name) for name in family.texts])
+    state = _read_state(place / STATE)
+    check_tensors(state, model.head.state_dict(), place / STATE)
+    model.head.load_state_dict(state)
+    return model
+
+
+def directory_of(path: str, family: Family, files: str) -> Path:
+    """The directory of the released layout: `path`, or the model's folder in it; of a hub id what is downloaded.
+
+    Raises:
+        ValueError: there is none.
+    """
+    place = Path(path).expanduser()
+    if not place.is_dir() and HUB_ID.fullmatch(path):
+        place = _downloaded(path, family, files)
+    inside = place / family.folder
+    found = inside if inside.is_dir() else place
+    for part in ("unet", *family.texts):
+        if not (found / part / CONFIG).is_file():
+            raise ValueError(f"LRM {path} has no {part}/{CONFIG}; give the directory of {family.folder}")
+    return found
+
+
+def _downloaded(path: str, family: Family, files: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    folders = (family.folder + "/", "")
+    wanted = [f"{folder}{part}/{files}" for folder in folders for part in ("unet", *family.texts)]
+    state = [f"{folder}{STATE}" for folder in folders if files == ALL]
+    try:
+        return Path(snapshot_download(path, allow_patterns=[*wanted, *state, "README.md"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"LRM {path} is neither a local directory nor can be read: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _assembled(vae: AutoencoderKL, unet: UNet2DConditionModel, texts: list[TextModel]) -> LRM:
+    if vae.config.latent_channels != unet.config.in_channels:
+        raise ValueError(
+            f"the VAE of processor has {vae.config.latent_channels} latent channels, the LRM reads "
+            f"{unet.config.in_channels}"
+        )
+    return LRM(vae=vae, unet=truncated(unet), texts=texts, head=Head(unet, texts))
+
+
+def _check_unet(unet: Mapping[str, object], path: str, family: Family) -> None:
+    kind, expected = (each.get("addition_embed_type") for each in (unet, family.sizes.unet))
+    if unet.get("_class_name") != UNet2DConditionModel.__name__ or kind != expected:
+        names = {None: "SD1.5", "text_time": "SDXL"}
+        raise ValueError(
+            f"LRM {path} is a {unet.get('_class_name')} like {names.get(kind, kind)}'s, not {names[expected]}'s"
+        )
+
+
+def _config(kind: type[AutoencoderKL] | type[UNet2DConditionModel], path: str | Path, part: str) -> Sizes:
+    try:
+        return dict(kind.load_config(str(path), subfolder=part))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{part} of {path} cannot be read: {first_line(error)}") from error
+
+
+def _text_config(place: Path, part: str) -> Sizes:
+    try:
+        return dict(CLIPTextConfig.from_pretrained(place, subfolder=part).to_dict())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{part} of {place} cannot be read: {first_line(error)}") from error
+
+
+def _stock(kind, path: str, part: str):  # type: ignore[no-untyped-def]
+    """A part by its own class, in fp32; that class leaves tensors that are missing as they are drawn."""
+    try:
+        model, found = kind.from_pretrained(path, subfolder=part, dtype=torch.float32, output_loading_info=True)
+    except DAMAGED as error:
+        raise ValueError(f"{part} of {path} cannot be read: {first_line(error)}") from error
+    for what in ("missing", "unexpected"):
+        if names := sorted(found[f"{what}_keys"]):
+            raise ValueError(f"{part} of {path}: {len(names)} tensors {what}: {', '.join(names[:3])}")
+    return model
+
+
+def _open_unet(folder: Path) -> UNet2DConditionModel:
+    """The first half of it: of the rest names and shapes are looked at, no more."""
+    with torch.device("meta"):
+        whole = UNet2DConditionModel.from_config(_config(UNet2DConditionModel, folder.parent, "unet"))
+    files = weight_files(folder, None)
+    if not files or files[0].suffix != ".safetensors":
+        raise ValueError(f"{folder} has no whole set of safetensors files")
+    kept: Tensors = {}
+    shapes: Tensors = {}
+    for name, tensor in (pair for file in files for pair in _tensors(file)):
+        shapes[name] = tensor.to("meta")
+        if not name.startswith(LEFT_OUT):
+            kept[name] = tensor.float()
+    check_tensors(shapes, whole.state_dict(), folder)
+    half = truncated(whole)
+    half.load_state_dict(kept, assign=True)
+    return half
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor of the file, on the meta device where it is not needed: it is not read then."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                left_out = name.startswith(LEFT_OUT)
+                shape = opened.get_slice(name).get_shape()
+                yield name, torch.empty(shape, device="meta") if left_out else opened.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def _read_state(file: Path) -> Tensors:
+    """The tensors of `state_dict.pt`, a dict of the projections' own and of a number, under flat names."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file} is damaged or holds more than tensors and numbers; not loaded") from error
+    except DAMAGED as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} is not a dict of tensors")
+    return dict(pair for name, value in state.items() for pair in _flat(name, value))
+
+
+def _flat(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, dict):
+        yield from ((f"{name}.{key}", torch.as_tensor(tensor).float()) for key, tensor in value.items())
+    else:
+        yield name, torch.as_tensor(value).float()
