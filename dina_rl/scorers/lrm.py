@@ -6,7 +6,7 @@ does: the processor's `vae/` is used, which in a local copy may hold the files o
 """
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -44,12 +44,11 @@ class LRMScorer:
 
     def __init__(self, config: ImageScorerConfig, family: Family, *, device: str) -> None:
         self._device = device
-        self._tokenizers, scheduler = _read_processor(config.processor, family)
+        self._tokenizers, self._scheduler = _read_processor(config.processor, family)
         model = open_lrm(config.path, config.processor, family)
         self._model: LRM = model.to(device).requires_grad_(False).eval()
-        signal = scheduler.alphas_cumprod[TIMESTEP].item()
-        self._signal = signal**0.5
-        self._noise = (1 - signal) ** 0.5 * seeding.normal(model.latent_shape, NOISE_SEED, "lrm-noise").to(device)
+        self._noise = seeding.normal(model.latent_shape, NOISE_SEED, "lrm-noise").to(device)
+        self._timestep = torch.tensor([TIMESTEP], device=device)
         self._empty = self._read("")
 
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
@@ -65,7 +64,8 @@ class LRMScorer:
 
     def _score(self, image: torch.Tensor, words: Words) -> torch.Tensor:
         latents = self._model.latents(self._resized(image.to(self._device)))
-        return self._model.score(self._signal * latents + self._noise, words, self._empty)
+        noisy = self._scheduler.add_noise(latents, self._noise, self._timestep)  # type: ignore[arg-type]  # int64
+        return self._model.score(noisy, words, self._empty)
 
     @torch.no_grad()
     def _read(self, prompt: str) -> Words:
@@ -96,7 +96,7 @@ def _read_processor(path: str, family: Family) -> tuple[list[PreTrainedTokenizer
     """The tokenizers of the pipeline at `path`, one for each text encoder, and its noise."""
     names = [name.replace("text_encoder", "tokenizer") for name in family.texts]
     try:
-        tokenizers = [AutoTokenizer.from_pretrained(path, subfolder=name) for name in names]
+        tokenizers: list[PreTrainedTokenizerBase] = [AutoTokenizer.from_pretrained(path, subfolder=x) for x in names]
         return tokenizers, DDPMScheduler.from_config(DDPMScheduler.load_config(path, subfolder="scheduler"))
     except (OSError, ValueError) as error:
         raise ValueError(f"processor {path} cannot be read: {first_line(error)}") from error

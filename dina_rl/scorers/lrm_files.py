@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -28,6 +29,7 @@ from dina_rl.reward.published import DAMAGED, HUB_ID
 from dina_rl.scorers.lrm_model import LEFT_OUT, LRM, Head, TextModel, truncated
 
 STATE = "state_dict.pt"
+SDXL_HAS = "addition_embed_type"  # in its UNet's configuration; SD1.5's is without
 CONFIG, ALL = "config.json", "*"
 TEXTS: Mapping[str, type[TextModel]] = {
     "text_encoder": CLIPTextModel,
@@ -80,7 +82,7 @@ def empty_lrm(path: str, processor: str, family: Family) -> LRM:
         return _assembled(
             AutoencoderKL.from_config(sizes.vae),
             UNet2DConditionModel.from_config(sizes.unet),
-            [TEXTS[name](CLIPTextConfig(**text)) for name, text in texts],
+            [TEXTS[name](CLIPTextConfig.from_dict(text)) for name, text in texts],
         )
 
 
@@ -150,28 +152,26 @@ def first_line(error: Exception) -> str:
 
 
 def _assembled(vae: AutoencoderKL, unet: UNet2DConditionModel, texts: list[TextModel]) -> LRM:
-    if vae.config.latent_channels != unet.config.in_channels:
-        raise ValueError(
-            f"the VAE of processor has {vae.config.latent_channels} latent channels, the LRM reads "
-            f"{unet.config.in_channels}"
-        )
+    made, read = vae.config["latent_channels"], unet.config["in_channels"]
+    if made != read:
+        raise ValueError(f"the VAE of processor has latents of {made} channels, the LRM reads {read}")
     return LRM(vae=vae, unet=truncated(unet), texts=texts, head=Head(unet, texts))
 
 
-def _check_unet(unet: Mapping[str, object], path: str, family: Family) -> None:
-    kind, expected = (each.get("addition_embed_type") for each in (unet, family.sizes.unet))
-    if unet.get("_class_name") != UNet2DConditionModel.__name__ or kind != expected:
-        names = {None: "SD1.5", "text_time": "SDXL"}
-        raise ValueError(
-            f"LRM {path} is a {unet.get('_class_name')} like {names.get(kind, kind)}'s, not {names[expected]}'s"
-        )
+def _check_unet(unet: Sizes, path: str, family: Family) -> None:
+    kind, ours = unet.get("_class_name"), family.sizes.unet
+    if kind != UNet2DConditionModel.__name__ or unet.get(SDXL_HAS) != ours.get(SDXL_HAS):
+        found, wanted = ("SDXL" if sizes.get(SDXL_HAS) else "SD1.5" for sizes in (unet, ours))
+        raise ValueError(f"LRM {path} is a {kind} like {found}'s, not {wanted}'s")
 
 
 def _config(kind: type[AutoencoderKL] | type[UNet2DConditionModel], path: str | Path, part: str) -> Sizes:
     try:
-        return dict(kind.load_config(str(path), subfolder=part))
+        config = kind.load_config(str(path), subfolder=part)
     except (OSError, ValueError) as error:
         raise ValueError(f"{part} of {path} cannot be read: {first_line(error)}") from error
+    assert isinstance(config, dict)
+    return config
 
 
 def _text_config(place: Path, part: str) -> Sizes:
@@ -181,7 +181,7 @@ def _text_config(place: Path, part: str) -> Sizes:
         raise ValueError(f"{part} of {place} cannot be read: {first_line(error)}") from error
 
 
-def _stock(kind, path: str, part: str):  # type: ignore[no-untyped-def]
+def _stock(kind: Any, path: str, part: str) -> Any:
     """A part by its own class, in fp32; that class leaves tensors that are missing as they are drawn."""
     try:
         model, found = kind.from_pretrained(path, subfolder=part, dtype=torch.float32, output_loading_info=True)

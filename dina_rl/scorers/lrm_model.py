@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -33,9 +33,11 @@ class Head(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel, texts: Sequence[TextModel]) -> None:
         super().__init__()
-        widths, text = unet.config.block_out_channels, texts[-1].config
-        self.visual_projection = nn.Linear(sum(widths) + widths[-1], text.projection_dim, bias=False)
-        self.text_projection = nn.Linear(text.hidden_size, text.projection_dim, bias=False) if len(texts) == 1 else None
+        widths, text = unet.config["block_out_channels"], texts[-1].config
+        width = text.projection_dim
+        assert isinstance(width, int)
+        self.visual_projection = nn.Linear(sum(widths) + widths[-1], width, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, width, bias=False) if len(texts) == 1 else None
         self.logit_scale = nn.Parameter(torch.zeros(()))
 
 
@@ -53,8 +55,8 @@ class LRM(nn.Module):
         super().__init__()
         self.vae, self.unet, self.texts, self.head = vae, unet, nn.ModuleList(texts), head
         self.text_lengths = [text.config.max_position_embeddings for text in texts]
-        self.edge: int = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-        self.latent_shape = (1, vae.config.latent_channels, unet.config.sample_size, unet.config.sample_size)
+        self.edge: int = unet.config["sample_size"] * 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.latent_shape = (1, vae.config["latent_channels"], unet.config["sample_size"], unet.config["sample_size"])
 
     def latents(self, image: torch.Tensor) -> torch.Tensor:
         """Latents [1, C, h, w] of a picture [1, 3, edge, edge] in [0, 1].
@@ -62,7 +64,8 @@ class LRM(nn.Module):
         The mean of the posterior, where the published code draws from it: a picture has one score.
         """
         mean: torch.Tensor = self.vae.encode(2 * image - 1).latent_dist.mean
-        return mean * self.vae.config.scaling_factor
+        scaled: torch.Tensor = mean * self.vae.config["scaling_factor"]
+        return scaled
 
     def score(self, noisy: torch.Tensor, words: Words, empty: Words) -> torch.Tensor:
         """Score [1] of noisy latents [1, C, h, w]."""
@@ -101,7 +104,7 @@ class LRM(nn.Module):
 
     def _added(self, words: Words) -> dict[str, torch.Tensor] | None:
         """What SDXL's UNet is told of the picture: its size, nothing cut off, its size again."""
-        if self.unet.config.addition_embed_type is None:
+        if self.unet.config["addition_embed_type"] is None:
             return None
         size = [self.edge, self.edge]
         return {
@@ -112,5 +115,6 @@ class LRM(nn.Module):
 
 def truncated(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """The UNet, without what comes after its middle block, whose output becomes its own."""
-    unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, nn.Identity()
+    for name, nothing in (("up_blocks", nn.ModuleList()), ("conv_norm_out", None), ("conv_out", nn.Identity())):
+        unet.register_module(name, nothing)
     return unet
