@@ -24,7 +24,7 @@ import torch
 from actors.alignment import open_actors
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.costs import count_costs
-from dina_rl.alignment.layout import KINDS, Kind, layout_of
+from dina_rl.alignment.layout import Kind, layout_of
 from dina_rl.alignment.loop import plan
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.skeletons import open_skeletons
@@ -38,15 +38,15 @@ from dina_rl.runtime import configure_process, open_pipeline
 
 CORES = 2
 COLOCATED, SPLIT = "colocated", "split"
-LAYOUTS = {
-    COLOCATED: {"gpus": CORES},
+LAYOUTS = {  # rollout actors encode the miniature's prompts themselves: a text actor would be one process more to pin
+    COLOCATED: {"gpus": CORES, "text_workers": 0},
     SPLIT: {
-        **{"rollout_workers": 1, "scorers": 1, "learner_ranks": 1},
+        **{"text_workers": 0, "rollout_workers": 1, "scorers": 1, "learner_ranks": 1},
         **{"gpus_per_rollout": 1, "gpus_per_scorer": 0.5, "gpus_per_rank": 0.5},
     },
 }
 CORES_OF: dict[str, dict[Kind, tuple[int, ...]]] = {
-    COLOCATED: {kind: tuple(range(CORES)) for kind in KINDS},
+    COLOCATED: dict.fromkeys(("rollout", "scorer", "learner"), tuple(range(CORES))),
     SPLIT: {"rollout": (0,), "scorer": (1,), "learner": (1,)},
 }
 TITLES: dict[Kind, str] = {"rollout": "ray::RolloutActor", "scorer": "ray::ScorerActor", "learner": "ray::LearnerActor"}

@@ -85,8 +85,10 @@ def pipeline_parts(location: str, revision: str | None = None, variant: str | No
 
 
 def repository_parts(path: str, known_file: str) -> Parts:
-    """The files of a directory, or the commit of a hub id."""
+    """The files of a directory, a file, or the commit of a hub id."""
     directory = Path(path).expanduser()
+    if directory.is_file():
+        return file_parts(directory)
     return {"content": files_digest(directory) if directory.is_dir() else cached_commit(path, known_file)}
 
 

@@ -57,6 +57,8 @@ def on_disk(what: str, path: str | Path, variant: str | None = None) -> int | No
     Args:
         variant: whose files count where a part has them.
     """
+    if Path(path).expanduser().is_file():
+        return Path(path).expanduser().stat().st_size
     root = _directory(path)
     if root is None:
         return None

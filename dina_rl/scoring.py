@@ -22,14 +22,14 @@ from dina_rl.backbones.base import Backbone, LatentCodec, TextEncoder
 from dina_rl.config import ImageScorerConfig, PictureScorerConfig, PipelineConfig
 from dina_rl.data.buckets import Size, assign
 from dina_rl.data.images import MAX_PIXELS, image_size, load_image
-from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, on_disk
+from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes
 from dina_rl.pictures import LATENTS_SUFFIX
 from dina_rl.reward.checkpoint import RewardCard, read_card
 from dina_rl.reward.home import check_fingerprint
 from dina_rl.reward.revision import pipeline_revision
 from dina_rl.scorers.base import Conditions, Scorer, Space
 from dina_rl.scorers.dina import DiNaScorer, open_dina
-from dina_rl.scorers.registry import open_image_scorer
+from dina_rl.scorers.registry import image_scorer_bytes, open_image_scorer
 from dina_rl.seeding import normal
 
 log = logging.getLogger(__name__)
@@ -275,7 +275,7 @@ def open_scorer(
 def loads(config: PictureScorerConfig) -> Sizes:
     """What a process loads that scores images by `config`. Raises ValueError where there is no such reward model."""
     if config.of_images is not None:
-        return {config.kind: on_disk(config.kind, config.of_images.path)}
+        return {config.kind: image_scorer_bytes(config.of_images)}
     pipeline = dina_pipeline(config, read_card(config.dina.location))
     return loading.sizes(pipeline.location, TRANSFORMER, TEXT, VAE, variant=pipeline.variant)
 

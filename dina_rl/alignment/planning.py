@@ -25,9 +25,10 @@ from dina_rl.alignment.timeline import (
 )
 from dina_rl.backbones.base import Backbone
 from dina_rl.config import AlignRun, WorkersConfig
-from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, on_disk, shown_bytes, sizes
+from dina_rl.loading import TEXT, TRANSFORMER, VAE, Sizes, shown_bytes, sizes
 from dina_rl.reward.home import find_home
 from dina_rl.runtime import image_size
+from dina_rl.scorers.registry import image_scorer_bytes
 
 Value = TypeVar("Value")
 Row = tuple[str, str]
@@ -52,8 +53,8 @@ def loads(run: AlignRun) -> dict[str, Sizes]:
     """
     of_pipeline = partial(sizes, run.pipeline.location, variant=run.pipeline.variant)
     workers, golden = run.workers, run.golden.of_images
-    metric = {} if golden is None else {golden.name: on_disk(golden.name, golden.path)}
-    pixels = {each.name: on_disk(each.name, each.path) for each in run.rewards.of_images}
+    metric = {} if golden is None else {golden.name: image_scorer_bytes(golden)}
+    pixels = {each.name: image_scorer_bytes(each) for each in run.rewards.of_images}
     texts = workers.text_workers
     own = [] if texts else [TEXT]
     return {

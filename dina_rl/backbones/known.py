@@ -223,5 +223,6 @@ CLIP_L = KnownCLIP(
 )
 CLIP_MODELS: Mapping[str, KnownCLIP] = {
     "yuvalkirstain/PickScore_v1": CLIP_H,
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": CLIP_H,  # whose sizes HPSv2 and MPS have
     "openai/clip-vit-large-patch14": CLIP_L,
 }

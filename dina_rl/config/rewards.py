@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from dina_rl.config.base import Guidances, NoiseLevels, Positive, Rate, Section
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
+HPSV2 = "xswu/HPSv2"
 LRM_RELEASE = "casiatao/LRM"
 
 
@@ -55,7 +56,7 @@ class DiNaScorerConfig(ScorerConfig):
         return Path(self.path).expanduser()
 
 
-ImageScorerName = Literal["pickscore", "clip_score", "lrm_sd15", "lrm_sdxl"]
+ImageScorerName = Literal["pickscore", "clip_score", "hpsv2", "hpsv2_1", "aesthetic", "mps", "lrm_sd15", "lrm_sdxl"]
 
 
 class ImageScorerConfig(ScorerConfig):
@@ -75,7 +76,7 @@ class PickScoreConfig(ImageScorerConfig):
 
     path: str = PICKSCORE
     """directory or hub id of the CLIPModel"""
-    processor: str = PICKSCORE_PROCESSOR
+    processor: str = CLIP_H
     """directory or hub id of its tokenizer and image processor"""
 
 
@@ -88,6 +89,50 @@ class CLIPScoreConfig(ImageScorerConfig):
     """directory or hub id of the CLIPModel"""
     processor: str = CLIP_L
     """directory or hub id of its tokenizer and image processor"""
+
+
+class HPSv2Config(ImageScorerConfig):
+    """HPSv2 (2.0): cosine of a CLIP model fine-tuned on comparisons, on the decoded image."""
+
+    name = "hpsv2"
+
+    path: str = HPSV2
+    """HPS_v2_compressed.pt, or a directory or hub id that has it"""
+    processor: str = CLIP_H
+    """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
+
+
+class HPSv21Config(ImageScorerConfig):
+    """HPSv2.1: the same, fine-tuned on more comparisons."""
+
+    name = "hpsv2_1"
+
+    path: str = HPSV2
+    """HPS_v2.1_compressed.pt, or a directory or hub id that has it"""
+    processor: str = CLIP_H
+    """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
+
+
+class AestheticConfig(ImageScorerConfig):
+    """LAION's aesthetic predictor: of the decoded image alone, the prompt is not read."""
+
+    name = "aesthetic"
+
+    path: str = "camenduru/improved-aesthetic-predictor"
+    """sac+logos+ava1-l14-linearMSE.pth, or a directory or hub id that has it"""
+    processor: str = CLIP_L
+    """directory or hub id of the CLIPModel whose image embedding it reads, with its image processor"""
+
+
+class MPSConfig(ImageScorerConfig):
+    """MPS (overall): learned scale times cosine, on the decoded image, whose tokens look at the words."""
+
+    name = "mps"
+
+    path: str = "~/dina_rl/MPS_overall.safetensors"
+    """what `python -m jobs.convert_mps` makes of the released MPS_overall_checkpoint.pth"""
+    processor: str = CLIP_H
+    """directory or hub id of the CLIP model that was fine-tuned: its sizes, tokenizer and image processor"""
 
 
 class LRMSD15Config(ImageScorerConfig):
@@ -115,7 +160,17 @@ class LRMSDXLConfig(ImageScorerConfig):
 
 
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
-    section.name: section for section in (PickScoreConfig, CLIPScoreConfig, LRMSD15Config, LRMSDXLConfig)
+    section.name: section
+    for section in (
+        PickScoreConfig,
+        CLIPScoreConfig,
+        HPSv2Config,
+        HPSv21Config,
+        AestheticConfig,
+        MPSConfig,
+        LRMSD15Config,
+        LRMSDXLConfig,
+    )
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
@@ -126,6 +181,10 @@ class RewardsConfig(Section):
     dina: DiNaScorerConfig | None = DiNaScorerConfig()
     pickscore: PickScoreConfig | None = None
     clip_score: CLIPScoreConfig | None = None
+    hpsv2: HPSv2Config | None = None
+    hpsv2_1: HPSv21Config | None = None
+    aesthetic: AestheticConfig | None = None
+    mps: MPSConfig | None = None
     lrm_sd15: LRMSD15Config | None = None
     lrm_sdxl: LRMSDXLConfig | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"

@@ -1,6 +1,6 @@
 """What decides a scorer's numbers, as plain values to make cache keys of.
 
-A hub id is known by the commit of its cached snapshot, a local directory by its files (`fingerprint.py`).
+A hub id is known by the commit of its cached snapshot, a local directory or file by what it holds (`fingerprint.py`).
 """
 
 import json
@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from dina_rl.config import PictureScorerConfig, PipelineConfig
-from dina_rl.fingerprint import cached_commit, files_digest
+from dina_rl.fingerprint import cached_commit, file_digest, files_digest
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.scorers.registry import IMAGE_KINDS
 from dina_rl.scoring import dina_pipeline
@@ -53,12 +53,14 @@ class Identities:
         return {"kind": scorer.kind, "weights": weights, "processor": processor}
 
     def _content(self, path: str, known_file: str, revision: str | None = None) -> str:
-        """What a directory or hub id holds; `known_file` is a file that every such repository has."""
+        """What a directory, file or hub id holds; `known_file` is a file that every such repository has."""
         key = path if revision is None else f"{path}@{revision}"
         if key not in self._contents:
-            directory = Path(path).expanduser()
-            if directory.is_dir():
-                self._contents[key] = files_digest(directory)
+            place = Path(path).expanduser()
+            if place.is_dir():
+                self._contents[key] = files_digest(place)
+            elif place.is_file():
+                self._contents[key] = file_digest(place)
             else:  # nothing of it is cached where it was never opened: its name is all there is
                 self._contents[key] = f"{path}@{cached_commit(path, known_file, revision)}"
         return self._contents[key]

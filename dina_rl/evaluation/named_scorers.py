@@ -14,7 +14,7 @@ from dina_rl.reward.card import RewardCard
 from dina_rl.reward.checkpoint import read_card
 from dina_rl.reward.home import check_fingerprint
 from dina_rl.runtime import open_pipeline
-from dina_rl.scorers.registry import check_image_scorer
+from dina_rl.scorers.registry import IMAGE_KINDS, check_image_scorer
 from dina_rl.scoring import dina_pipeline
 
 PLAIN = View(levels=())
@@ -53,8 +53,9 @@ def named_scorer(
     config = _absolute(config)
     if config.of_images is not None:
         check_image_scorer(config.of_images)
+        backbone_name = IMAGE_KINDS[config.of_images.name].backbone
         return NamedScorer(
-            name=name, config=config, backbone="CLIP", main=PLAIN, ensemble=None, thurstone=None, bucketing=None
+            name=name, config=config, backbone=backbone_name, main=PLAIN, ensemble=None, thurstone=None, bucketing=None
         )
     card = read_card(config.dina.location)
     pipeline = dina_pipeline(config, card)
@@ -87,7 +88,7 @@ def _bucketing(dataset: DatasetConfig, buckets: Buckets | None, pipeline: Pipeli
 
 
 def _absolute(config: PictureScorerConfig) -> PictureScorerConfig:
-    """The configuration with absolute directories: workers have working directories of their own."""
+    """The configuration with absolute places: workers have working directories of their own."""
     paths = {name: value for name in ("path", "processor", "pipeline") if (value := dict(config)[name]) is not None}
     found = {name: Path(value).expanduser() for name, value in paths.items()}
-    return config.model_copy(update={name: str(path.resolve()) for name, path in found.items() if path.is_dir()})
+    return config.model_copy(update={name: str(path.resolve()) for name, path in found.items() if path.exists()})

@@ -71,6 +71,7 @@ class ImageKind:
     check: Callable[[ImageScorerConfig], None]
     empty: Callable[[ImageScorerConfig], EmptyImageScorer]
     files: tuple[str, str]  # a file that every repository of its weights, and of its processor, has
+    backbone: str = "CLIP"  # as the paper's tables call what it is built on
 
 
 class ImageScorer(Scorer, Protocol):

@@ -1,121 +1,136 @@
 """Rewards on CLIP's two towers: PickScore (Kirstain et al., 2023) and CLIPScore (Hessel et al., 2021)."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
 
 from dina_rl.backbones.known import CLIP_MODELS
 from dina_rl.config import ImageScorerConfig
 from dina_rl.loading import loading
 from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
+from dina_rl.scorers.clip_input import CLIPInput, distinct
 
-LONGEST = 16
-"""Times the short edge that a picture may be long before its ends, which the crop leaves out, go before resizing."""
+COUNTED = ".position_ids"
+"""0, 1, 2, ...: older transformers kept them among the weights."""
 
 
-def check_clip(config: ImageScorerConfig) -> None:
+def check_clip(path: str, processor: str) -> None:
     """Whether the model is there at all, without loading its weights.
 
     Raises:
         ValueError: neither a local directory nor a hub id that can be read here, or another kind of model.
     """
     try:
-        kind = AutoConfig.from_pretrained(config.path).model_type
-        AutoTokenizer.from_pretrained(config.processor)
-        CLIPImageProcessorPil.from_pretrained(config.processor)
+        kind = AutoConfig.from_pretrained(path).model_type
+        AutoTokenizer.from_pretrained(processor)
+        CLIPImageProcessorPil.from_pretrained(processor)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise ValueError(f"CLIP model {config.path} ({config.processor}) cannot be read: {first_line}") from error
+        raise ValueError(f"CLIP model {path} ({processor}) cannot be read: {first_line}") from error
     if kind != "clip":
-        raise ValueError(f"model {config.path} is a {kind}, not a clip")
+        raise ValueError(f"model {path} is a {kind}, not a clip")
+
+
+def load_clip(path: str, device: str) -> CLIPModel:
+    """The frozen model on the device.
+
+    Raises:
+        ValueError: weights are missing, which would be drawn at random, or left over.
+    """
+    with loading("the model", path):
+        loaded: Any = CLIPModel.from_pretrained(path, output_loading_info=True)  # a pair, which its type does not say
+        model, told = loaded
+        for what in ("missing", "unexpected"):
+            names = sorted(name for name in told[f"{what}_keys"] if not name.endswith(COUNTED))
+            if names:
+                raise ValueError(f"CLIP model {path} does not fit: {len(names)} tensors {what}: {', '.join(names[:3])}")
+        return frozen(model, device)
+
+
+def frozen(model: CLIPModel, device: str) -> CLIPModel:
+    nn.Module.to(model, device)  # in place; transformers' wrapper around it says nothing of its arguments
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def text_length(model: CLIPModel) -> int:
+    """Tokens of a prompt, with what it is padded by."""
+    text = model.config.text_config
+    assert isinstance(text, CLIPTextConfig)
+    return text.max_position_embeddings
+
+
+def embedding_width(model: CLIPModel) -> int:
+    width = model.config.projection_dim
+    assert width is not None
+    return width
 
 
 class CLIPScorer:
     """`Scorer` in image space: the cosine of image and text embedding, times the model's own scale if `learned_scale`.
 
-    The image goes through CLIP's preprocessing as tensor operations, so that the score has a gradient. Its bicubic
-    resize is torch's antialiased one rather than PIL's on 8-bit images: an approximation of rounding only.
-
-    Raises:
-        ValueError: the model cannot be read from its directory or hub id.
+    Args:
+        model: frozen, on the device of `given`.
     """
 
     space: Space = "images"
 
-    def __init__(self, config: ImageScorerConfig, *, learned_scale: bool, device: str) -> None:
-        self._device = device
+    def __init__(self, model: CLIPModel, given: CLIPInput, *, learned_scale: bool) -> None:
+        self._model = model
+        self._given = given
         self._learned_scale = learned_scale
-        check_clip(config)
-        with loading("the model", config.path):
-            model = CLIPModel.from_pretrained(config.path)
-            nn.Module.to(model, device)  # in place; transformers' wrapper around it says nothing of its arguments
-        self._tokenizer = AutoTokenizer.from_pretrained(config.processor)
-        processor = CLIPImageProcessorPil.from_pretrained(config.processor)
-        self._model = model.requires_grad_(False).eval()
-        self._edge = processor.size["shortest_edge"]
-        self._crop = processor.crop_size["height"], processor.crop_size["width"]
-        self._mean = torch.tensor(processor.image_mean, device=device).view(3, 1, 1)
-        self._std = torch.tensor(processor.image_std, device=device).view(3, 1, 1)
+        self.reduce = given.reduce
 
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         return self.score(samples, conditions.prompts)
 
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1] against their prompts; a prompt is encoded once."""
-        seen = self._model.get_image_features(pixel_values=self._preprocess(images)).pooler_output
+        seen = self._model.get_image_features(pixel_values=self._given.pixels(images)).pooler_output
         cosine = functional.cosine_similarity(seen, self._texts(prompts), dim=-1)
         return self._model.logit_scale.exp() * cosine if self._learned_scale else cosine
 
     @torch.no_grad()
     def _texts(self, prompts: tuple[str, ...]) -> torch.Tensor:
-        distinct = list(dict.fromkeys(prompts))
-        tokens = self._tokenizer(
-            distinct,
-            padding="max_length",
-            truncation=True,
-            max_length=self._model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self._device)
+        texts, rows = distinct(prompts)
+        tokens = self._given.tokens(texts, text_length(self._model))
         encoded: torch.Tensor = self._model.get_text_features(**tokens).pooler_output
-        return encoded[[distinct.index(prompt) for prompt in prompts]]
-
-    @torch.no_grad()
-    def reduce(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The resized and cropped picture [3, h, w] in [0, 1] of one [3, H, W] uint8: memory of one large picture.
-
-        Its score is that of the whole: resizing it again to the size that it has changes nothing. Where the crop is not
-        as large as the resized edge that does not hold, and the picture stays whole.
-        """
-        if self._crop != (self._edge, self._edge):
-            return _middle(pixels).float() / 255
-        image = _middle(pixels).to(self._device).float() / 255
-        return self._cropped(image[None])[0].cpu()
-
-    def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Shortest edge to the model's size (bicubic), centre crop, normalisation."""
-        return (self._cropped(_middle(images).to(self._device)) - self._mean) / self._std
-
-    def _cropped(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[2:]
-        short = min(height, width)
-        size = int(self._edge * height / short), int(self._edge * width / short)
-        resized = functional.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (size[0] - self._crop[0]) // 2, (size[1] - self._crop[1]) // 2
-        return resized[:, :, top : top + self._crop[0], left : left + self._crop[1]]
+        return encoded[rows]
 
 
-def _middle(images: torch.Tensor) -> torch.Tensor:
-    """The middle of a strip, `LONGEST` times as long as high: resized whole, one of 1 x 200000 takes gigabytes.
+def open_clip_scorer(config: ImageScorerConfig, *, learned_scale: bool, device: str) -> CLIPScorer:
+    """Raises ValueError where the model cannot be read from its directory or hub id."""
+    check_clip(config.path, config.processor)
+    given = CLIPInput(config.processor, device=device)
+    return CLIPScorer(load_clip(config.path, device), given, learned_scale=learned_scale)
 
-    Less than that is untouched. An even number of pixels goes, so that the middle stays where it was.
+
+def clip_config(path: str) -> CLIPConfig:
+    """The sizes of a CLIP model.
+
+    Raises:
+        ValueError: it cannot be read here, or is no CLIP model.
     """
-    *_, height, width = images.shape
-    most = LONGEST * min(height, width)
-    rows, columns = (max(0, edge - most) // 2 for edge in (height, width))
-    return images[..., rows : height - rows, columns : width - columns]
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"CLIP model {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(config, CLIPConfig):
+        raise ValueError(f"model {path} is a {config.model_type}, not a clip")
+    return config
 
 
 @cache
@@ -129,26 +144,26 @@ def empty_clip(path: str) -> EmptyImageScorer:
     if known is not None:
         config = CLIPConfig(projection_dim=known.projection, text_config=known.text, vision_config=known.vision)
     else:
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except OSError as error:
-            raise ValueError(f"CLIP model {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    if not isinstance(config, CLIPConfig):
-        raise ValueError(f"model {path} is a {config.model_type}, not a clip")
+        config = clip_config(path)
     with torch.device("meta"):
         model = CLIPModel(config)
+    picture = empty_picture(model)
+    return EmptyImageScorer(model=model, look=lambda: model.get_image_features(pixel_values=picture))
+
+
+def empty_picture(model: CLIPModel) -> torch.Tensor:
+    """One [1, 3, h, w] on the meta device, as the model looks at it."""
     vision = model.config.vision_config
     assert isinstance(vision, CLIPVisionConfig)
     edge = vision.image_size
     assert isinstance(edge, int)
-    picture = torch.empty(1, 3, edge, edge, device="meta")
-    return EmptyImageScorer(model=model, look=lambda: model.get_image_features(pixel_values=picture))
+    return torch.empty(1, 3, edge, edge, device="meta")
 
 
 def _kind(*, learned_scale: bool) -> ImageKind:
     return ImageKind(
-        open=lambda config, device: CLIPScorer(config, learned_scale=learned_scale, device=device),
-        check=check_clip,
+        open=lambda config, device: open_clip_scorer(config, learned_scale=learned_scale, device=device),
+        check=lambda config: check_clip(config.path, config.processor),
         empty=lambda config: empty_clip(config.path),
         files=("config.json", "preprocessor_config.json"),
     )

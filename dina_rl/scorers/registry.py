@@ -3,15 +3,25 @@
 from dina_rl.backbones.base import Backbone
 from dina_rl.checkpoint import Input
 from dina_rl.config import ImageScorerConfig, ImageScorerName, PipelineConfig, RewardsConfig
-from dina_rl.fingerprint import repository_parts
+from dina_rl.fingerprint import local_directory, repository_parts
+from dina_rl.loading import on_disk
+from dina_rl.scorers.aesthetic import AESTHETIC
 from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Scorer
 from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
+from dina_rl.scorers.hpsv2 import HPSV2, HPSV2_1
 from dina_rl.scorers.lrm import LRM_SD15, LRM_SDXL
+from dina_rl.scorers.mps import MPS
+
+CONFIG = "config.json"  # of transformers' models, whose weights lie beside it in files of several names
 
 IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "pickscore": PICKSCORE,
     "clip_score": CLIP_SCORE,
+    "hpsv2": HPSV2,
+    "hpsv2_1": HPSV2_1,
+    "aesthetic": AESTHETIC,
+    "mps": MPS,
     "lrm_sd15": LRM_SD15,
     "lrm_sdxl": LRM_SDXL,
 }
@@ -56,6 +66,13 @@ def empty_image_scorer(config: ImageScorerConfig) -> EmptyImageScorer:
         ValueError: a model that is neither known nor can be read.
     """
     return IMAGE_KINDS[config.name].empty(config)
+
+
+def image_scorer_bytes(config: ImageScorerConfig) -> int | None:
+    """Of its weights on disk; None: a hub id that is not here."""
+    name, _ = IMAGE_KINDS[config.name].files
+    directory = None if name == CONFIG else local_directory(config.path, name)
+    return on_disk(config.name, config.path if directory is None else directory / name)
 
 
 def image_scorer_inputs(config: ImageScorerConfig) -> list[Input]:

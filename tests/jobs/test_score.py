@@ -13,6 +13,7 @@ from dina_rl.scoring import open_scorer
 from dina_rl.seeding import generator
 from jobs.score import main
 from tests.tiny_clip import save_tiny_clip
+from tests.tiny_open_clip import save_hps, taught
 from tests.tiny_reward import PROMPTS, latents
 
 
@@ -81,6 +82,19 @@ def test_a_clip_model_scores_pictures_too(pictures, tmp_path, capsys):
     assert len(shown.out.splitlines()) == 2
     assert "takes a pipeline" in shown.err  # the latent
     assert "skipped 3 of 5" in shown.err
+
+
+def test_a_released_file_scores_pictures_too(pictures, tmp_path, capsys):
+    clip, file = str(save_tiny_clip(tmp_path / "clip")), save_hps(taught(), tmp_path / "HPS_v2.1_compressed.pt")
+    scorer = ["--scorer.kind", "hpsv2_1", "--scorer.path", str(file), "--scorer.processor", clip]
+    main([*scorer, "--prompt", PROMPTS[0], "--images", str(pictures / "a.png"), str(pictures / "b.png")])
+    scores = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(scores) == 2
+    assert all(-1 <= score <= 1 for score in scores)
+    with pytest.raises(SystemExit) as end:
+        main(["--scorer.kind", "hpsv2", *scorer[2:], "--prompt", "x", "--images", str(pictures), "--scorer.path", clip])
+    assert end.value.code == 2
+    assert f"error: {clip}/HPS_v2_compressed.pt does not exist" in capsys.readouterr().err
 
 
 def test_latents_of_another_shape_are_skipped(tiny_reward, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 import dina_rl
-from benchmarks import loop, ray_overhead, reward_step
+from benchmarks import forward, layouts, loop, ray_overhead, reward_step
 from benchmarks.gpu import settings as gpu
 from dina_rl.cli import NAME, known_keys
 from dina_rl.config import AlignRun, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
@@ -30,6 +30,8 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "jobs.evaluate": EvaluateRun,
     "jobs.export": ExportRun,
     "jobs.score": ScoreRun,
+    "benchmarks.forward": forward.BenchmarkRun,
+    "benchmarks.layouts": layouts.BenchmarkRun,
     "benchmarks.loop": loop.BenchmarkRun,
     "benchmarks.ray_overhead": ray_overhead.BenchmarkRun,
     "benchmarks.reward_step": reward_step.BenchmarkRun,

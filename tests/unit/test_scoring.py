@@ -142,7 +142,7 @@ def test_pixel_scorers_see_the_picture_cropped_by_their_own_rule_and_decode_late
     [
         ({"kind": "pickscore", "levels": [0.2]}, "levels: only a dina scorer has that"),
         ({"kind": "clip_score", "draws": 3, "normalisation": "readme"}, "draws, normalisation: only a dina scorer"),
-        ({"processor": "clip"}, "processor belongs to a CLIP model"),
+        ({"processor": "clip"}, "processor belongs to a scorer of images"),
         ({"height": 32}, "height and width go together"),
     ],
 )

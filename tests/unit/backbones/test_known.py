@@ -24,7 +24,11 @@ TEXT_ENCODERS = {  # CLIP-L with its projection, CLIP-G, T5-XXL; CLIP-L, T5-XXL;
     "FluxPipeline": [123_060_480, 4_762_310_656],
     "ZImagePipeline": [4_022_468_096],
 }
-CLIPS = {"yuvalkirstain/PickScore_v1": 986_109_441, "openai/clip-vit-large-patch14": 427_616_513}
+CLIPS = {
+    "yuvalkirstain/PickScore_v1": 986_109_441,
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": 986_109_441,
+    "openai/clip-vit-large-patch14": 427_616_513,
+}
 
 
 def count(module: nn.Module) -> int:
