@@ -14,7 +14,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dina_rl import seeding
 from dina_rl.config import ImageScorerConfig
 from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
-from dina_rl.scorers.lrm_files import SD15, SDXL, Family, empty_lrm, first_line, open_lrm, read_sizes
+from dina_rl.scorers.lrm_files import (
+    ON_HUB,
+    SD15,
+    SDXL,
+    Family,
+    bytes_on_disk,
+    empty_lrm,
+    first_line,
+    open_lrm,
+    read_sizes,
+)
 from dina_rl.scorers.lrm_model import LRM, TIMESTEP, Words
 
 NOISE_SEED = 0
@@ -113,13 +123,15 @@ def _look(model: LRM) -> torch.Tensor:
         return model.score(model.latents(torch.empty(1, 3, model.edge, model.edge)), words, words)
 
 
-def _kind(family: Family) -> ImageKind:
+def _kind(family: Family, backbone: str) -> ImageKind:
     return ImageKind(
         open=lambda config, device: LRMScorer(config, family, device=device),
         check=lambda config: check_lrm(config, family),
         empty=lambda config: _empty(config, family),
-        files=("README.md", "model_index.json"),
+        files=(ON_HUB, "model_index.json"),
+        backbone=backbone,
+        size=lambda config: bytes_on_disk(config.path, family),
     )
 
 
-LRM_SD15, LRM_SDXL = _kind(SD15), _kind(SDXL)
+LRM_SD15, LRM_SDXL = _kind(SD15, "SD1.5"), _kind(SDXL, "SDXL")

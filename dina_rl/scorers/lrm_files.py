@@ -1,6 +1,5 @@
 """The released layout of an LRM: `unet/`, `text_encoder/`, for SDXL `text_encoder_2/`, and `state_dict.pt`."""
 
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,21 +21,22 @@ from dina_rl.backbones.known import (
     Sizes,
 )
 from dina_rl.config import LRM_RELEASE
-from dina_rl.fingerprint import weight_files
+from dina_rl.fingerprint import local_directory, weight_files
 from dina_rl.loading import loading
 from dina_rl.reward.card import check_tensors
 from dina_rl.reward.published import DAMAGED, HUB_ID
+from dina_rl.scorers.clip import COUNTED
 from dina_rl.scorers.lrm_model import LEFT_OUT, LRM, Head, TextModel, truncated
+from dina_rl.scorers.weights import Tensors, load_saved
 
 STATE = "state_dict.pt"
 SDXL_HAS = "addition_embed_type"  # in its UNet's configuration; SD1.5's is without
 CONFIG, ALL = "config.json", "*"
+ON_HUB = ".gitattributes"  # which every repository there has
 TEXTS: Mapping[str, type[TextModel]] = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
 }
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,11 @@ class Family:
     folder: str  # of the release: Kwai-Kolors/LPO, lpo/configs/*.py, ft_model_path
     texts: tuple[str, ...]  # its text encoders
     sizes: PartSizes  # as published
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The folders of its weights."""
+        return ("unet", *self.texts)
 
 
 SD15 = Family(
@@ -95,8 +100,11 @@ def read_sizes(path: str, processor: str, family: Family) -> PartSizes:
     place = directory_of(path, family, CONFIG)
     unet = _config(UNet2DConditionModel, place, "unet")
     _check_unet(unet, path, family)
-    texts = tuple(_text_config(place, name) for name in family.texts)
-    return PartSizes(unet=unet, vae=_config(AutoencoderKL, processor, "vae"), texts=texts)
+    vae = _config(AutoencoderKL, processor, "vae")
+    made, read = vae.get("latent_channels"), unet.get("in_channels")
+    if made != read:
+        raise ValueError(f"the VAE of {processor} has latents of {made} channels, LRM {path} reads {read}")
+    return PartSizes(unet=unet, vae=vae, texts=tuple(_text_config(place, name) for name in family.texts))
 
 
 def open_lrm(path: str, processor: str, family: Family) -> LRM:
@@ -105,8 +113,8 @@ def open_lrm(path: str, processor: str, family: Family) -> LRM:
     Raises:
         ValueError: a part cannot be read, or its tensors are not those of the model.
     """
+    read_sizes(path, processor, family)
     place = directory_of(path, family, ALL)
-    _check_unet(_config(UNet2DConditionModel, place, "unet"), path, family)
     with loading("the model", place / "unet"):
         vae = _stock(AutoencoderKL, processor, "vae")
         unet = _open_unet(place / "unet")
@@ -120,41 +128,54 @@ def open_lrm(path: str, processor: str, family: Family) -> LRM:
 def directory_of(path: str, family: Family, files: str) -> Path:
     """The directory of the released layout: `path`, or the model's folder in it; of a hub id what is downloaded.
 
+    Args:
+        files: of each part that are wanted of a hub id; a local directory must have all.
+
     Raises:
         ValueError: there is none.
     """
-    place = Path(path).expanduser()
-    if not place.is_dir() and HUB_ID.fullmatch(path):
-        place = _downloaded(path, family, files)
-    inside = place / family.folder
-    found = inside if inside.is_dir() else place
-    for part in ("unet", *family.texts):
-        if not (found / part / CONFIG).is_file():
-            raise ValueError(f"LRM {path} has no {part}/{CONFIG}; give the directory of {family.folder}")
+    root = Path(path).expanduser()
+    local = root.is_dir() or not HUB_ID.fullmatch(path)
+    found = _inside(root if local else _downloaded(path, family, files), family)
+    for name in (*(f"{part}/{CONFIG}" for part in family.parts), STATE):
+        if not (found / name).is_file():
+            raise ValueError(f"LRM {path} has no {name}; give the directory of {family.folder}")
+    for part in family.parts if local or files == ALL else ():
+        if not weight_files(found / part, None):
+            raise ValueError(f"LRM {path} has no whole set of weight files in {part}/")
     return found
+
+
+def bytes_on_disk(path: str, family: Family) -> int | None:
+    """Of its weights; None: a hub id, not all of which is here."""
+    root = local_directory(path, ON_HUB)
+    if root is None:
+        return None
+    parts = [weight_files(_inside(root, family) / part, None) for part in family.parts]
+    return sum(file.stat().st_size for files in parts for file in files) if all(parts) else None
+
+
+def _inside(root: Path, family: Family) -> Path:
+    return root / family.folder if (root / family.folder).is_dir() else root
 
 
 def _downloaded(path: str, family: Family, files: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    folders = (family.folder + "/", "")
-    wanted = [f"{folder}{part}/{files}" for folder in folders for part in ("unet", *family.texts)]
-    state = [f"{folder}{STATE}" for folder in folders if files == ALL]
+    names = (STATE, *(f"{part}/{files}" for part in family.parts))
+    wanted = [f"{folder}{name}" for folder in ("", f"{family.folder}/") for name in names]
     try:
-        return Path(snapshot_download(path, allow_patterns=[*wanted, *state, "README.md"]))
+        return Path(snapshot_download(path, allow_patterns=[ON_HUB, *wanted]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"LRM {path} is neither a local directory nor can be read: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().partition("\n")[0]
 
 
 def _assembled(vae: AutoencoderKL, unet: UNet2DConditionModel, texts: list[TextModel]) -> LRM:
-    made, read = vae.config["latent_channels"], unet.config["in_channels"]
-    if made != read:
-        raise ValueError(f"the VAE of processor has latents of {made} channels, the LRM reads {read}")
     return LRM(vae=vae, unet=truncated(unet), texts=texts, head=Head(unet, texts))
 
 
@@ -188,7 +209,8 @@ def _stock(kind: Any, path: str, part: str) -> Any:
     except DAMAGED as error:
         raise ValueError(f"{part} of {path} cannot be read: {first_line(error)}") from error
     for what in ("missing", "unexpected"):
-        if names := sorted(found[f"{what}_keys"]):
+        names = sorted(name for name in found[f"{what}_keys"] if not name.endswith(COUNTED))
+        if names:
             raise ValueError(f"{part} of {path}: {len(names)} tensors {what}: {', '.join(names[:3])}")
     return model
 
@@ -198,8 +220,8 @@ def _open_unet(folder: Path) -> UNet2DConditionModel:
     with torch.device("meta"):
         whole = UNet2DConditionModel.from_config(_config(UNet2DConditionModel, folder.parent, "unet"))
     files = weight_files(folder, None)
-    if not files or files[0].suffix != ".safetensors":
-        raise ValueError(f"{folder} has no whole set of safetensors files")
+    if files[0].suffix != ".safetensors":
+        raise ValueError(f"{folder} has no safetensors file, which can be read in part; save its UNet again as one")
     kept: Tensors = {}
     shapes: Tensors = {}
     for name, tensor in (pair for file in files for pair in _tensors(file)):
@@ -226,12 +248,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _read_state(file: Path) -> Tensors:
     """The tensors of `state_dict.pt`, a dict of the projections' own and of a number, under flat names."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} is damaged or holds more than tensors and numbers; not loaded") from error
-    except DAMAGED as error:
-        raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+    state = load_saved(file)
     if not isinstance(state, dict):
         raise ValueError(f"{file} is not a dict of tensors")
     return dict(pair for name, value in state.items() for pair in _flat(name, value))

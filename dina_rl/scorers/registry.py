@@ -70,7 +70,10 @@ def empty_image_scorer(config: ImageScorerConfig) -> EmptyImageScorer:
 
 def image_scorer_bytes(config: ImageScorerConfig) -> int | None:
     """Of its weights on disk; None: a hub id that is not here."""
-    name, _ = IMAGE_KINDS[config.name].files
+    kind = IMAGE_KINDS[config.name]
+    if kind.size is not None:
+        return kind.size(config)
+    name, _ = kind.files
     directory = None if name == CONFIG else local_directory(config.path, name)
     return on_disk(config.name, config.path if directory is None else directory / name)
 

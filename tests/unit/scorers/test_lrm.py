@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -15,11 +16,18 @@ from dina_rl import seeding
 from dina_rl.alignment.golden import open_metric
 from dina_rl.config import GoldenConfig
 from dina_rl.config.rewards import image_scorer
-from dina_rl.scorers.registry import check_image_scorer, empty_image_scorer, open_image_scorer
+from dina_rl.scorers.registry import (
+    check_image_scorer,
+    empty_image_scorer,
+    image_scorer_bytes,
+    image_scorer_inputs,
+    open_image_scorer,
+)
 from tests.tiny_lrm import EDGE, save_tiny_lrm
 
 NAMES = ("lrm_sd15", "lrm_sdxl")
 PROMPTS = ("a small red circle on blue", "a large green square on black", "a small red circle on blue")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 
 
@@ -157,6 +165,44 @@ def test_a_plan_has_the_model_without_weights(configs, scorers, name):
     assert (look.device.type, look.shape) == ("meta", (1,))
 
 
+@pytest.mark.parametrize(("name", "parameters"), [("lrm_sd15", 559_703_528), ("lrm_sdxl", 2_149_246_824)])
+def test_the_published_one_is_planned_without_a_network(name, parameters):
+    """Of the UNets 349 and 1,243 million parameters, of 860 and 2,567."""
+    model = empty_image_scorer(image_scorer(name, None, None)).model
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_its_weights_are_counted_and_known_by_their_content(root, tmp_path):
+    shutil.copytree(root / "models", tmp_path / "models")
+    config = image_scorer("lrm_sd15", str(tmp_path / "models"), str(root / "lrm_sd15"))
+    weights = [tmp_path / "models" / "lrm_sd15" / name for name in (UNET, TEXT)]
+    assert image_scorer_bytes(config) == sum(file.stat().st_size for file in weights)
+    before, _ = image_scorer_inputs(config)
+    edit(weights[0], lose("conv_in.bias"))
+    after, _ = image_scorer_inputs(config)
+    assert None not in (before.parts["content"], after.parts["content"])
+    assert before.parts != after.parts
+    assert image_scorer_bytes(image_scorer("lrm_sd15", "no/where", None)) is None
+
+
+def test_a_hub_id_is_read_from_the_cache_and_known_by_its_commit(root, scorers, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--casiatao--LRM"
+    shutil.copytree(root / "models", cached / "snapshots" / COMMIT)
+    (cached / "snapshots" / COMMIT / ".gitattributes").touch()
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    config = image_scorer("lrm_sd15", None, str(root / "lrm_sd15"))
+    check_image_scorer(config)
+    weights, _ = image_scorer_inputs(config)
+    assert weights.parts == {"content": COMMIT}
+    local = image_scorer("lrm_sd15", str(root / "models"), None)
+    assert image_scorer_bytes(config) == image_scorer_bytes(local)
+    ours = open_image_scorer(config, device="cpu").score(pictures() / 255, PROMPTS)
+    assert torch.equal(ours, scorers["lrm_sd15"].score(pictures() / 255, PROMPTS))
+
+
 def test_as_golden_metric_it_is_found_in_the_folder_of_its_name(root, scorers):
     for name in NAMES:
         metric = open_metric(GoldenConfig(scorer=name, path=str(root / "models"), processor=str(root / name)))
@@ -193,7 +239,7 @@ def gain(key):
         (TEXT, gain("logit_bias"), "text_encoder of .* 1 tensors unexpected: logit_bias"),
         ("state_dict.pt", lose("text_projection"), "1 tensors missing: text_projection.weight"),
         ("state_dict.pt", gain("mid_projection"), "1 tensors unknown: mid_projection"),
-        ("state_dict.pt", lambda state: state.update(logit_scale=print), "more than tensors and numbers"),
+        ("state_dict.pt", lambda state: state.update(logit_scale=print), "more than a state dict of tensors"),
     ],
 )
 def test_tensors_that_are_missing_or_left_over_are_refused(configs, tmp_path, file, change, reason):
@@ -207,7 +253,13 @@ def test_tensors_that_are_missing_or_left_over_are_refused(configs, tmp_path, fi
 
 def test_another_model_is_refused_before_weights_are_read(configs, tmp_path):
     sd15, sdxl = (configs[name] for name in NAMES)
+    shutil.copytree(sd15.path, tmp_path / "cut", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(sd15.processor, tmp_path / "sd3")
+    config = tmp_path / "sd3" / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"latent_channels": 4', '"latent_channels": 16'))
     wrong = [
+        (("lrm_sd15", sd15.path, str(tmp_path / "sd3")), "has latents of 16 channels, LRM .* reads 4"),
+        (("lrm_sd15", str(tmp_path / "cut"), sd15.processor), "has no whole set of weight files in unet/"),
         (("lrm_sdxl", sd15.path, sd15.processor), "has no text_encoder_2/config.json"),
         (("lrm_sd15", sdxl.path, sdxl.processor), "is a UNet2DConditionModel like SDXL's, not SD1.5's"),
         (("lrm_sd15", str(tmp_path), sd15.processor), "has no unet/config.json; give the directory of lrm_sd15"),
