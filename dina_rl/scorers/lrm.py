@@ -106,7 +106,9 @@ def _read_processor(path: str, family: Family) -> tuple[list[PreTrainedTokenizer
     """The tokenizers of the pipeline at `path`, one for each text encoder, and its noise."""
     names = [name.replace("text_encoder", "tokenizer") for name in family.texts]
     try:
-        tokenizers: list[PreTrainedTokenizerBase] = [AutoTokenizer.from_pretrained(path, subfolder=x) for x in names]
+        tokenizers: list[PreTrainedTokenizerBase] = [
+            AutoTokenizer.from_pretrained(path, subfolder=name) for name in names
+        ]
         return tokenizers, DDPMScheduler.from_config(DDPMScheduler.load_config(path, subfolder="scheduler"))
     except (OSError, ValueError) as error:
         raise ValueError(f"processor {path} cannot be read: {first_line(error)}") from error
