@@ -10,9 +10,9 @@ from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 TIMESTEP = 1
-"""Of the noise. The published model is trained on {1, 51, ..., 951} and measured on pictures at 1: Kwai-Kolors/LPO,
-lrm/lrm_15/trainer/datasets/step_sd_hf_dataset.py and lrm/lrm_xl/trainer/datasets/step_sdxl_hf_dataset.py, of every split
-but that of training."""
+"""Of the noise. The published models are trained on {1, 51, ..., 951} and measured on pictures at 1: Kwai-Kolors/LPO,
+lrm/lrm_15/trainer/datasets/step_sd_hf_dataset.py and lrm/lrm_xl/trainer/datasets/step_sdxl_hf_dataset.py, of every
+split but that of training."""
 GUIDANCE = 7.5  # Kwai-Kolors/LPO, lrm/lrm_15/trainer/conf/step_sd15.yaml, of the middle alone (multi_scale_cfg: False)
 RESIDUAL = 1  # of each down block, the second: numbers 2, 5, 8 and 11 of all, of which the first is the UNet's input
 LEFT_OUT = ("up_blocks.", "conv_norm_out.", "conv_out.")  # of a UNet: what comes after its middle
