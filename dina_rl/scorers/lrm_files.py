@@ -251,7 +251,10 @@ def _read_state(file: Path) -> Tensors:
     state = load_saved(file)
     if not isinstance(state, dict):
         raise ValueError(f"{file} is not a dict of tensors")
-    return dict(pair for name, value in state.items() for pair in _flat(name, value))
+    try:
+        return dict(pair for name, value in state.items() for pair in _flat(name, value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} holds something else than tensors and numbers: {first_line(error)}") from error
 
 
 def _flat(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:

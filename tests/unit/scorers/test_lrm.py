@@ -239,6 +239,7 @@ def gain(key):
         (TEXT, gain("logit_bias"), "text_encoder of .* 1 tensors unexpected: logit_bias"),
         ("state_dict.pt", lose("text_projection"), "1 tensors missing: text_projection.weight"),
         ("state_dict.pt", gain("mid_projection"), "1 tensors unknown: mid_projection"),
+        ("state_dict.pt", lambda state: state.update(logit_scale="2.5"), "something else than tensors and numbers"),
         ("state_dict.pt", lambda state: state.update(logit_scale=print), "more than a state dict of tensors"),
     ],
 )
