@@ -21,6 +21,27 @@ AUTOENCODER: Sizes = {  # of SD3, FLUX.1 and Z-Image alike, but for a scale
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+_FOUR_CHANNELS: Sizes = {**AUTOENCODER, "latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True}
+SD15_AUTOENCODER: Sizes = {**_FOUR_CHANNELS, "scaling_factor": 0.18215}
+SDXL_AUTOENCODER: Sizes = {**_FOUR_CHANNELS, "scaling_factor": 0.13025}
+SD15_UNET: Sizes = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SDXL_UNET: Sizes = {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 CLIP_L_TEXT: Sizes = {
     "hidden_size": 768,
     "intermediate_size": 3072,

@@ -26,6 +26,7 @@ from dina_rl.config.fitting import (
 )
 from dina_rl.config.rewards import (
     IMAGE_SCORERS,
+    LRM_RELEASE,
     CLIPScoreConfig,
     DiNaScorerConfig,
     GoldenConfig,
@@ -33,6 +34,8 @@ from dina_rl.config.rewards import (
     ImageRewardConfig,
     ImageScorerConfig,
     ImageScorerName,
+    LRMSD15Config,
+    LRMSDXLConfig,
     PickScoreConfig,
     RewardsConfig,
     ScorerConfig,
@@ -60,6 +63,9 @@ __all__ = [
     "HPSv3Config",
     "LearnerConfig",
     "NFTConfig",
+    "LRMSD15Config",
+    "LRMSDXLConfig",
+    "LRM_RELEASE",
     "LoRAConfig",
     "LocalRun",
     "ImageRewardConfig",

@@ -14,6 +14,7 @@ CLIP_L = "openai/clip-vit-large-patch14"
 HPSV2 = "xswu/HPSv2"
 IMAGEREWARD, BERT = "THUDM/ImageReward", "google-bert/bert-base-uncased"
 HPSV3, HPSV3_BASE = "MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"
+LRM_RELEASE = "casiatao/LRM"
 
 
 class ScorerConfig(Section):
@@ -59,7 +60,17 @@ class DiNaScorerConfig(ScorerConfig):
 
 
 ImageScorerName = Literal[
-    "pickscore", "clip_score", "hpsv2", "hpsv2_1", "aesthetic", "mps", "imagereward", "hpsv3", "unified_reward"
+    "pickscore",
+    "clip_score",
+    "hpsv2",
+    "hpsv2_1",
+    "aesthetic",
+    "mps",
+    "imagereward",
+    "hpsv3",
+    "unified_reward",
+    "lrm_sd15",
+    "lrm_sdxl",
 ]
 
 
@@ -181,6 +192,30 @@ class UnifiedRewardConfig(ImageScorerConfig):
     """repetitions of a request that was not answered, or refused for the moment (HTTP 429, 5xx)"""
 
 
+class LRMSD15Config(ImageScorerConfig):
+    """LRM-SD1.5: learned scale times cosine of noisy latents of its own VAE, here of the decoded image."""
+
+    name = "lrm_sd15"
+
+    path: str = LRM_RELEASE
+    """directory of the released layout (unet/, text_encoder/, state_dict.pt), or hub id or directory that has it as
+    lrm_sd15/"""
+    processor: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """directory or hub id of the pipeline that lends vae/, tokenizer/ and scheduler/"""
+
+
+class LRMSDXLConfig(ImageScorerConfig):
+    """LRM-SDXL: learned scale times cosine of noisy latents of its own VAE, here of the decoded image."""
+
+    name = "lrm_sdxl"
+
+    path: str = LRM_RELEASE
+    """directory of the released layout (unet/, text_encoder/, text_encoder_2/, state_dict.pt), or hub id or directory
+    that has it as lrm_sdxl/"""
+    processor: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    """directory or hub id of the pipeline that lends vae/, tokenizer/, tokenizer_2/ and scheduler/"""
+
+
 IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
     section.name: section
     for section in (
@@ -193,6 +228,8 @@ IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
         ImageRewardConfig,
         HPSv3Config,
         UnifiedRewardConfig,
+        LRMSD15Config,
+        LRMSDXLConfig,
     )
 }
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
@@ -211,6 +248,8 @@ class RewardsConfig(Section):
     imagereward: ImageRewardConfig | None = None
     hpsv3: HPSv3Config | None = None
     unified_reward: UnifiedRewardConfig | None = None
+    lrm_sd15: LRMSD15Config | None = None
+    lrm_sdxl: LRMSDXLConfig | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"
     """constant: scores by each scorer's mean and std; group: by its own mean and standard deviation inside each group;
     advantage: each scorer has a clipped advantage of its own, and their weighted sum is not standardised again (the

@@ -72,6 +72,7 @@ class ImageKind:
     empty: Callable[[ImageScorerConfig], EmptyImageScorer]
     files: tuple[str, str] | None  # that every repository of its weights, and of its processor, has; None: a server's
     backbone: str = "CLIP"  # as the paper's tables call what it is built on
+    size: Callable[[ImageScorerConfig], int | None] | None = None  # bytes on disk, of weights in several folders
 
 
 class ImageScorer(Scorer, Protocol):

@@ -12,6 +12,7 @@ from dina_rl.scorers.dina import open_dina_beside
 from dina_rl.scorers.hpsv2 import HPSV2, HPSV2_1
 from dina_rl.scorers.hpsv3 import HPSV3
 from dina_rl.scorers.imagereward import IMAGEREWARD
+from dina_rl.scorers.lrm import LRM_SD15, LRM_SDXL
 from dina_rl.scorers.mps import MPS
 from dina_rl.scorers.unified_reward import UNIFIED_REWARD
 
@@ -27,6 +28,8 @@ IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "imagereward": IMAGEREWARD,
     "hpsv3": HPSV3,
     "unified_reward": UNIFIED_REWARD,
+    "lrm_sd15": LRM_SD15,
+    "lrm_sdxl": LRM_SDXL,
 }
 
 
@@ -73,10 +76,12 @@ def empty_image_scorer(config: ImageScorerConfig) -> EmptyImageScorer:
 
 def image_scorer_bytes(config: ImageScorerConfig) -> int | None:
     """Of its weights on disk; 0 where a server has them; None: a hub id that is not here."""
-    files = IMAGE_KINDS[config.name].files
-    if files is None:
+    kind = IMAGE_KINDS[config.name]
+    if kind.files is None:
         return 0
-    name, _ = files
+    if kind.size is not None:
+        return kind.size(config)
+    name, _ = kind.files
     directory = None if name == CONFIG else local_directory(config.path, name)
     return on_disk(config.name, config.path if directory is None else directory / name)
 

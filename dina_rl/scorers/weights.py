@@ -43,7 +43,7 @@ def load_tensors(file: Path, key: str | None = None) -> Tensors:
     Raises:
         ValueError: unreadable, no state dict, or a pickle that holds more than tensors: it is refused, not run.
     """
-    state = _load(file)
+    state = load_saved(file)
     if key is not None:
         state = state.get(key) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
@@ -51,7 +51,12 @@ def load_tensors(file: Path, key: str | None = None) -> Tensors:
     return state
 
 
-def _load(file: Path) -> object:
+def load_saved(file: Path) -> object:
+    """What a safetensors file or a pickle of tensors, numbers and dicts of them holds.
+
+    Raises:
+        ValueError: as `load_tensors`.
+    """
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

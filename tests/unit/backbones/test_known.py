@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from diffusers.models import AutoencoderKL
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from dina_rl.backbones.known import AUTOENCODER, CLIP_MODELS, PIPELINES
+from dina_rl.backbones.known import AUTOENCODER, CLIP_MODELS, PIPELINES, SD15_UNET, SDXL_AUTOENCODER, SDXL_UNET
 from dina_rl.backbones.registry import open_backbone
 from dina_rl.backbones.source import Source, index_file, read_json
 from dina_rl.scorers.clip import empty_clip
@@ -58,4 +58,11 @@ def test_its_text_encoders_are_as_large_as_they_are(name, tmp_path):
 def test_the_autoencoder_and_clips_are_as_large_as_they_are():
     with torch.device("meta"):
         assert count(AutoencoderKL.from_config(AUTOENCODER)) == 83_819_683
+        assert count(AutoencoderKL.from_config(SDXL_AUTOENCODER)) == 83_653_863
     assert {name: count(empty_clip(name).model) for name in CLIP_MODELS} == CLIPS
+
+
+@pytest.mark.parametrize(("sizes", "parameters"), [(SD15_UNET, 859_520_964), (SDXL_UNET, 2_567_463_684)])
+def test_unets_are_as_large_as_they_are(sizes, parameters):
+    with torch.device("meta"):
+        assert count(UNet2DConditionModel.from_config(sizes)) == parameters
