@@ -71,10 +71,8 @@ def test_a_row_is_a_prompt_and_a_column_an_iteration(tmp_path):
     assert picture.shape[:2] == (head + 3 * (height + 4), margin + 3 * (width + 4)), "a prompt once"
     for row in range(3):
         for column, value in enumerate((0, 5, 100)):
-            tile = picture[width // 4 + row * (height + 4) :][:height, 3 * width // 2 + column * (width + 4) :][
-                :, :width
-            ]
-            assert (tile == value).all()
+            top, left = head + row * (height + 4), margin + column * (width + 4)
+            assert (picture[top : top + height, left : left + width] == value).all()
     ink = picture.min(2) < 100
     assert all(row.any() for row in np.split(ink[head:, :margin], 3)), "every prompt beside its row"
     assert all(title.any() for title in np.split(ink[:head, margin:], 3, axis=1)), "every iteration over its column"
