@@ -5,8 +5,8 @@ import torch
 
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
-from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.types import TrainingGroup, WorkItem
+from tests.rollouts import Rollouts
 from tests.tiny_run import tiny_run
 
 ITEMS = [WorkItem(iteration=0, prompt_id=i, prompt=f"a small red circle {i}", group_size=3) for i in range(4)]
@@ -48,7 +48,7 @@ def make(tmp_path_factory, tiny_pipeline, tiny_reward):
     def roll_out(run, policy):
         key = run.algorithm, run.rollout.model_dump_json()
         if key not in rolled:
-            worker = RolloutWorker(run)
+            worker = Rollouts(run)
             worker.load_weights(policy)
             rolled[key] = [worker.rollout([item])[0] for item in ITEMS]
         return rolled[key]
@@ -148,8 +148,8 @@ def test_nft_asks_the_copy_that_samples_where_it_is_another(make):
 @pytest.mark.parametrize(("scale", "passes"), [(1.0, 1), (2.0, 2)])
 def test_without_guidance_the_sampler_makes_one_pass_a_step(tmp_path, tiny_pipeline, tiny_reward, scale, passes):
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, rollout={"guidance_scale": scale})
-    worker = RolloutWorker(run)
-    forwards = Forwards(worker._sampler.transformer)
+    worker = Rollouts(run)
+    forwards = Forwards(worker._worker._sampler.transformer)
     (trajectory,) = worker.rollout(ITEMS[:1])
     assert forwards.rows == [3] * run.rollout.num_steps * passes
     assert trajectory.negative is None

@@ -30,9 +30,10 @@ def adapter(sampler: PolicySampler, key: str, size: float = 0.1) -> PolicyWeight
 
 
 def velocity(sampler: PolicySampler) -> torch.Tensor:
-    latents, prompt = normal((2, *sampler.latent_shape), "merged"), sampler.text(["a small red circle"] * 2)
+    latents, texts = normal((2, *sampler.latent_shape), "merged"), sampler.backbone.load_text_encoder()
+    prompt = texts(["a small red circle"] * 2)
     with torch.no_grad():
-        return sampler.velocity(prompt, 1.0).followed(latents, torch.tensor([0.4, 0.9]))
+        return sampler.velocity(prompt, 1.0, texts).followed(latents, torch.tensor([0.4, 0.9]))
 
 
 def weights_of(sampler: PolicySampler) -> dict[str, torch.Tensor]:
