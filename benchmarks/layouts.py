@@ -135,24 +135,32 @@ def iterations(run: AlignRun, layout: str) -> Iterator[Callable[[int], None]]:
 
 
 def measure(run: BenchmarkRun) -> Result:
-    """Iterations of both layouts in turns."""
+    """Iterations of both layouts in turns, on a Ray of this machine."""
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        num_cpus=CORES,
+        num_gpus=CORES * len(LAYOUTS),
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        return in_turns(run, tuple(LAYOUTS))
+    finally:
+        ray.shutdown()
+
+
+def in_turns(run: BenchmarkRun, layouts: Sequence[str]) -> Result:
+    """The same on the Ray that runs."""
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         directory = Path(scratch)
-        runs = {layout: alignment(run, layout, directory) for layout in LAYOUTS}
-        backbone = open_pipeline(runs[SPLIT].pipeline)
+        runs = {layout: alignment(run, layout, directory) for layout in layouts}
+        pipeline = runs[layouts[0]].pipeline
+        backbone = open_pipeline(pipeline)
         reward = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=16, alpha=32))
-        save_reward(LatentRewardModel(backbone, reward, seed=0), directory / "reward", pipeline=runs[SPLIT].pipeline)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            num_cpus=CORES,
-            num_gpus=CORES * len(LAYOUTS),
-            _node_ip_address="127.0.0.1",
-        )
-        stack.callback(ray.shutdown)
+        save_reward(LatentRewardModel(backbone, reward, seed=0), directory / "reward", pipeline=pipeline)
         opened = {layout: stack.enter_context(iterations(each, layout)) for layout, each in runs.items()}
-        seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
+        seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
         for iteration in range(run.iterations + 1):
             for layout, iterate in opened.items():
                 begin = perf_counter()

@@ -1,0 +1,32 @@
+"""The benchmarks that need actors, at smoke sizes: they run, and have something to say."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks import layouts, ray_overhead
+from benchmarks.clocks import CLOCKS
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def test_the_iterations_of_a_layout_are_timed_on_cores_of_their_own():
+    if len(os.sched_getaffinity(0)) < layouts.CORES:
+        pytest.skip("cores stand for GPUs")
+    small = layouts.BenchmarkRun(iterations=1, prompts=2, group_size=2, micro_batch_size=2)
+    result = layouts.in_turns(small, [layouts.SPLIT])
+    (seconds,) = result.seconds[layouts.SPLIT]
+    assert seconds > 0
+    assert 0 < result.planned[layouts.SPLIT].mean_busy < 1
+
+
+def test_an_iteration_through_ray_is_timed_beside_one_in_this_process(tiny_reward: Path, tiny_pipeline: Path):
+    sizes = {"prompts": 1, "group_size": 2, "groups_per_call": 1, "micro_batch_size": 2, "updates": 1}
+    small = ray_overhead.BenchmarkRun.model_validate({**sizes, "pipeline": {"path": str(tiny_pipeline)}})
+    measured = ray_overhead.measure(ray_overhead.run_of(small, tiny_reward), 1, CLOCKS["wall"])
+    assert {kind: len(every) for kind, every in measured.seconds.items()} == {
+        ray_overhead.INLINE: 1,
+        ray_overhead.RAY: 1,
+    }
+    assert "through Ray / in one process" in ray_overhead.report(measured)
