@@ -8,12 +8,12 @@ latents and prompts, one after the other in turns. A ratio is of neighbours.
 
 import sys
 from collections.abc import Callable, Sequence
-from statistics import median
 from time import perf_counter
 from typing import Literal
 
 import torch
 
+from benchmarks.spread import Row, ratios, spread_table
 from dina_rl.alignment.sampler import PolicySampler
 from dina_rl.cli import fail, load
 from dina_rl.config import AlignRun, PipelineConfig, PolicyLoRAConfig
@@ -91,15 +91,10 @@ def _milliseconds(forward: Callable[[], torch.Tensor]) -> float:
 
 def table(times: dict[str, list[float]]) -> str:
     """Minimum, median and maximum over repeats, and how many times faster than the adapter's own layers."""
-    rows = {f"{kind}, ms": values for kind, values in times.items()}
+    rows = {f"{kind}, ms": Row(values=values, digits=1) for kind, values in times.items()}
     for kind in (MERGED, COMPILED):
-        rows[f"{SEPARATE} / {kind}"] = [a / b for a, b in zip(times[SEPARATE], times[kind], strict=True)]
-    width = max(map(len, rows))
-    lines = [f"{'':<{width}}{'min':>9}{'median':>9}{'max':>9}"]
-    for name, values in rows.items():
-        digits = 1 if name.endswith("ms") else 2
-        lines.append(f"{name:<{width}}" + "".join(f"{f(values):>9.{digits}f}" for f in (min, median, max)))
-    return "\n".join(lines)
+        rows[f"{SEPARATE} / {kind}"] = Row(values=ratios(times[SEPARATE], times[kind]), digits=2)
+    return spread_table(rows)
 
 
 def main(argv: Sequence[str]) -> None:

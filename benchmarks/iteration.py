@@ -10,6 +10,7 @@ from benchmarks.clocks import Clock
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.loop import Experience, Learner, plan
 from dina_rl.config import AlignRun
+from dina_rl.config.base import Positive, Section
 from dina_rl.types import Weights
 
 Handle = TypeVar("Handle")
@@ -17,6 +18,21 @@ Published = TypeVar("Published", bound=Weights)
 
 SAMPLE, UPDATE = "sample and score", "update"
 Seconds = dict[str, float]  # by SAMPLE and UPDATE
+
+
+class IterationSizes(Section):
+    """How large an iteration is: `configs/local.yaml`'s."""
+
+    prompts: Positive = 8
+    """groups of an iteration"""
+    group_size: Positive = 12
+    """samples of a group"""
+    groups_per_call: Positive = 2
+    """groups sampled and scored in one batch"""
+    micro_batch_size: Positive = 24
+    """samples of a forward with a gradient"""
+    updates: Positive = 2
+    """optimizer updates of an iteration"""
 
 
 def iterate(

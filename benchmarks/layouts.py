@@ -15,26 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from time import perf_counter
 
 import psutil
 import ray
-import torch
 
 from actors.alignment import open_actors
+from benchmarks.iteration import iterate
+from benchmarks.loop import REWARD
+from benchmarks.spread import ratios
+from benchmarks.untrained import save_untrained
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.costs import count_costs
 from dina_rl.alignment.layout import Kind, layout_of
-from dina_rl.alignment.loop import plan
-from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.skeletons import open_skeletons
 from dina_rl.alignment.timeline import Timeline, count_operations, count_passes, timeline
 from dina_rl.cli import fail, load
-from dina_rl.config import AlignRun, LoRAConfig, RewardModelConfig
+from dina_rl.config import AlignRun
 from dina_rl.config.base import Positive, Section
-from dina_rl.reward.checkpoint import save_reward
-from dina_rl.reward.model import LatentRewardModel
-from dina_rl.runtime import configure_process, open_pipeline
+from dina_rl.runtime import configure_process
+from dina_rl.shapes.grammar import prompts
 
 CORES = 2
 COLOCATED, SPLIT = "colocated", "split"
@@ -116,22 +115,15 @@ def pin(layout: str, processes: Sequence[psutil.Process]) -> None:
 
 
 @contextmanager
-def iterations(run: AlignRun, layout: str) -> Iterator[Callable[[int], None]]:
-    """A function that does one iteration of the loop on actors that are up."""
-    algorithm, prompts = open_algorithm(run), load_prompts(run.prompts)
+def iterations(run: AlignRun, layout: str) -> Iterator[Callable[[int], float]]:
+    """A function that does one iteration of the loop on actors that are up, and returns its seconds."""
+    captions = prompts("train")
     before = set(psutil.Process().children(recursive=True))
     with open_actors(run) as (experience, learner):
         pin(layout, [each for each in psutil.Process().children(recursive=True) if each not in before])
         experience.publish(learner.policy())
 
-        def iterate(iteration: int) -> None:
-            groups = experience.collect(plan(run, prompts.train, iteration))
-            scores = {name: torch.stack([group.scores[name] for group in groups]) for name in run.rewards.scorers}
-            advantages = algorithm.weigh(scores)
-            learner.update(iteration, [group.handle for group in groups], advantages.values, 1.0)
-            experience.publish(learner.policy())
-
-        yield iterate
+        yield lambda number: sum(iterate(run, captions, experience, learner, number).values())
 
 
 def measure(run: BenchmarkRun) -> Result:
@@ -155,18 +147,14 @@ def in_turns(run: BenchmarkRun, layouts: Sequence[str]) -> Result:
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         directory = Path(scratch)
         runs = {layout: alignment(run, layout, directory) for layout in layouts}
-        pipeline = runs[layouts[0]].pipeline
-        backbone = open_pipeline(pipeline)
-        reward = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=16, alpha=32))
-        save_reward(LatentRewardModel(backbone, reward, seed=0), directory / "reward", pipeline=pipeline)
+        save_untrained(directory / "reward", runs[layouts[0]].pipeline, REWARD)
         opened = {layout: stack.enter_context(iterations(each, layout)) for layout, each in runs.items()}
         seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
         for iteration in range(run.iterations + 1):
-            for layout, iterate in opened.items():
-                begin = perf_counter()
-                iterate(iteration)
+            for layout, once in opened.items():
+                taken = once(iteration)
                 if iteration:  # the first one warms up
-                    seconds[layout].append(perf_counter() - begin)
+                    seconds[layout].append(taken)
         return Result(seconds=seconds, planned={layout: planned(each) for layout, each in runs.items()})
 
 
@@ -176,11 +164,11 @@ def table(result: Result) -> str:
     for layout, values in result.seconds.items():
         numbers = "".join(f"{f(values):>8.2f}" for f in (min, median, max))
         lines.append(f"{layout + ', s':<20}{numbers}{result.planned[layout].mean_busy:>14.0%}")
-    ratios = [a / b for a, b in zip(result.seconds[COLOCATED], result.seconds[SPLIT], strict=True)]
-    numbers = "".join(f"{f(ratios):>8.2f}" for f in (min, median, max))
+    measured = ratios(result.seconds[COLOCATED], result.seconds[SPLIT])
+    numbers = "".join(f"{f(measured):>8.2f}" for f in (min, median, max))
     lines.append(f"{'colocated / split':<20}{numbers}")
     plan = result.planned[COLOCATED].length / result.planned[SPLIT].length
-    lines.append(f"{'  by the plan':<20}{plan:>16.2f}; measured is {median(ratios) / plan - 1:+.0%} from it")
+    lines.append(f"{'  by the plan':<20}{plan:>16.2f}; measured is {median(measured) / plan - 1:+.0%} from it")
     return "\n".join(lines)
 
 

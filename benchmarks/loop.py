@@ -19,7 +19,7 @@ from pydantic import BeforeValidator
 
 from benchmarks.clocks import CLOCKS, Clock, ClockName
 from benchmarks.counting import DECODED, ENCODED, FREE, SCORED, TRAINED, counted
-from benchmarks.iteration import SAMPLE, UPDATE, Seconds, iterate
+from benchmarks.iteration import SAMPLE, UPDATE, IterationSizes, Seconds, iterate
 from benchmarks.options import one_or_several, refuse
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.spread import Row, ratios, spread_table
@@ -28,7 +28,7 @@ from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import plan
 from dina_rl.cli import load
 from dina_rl.config import AlignRun, LoRAConfig, PipelineConfig, RewardModelConfig
-from dina_rl.config.base import Positive, Section
+from dina_rl.config.base import Positive
 from dina_rl.runtime import configure_process, device
 from dina_rl.shapes.grammar import prompts
 
@@ -47,21 +47,11 @@ WORK = (FREE, TRAINED, SCORED, DECODED, ENCODED)
 REWARD = RewardModelConfig(taps=(1, 2, 3), num_heads=4, lora=LoRAConfig(rank=16, alpha=32))
 
 
-class BenchmarkRun(Section):
+class BenchmarkRun(IterationSizes):
     """Speed of an iteration of the alignment."""
 
     settings: Annotated[tuple[Name, ...], BeforeValidator(one_or_several)] = NAMES
     """what is measured, of fast, fast_guided, whole, whole_guided and rollout_guided"""
-    prompts: Positive = 8
-    """groups of an iteration"""
-    group_size: Positive = 12
-    """samples of a group"""
-    groups_per_call: Positive = 2
-    """groups sampled and scored in one batch"""
-    micro_batch_size: Positive = 24
-    """samples of a forward with a gradient"""
-    updates: Positive = 2
-    """optimizer updates of an iteration"""
     repeats: Positive = 3
     """iterations of each loop, after one that is counted and not timed"""
     threads: Positive = 1

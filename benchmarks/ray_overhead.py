@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 
 from benchmarks.clocks import CLOCKS, Clock, ClockName
-from benchmarks.iteration import SAMPLE, UPDATE, Seconds, iterate
+from benchmarks.iteration import SAMPLE, UPDATE, IterationSizes, Seconds, iterate
 from benchmarks.loop import REWARD
 from benchmarks.options import refuse
 from benchmarks.spread import Row, ratios, spread_table
@@ -22,26 +22,16 @@ from benchmarks.untrained import save_untrained
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.cli import load
 from dina_rl.config import AlignRun, PipelineConfig
-from dina_rl.config.base import Positive, Section
+from dina_rl.config.base import Positive
 from dina_rl.runtime import configure_process
 from dina_rl.shapes.grammar import prompts
 
 INLINE, RAY = "in one process", "through Ray"
 
 
-class BenchmarkRun(Section):
+class BenchmarkRun(IterationSizes):
     """Cost of the actors."""
 
-    prompts: Positive = 8
-    """groups of an iteration"""
-    group_size: Positive = 12
-    """samples of a group"""
-    groups_per_call: Positive = 2
-    """groups sampled and scored in one batch"""
-    micro_batch_size: Positive = 24
-    """samples of a forward with a gradient"""
-    updates: Positive = 2
-    """optimizer updates of an iteration"""
     repeats: Positive = 3
     """iterations of each kind, after one that does not count"""
     cores: Positive = 1

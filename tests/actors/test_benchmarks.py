@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 
 def test_the_iterations_of_a_layout_are_timed_on_cores_of_their_own():
     if len(os.sched_getaffinity(0)) < layouts.CORES:
+        # Each core stands for a GPU that works while others do: on one core there is nothing to measure.
         pytest.skip("cores stand for GPUs")
     small = layouts.BenchmarkRun(iterations=1, prompts=2, group_size=2, micro_batch_size=2)
     result = layouts.in_turns(small, [layouts.SPLIT])
