@@ -134,7 +134,7 @@ def accuracy_table(
         for name in names:
             seeds = [found[entry.scorer, name, entry.view].cell(convention) for entry in entries]
             cells[name] = Cell.over_seeds([cell.mean for cell in seeds], low=seeds[0].low, high=seeds[0].high)
-        averages = [
+        averages = [  # a convention is the name of its field, which `Convention` spells out
             sum(getattr(found[entry.scorer, name, entry.view].accuracy, convention) for name in names) / len(names)
             for entry in entries
         ]
