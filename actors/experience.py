@@ -22,6 +22,7 @@ import ray
 import torch
 
 from actors.handles import Actor, AnyRef, Handle, both
+from actors.losses import losses_told
 from actors.placement import ActorOptions, Placement
 from actors.pool import Pool
 from actors.remote import RemoteRollout, RemoteWeights
@@ -65,7 +66,7 @@ class RayExperience:
     """Embeddings, rollouts and scores from pools of actors. Who is lost is replaced, the work done again, same numbers.
 
     Weights are sent when they are first sampled with: some are replaced before, and where turns are taken the text
-    actors have theirs in between.
+    actors have theirs in between. What lies on a node is gone with it: `collect` and `measure` raise `WorkLost`.
     """
 
     def __init__(self, run: AlignRun, placement: Placement, shifts: Shifts) -> None:
@@ -113,6 +114,7 @@ class RayExperience:
         self.rollouts.wait_until_ready()
         self.scorers.wait_until_ready()
 
+    @losses_told()
     def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[RemoteRollout]]:
         calls = in_calls(items, self._groups_per_call)
         gradients: dict[ray.ObjectRef[list[Rollout]], ray.ObjectRef[torch.Tensor]] = {}  # of a call's rewards
@@ -147,6 +149,7 @@ class RayExperience:
         else:
             self._unsent = tuple(ray.put(part) for part in weights.split(self._part_bytes))
 
+    @losses_told()
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
         results = self._sample_and_score(
             items,

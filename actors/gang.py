@@ -11,12 +11,14 @@ from typing import Generic, TypeVar
 
 import ray
 import torch.distributed
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.handles import AnyRef, Handle, kill, ready
 from actors.placement import check, wait_all
+from dina_rl.errors import RunStopped
 
 DEATH_NOTICE_S = 5.0  # Ray reports a dead process well within this
+STARTING = "starting"
 
 
 class GangLost(RuntimeError):
@@ -83,7 +85,8 @@ class Gang(Generic[Member]):
         call_timeout_s: longest run of one call.
 
     Raises:
-        GangLost: the ranks did not start or did not find each other.
+        GangLost: a rank died while it started, or they did not find each other.
+        RunStopped: their constructors took too long.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class Gang(Generic[Member]):
         self.name = name
         self._call_timeout_s = call_timeout_s
         self._handles = [spawn(rank) for rank in range(size)]
-        self._run([ready(handle) for handle in self._handles], start_timeout_s, "starting")
+        self._run([ready(handle) for handle in self._handles], start_timeout_s, STARTING)
         meeting_point = self._handles[0].listen.remote()
         self._run([meeting_point], start_timeout_s, "rendezvous")
         address, port = ray.get(meeting_point, timeout=start_timeout_s)
@@ -110,6 +113,7 @@ class Gang(Generic[Member]):
         Raises:
             GangLost: a rank died or exceeded the limit; all ranks are killed.
             ray.exceptions.RayTaskError: a rank raised; all ranks are killed, since the others may wait for it forever.
+        ray.exceptions.ObjectLostError: what they were to read was lost with its node; all ranks are killed.
         """
         refs = [call(handle) for handle in self._handles]
         self._run(refs, self._call_timeout_s, "call")
@@ -130,9 +134,17 @@ class Gang(Generic[Member]):
             if death is not None:
                 raise GangLost(f"{self.name}: a rank was lost ({what}): {death}") from death
             raise
-        except (RayActorError, TimeoutError) as lost:
+        except TimeoutError as late:
             self.shutdown()
-            raise GangLost(f"{self.name}: a rank was lost ({what}): {lost}") from lost
+            if what == STARTING:
+                raise RunStopped(str(late)) from late
+            raise GangLost(f"{self.name}: a rank was lost ({what}): {late}") from late
+        except RayActorError as death:
+            self.shutdown()
+            raise GangLost(f"{self.name}: a rank was lost ({what}): {death}") from death
+        except ObjectLostError:  # of what the ranks were to read
+            self.shutdown()
+            raise
 
 
 def _death_among(refs: Sequence[AnyRef]) -> RayActorError | None:
@@ -145,7 +157,7 @@ def _death_among(refs: Sequence[AnyRef]) -> RayActorError | None:
     for ref in done:
         try:
             check(ref)
-        except RayTaskError:
+        except (RayTaskError, ObjectLostError):
             continue
         except RayActorError as death:
             return death

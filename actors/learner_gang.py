@@ -8,11 +8,12 @@ from typing import Literal, TypeVar
 
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from actors.gang import Gang, GangLost
 from actors.handles import Handle
 from actors.learner import LearnerActor
+from actors.losses import losses_told
 from actors.placement import Placement
 from actors.remote import RemoteRollout, RemoteWeights
 from actors.shifts import Shifts
@@ -49,7 +50,8 @@ class RayLearner:
 
     When a rank is lost, the new gang loads the snapshot (weights, moments, average), makes these updates again in their
     order, and then the call that was lost, so that a run with losses ends with the numbers of a run without. A snapshot
-    is made every `workers.snapshot_every` updates, and whenever somebody asks for the state.
+    is made every `workers.snapshot_every` updates, and whenever somebody asks for the state. It lies on rank 0's node,
+    the rollouts on theirs: where a node takes them along, every method raises `WorkLost`.
     """
 
     def __init__(self, run: AlignRun, placement: Placement, shifts: Shifts) -> None:
@@ -59,9 +61,15 @@ class RayLearner:
         self._shifts = shifts
         self._snapshot: ray.ObjectRef[State] | None = None  # None: as built from the configuration's seed
         self._since: list[RemoteUpdate] = []  # in order
-        self._gang: Gang[LearnerActor] | None = self._build()  # None between a loss and the next call
+        self._gang: Gang[LearnerActor] | None = None  # between a loss and the next call
+        while self._gang is None:
+            try:
+                self._gang = self._build()
+            except GangLost as lost:
+                self._note(lost)
         shifts.join("learner", rest=self._rest, wake=self._wake)
 
+    @losses_told()
     def update(
         self, iteration: int, handles: Sequence[RemoteRollout], advantages: torch.Tensor, kl_scale: float
     ) -> dict[str, float]:
@@ -80,9 +88,11 @@ class RayLearner:
             self._take_snapshot()
         return metrics
 
+    @losses_told()
     def policy(self) -> RemoteWeights:
         return self._weights("policy")
 
+    @losses_told()
     def average(self) -> RemoteWeights:
         return self._weights("average")
 
@@ -94,12 +104,14 @@ class RayLearner:
 
         return self._survive(take_parts)
 
+    @losses_told()
     def state(self) -> State:
         if self._snapshot is None or self._since:
             self._take_snapshot()
         assert self._snapshot is not None
         return self._fetch(self._snapshot)
 
+    @losses_told()
     def load_state(self, state: State) -> None:
         kept = self._snapshot = ray.put(state)
         self._since = []
@@ -143,9 +155,12 @@ class RayLearner:
                 if self._gang is None:
                     self._gang = self._build()
                 return work(self._gang)
+            except ObjectLostError:
+                self._gang = None  # all its ranks were killed
+                raise
             except RayTaskError as error:
                 if isinstance(error.cause, RunStopped):
-                    self._gang = None  # it is gone: all its ranks were killed
+                    self._gang = None  # the same
                     raise error.cause from None
                 raise
             except GangLost as lost:

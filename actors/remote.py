@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import ray
 import torch
 
+from actors.losses import losses_told
 from dina_rl.types import PolicyWeights, Rollout
 
 
@@ -27,6 +28,11 @@ class RemoteWeights:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of them, brought here."""
-        parts = (ray.get(part, timeout=self.timeout_s) for part in self.parts)
+        """All of them, brought here.
+
+        Raises:
+            WorkLost: they lay on a node that is gone.
+        """
+        with losses_told():
+            parts = [ray.get(part, timeout=self.timeout_s) for part in self.parts]
         return {name: tensor for part in parts for name, tensor in part.tensors.items()}

@@ -92,7 +92,7 @@ def measure(run: AlignRun, repeats: int, clock: Clock) -> Measured:
     experience.publish(learner.policy())
     start = {INLINE: perf_counter() - begin}
     begin = perf_counter()
-    start_ray()
+    start_ray(run.run_dir)
     with open_actors(run) as (remote, gang):
         remote.publish(gang.policy())
         start[RAY] = perf_counter() - begin

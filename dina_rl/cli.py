@@ -18,13 +18,16 @@ from pydantic import BaseModel, ValidationError
 
 from dina_rl.config.keys import NAME, RENAMED, can_be_off, explain, is_named, section_of
 from dina_rl.errors import RunStopped, shown
+from dina_rl.termination import Terminated, listening
 from dina_rl.textfiles import parse_yaml, read_text
 
 Run = TypeVar("Run", bound=BaseModel)
 Part = TypeVar("Part", bound=BaseModel)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what shells use for Ctrl-C
+EXIT_TERMINATED = 143  # and for SIGTERM
 EXIT_STOPPED = 1
+EXIT_RAY_LOST = 3
 
 
 def fail(message: str) -> NoReturn:
@@ -35,12 +38,19 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def interruptible(run_dir: Path) -> Iterator[None]:
-    """End the program with one line on Ctrl-C, or when the run stops itself; what is there stays, to be continued."""
+    """End the program with one line on Ctrl-C or SIGTERM, or when the run stops itself.
+
+    What is there stays, to be continued.
+    """
     try:
-        yield
+        with listening():
+            yield
     except KeyboardInterrupt:
         print(f"\ninterrupted; add --resume to continue {run_dir}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
+    except Terminated:
+        print(f"\nterminated; add --resume to continue {run_dir}", file=sys.stderr)
+        raise SystemExit(EXIT_TERMINATED) from None
     except RunStopped as stopped:
         print(f"\nerror: {stopped}", file=sys.stderr)
         raise SystemExit(EXIT_STOPPED) from None

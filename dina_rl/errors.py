@@ -1,8 +1,12 @@
-"""The error that ends a run with one line."""
+"""The errors of a run that are no mistake of a program."""
 
 
 class RunStopped(RuntimeError):
     """A run cannot go on, for a reason that its message says in full; a traceback would add nothing."""
+
+
+class WorkLost(RuntimeError):
+    """What a run had made since its last checkpoint is gone with the node that held it. From there it can go on."""
 
 
 def shown(value: object) -> str:

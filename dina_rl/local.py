@@ -75,7 +75,7 @@ def run_all(run: LocalRun, run_dir: Path) -> "Summary":
         if not run.inline:
             from jobs.cluster import start_ray
 
-            start_ray()
+            start_ray(run_dir)
         stages = Stages(run_dir)
         preferences = make_preferences(run, run_dir, stages)
         reward = fit_reward(run, preferences, run_dir, stages)

@@ -22,6 +22,8 @@ from dina_rl.backbones.files import EVERYTHING
 from dina_rl.backbones.trained import check_targets, make_trainable, save_transformer
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun
+from dina_rl.errors import RunStopped, WorkLost
+from dina_rl.loading import say
 from dina_rl.reward.home import check_home
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, image_size, open_pipeline, sized
@@ -121,7 +123,13 @@ def check_image_scorers(run: AlignRun) -> None:
 
 
 def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
-    """Run the loop on Ray actors, or in this process with `run.inline`; returns what was recorded."""
+    """Run the loop on Ray actors, or in this process with `run.inline`; returns what was recorded.
+
+    Where a node takes unsaved work along, everything begins anew at the last checkpoint, as `--resume` would.
+
+    Raises:
+        RunStopped: the run cannot go on.
+    """
     recorder = Recorder(run, run_dir, exporter(run))
     if finished(run, run_dir):
         recorder.recall()
@@ -135,12 +143,22 @@ def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
     from actors.alignment import open_actors
     from jobs.cluster import start_ray
 
-    start_ray()
-    with ExitStack() as stack:
-        with recorder.timed("start"):
-            experience, learner = stack.enter_context(open_actors(run))
-        align(run, prompts, experience, learner, recorder)
-    return recorder
+    start_ray(run_dir)
+    for again in range(run.workers.max_restarts + 1):
+        try:
+            with ExitStack() as stack:
+                with recorder.timed("start"):
+                    experience, learner = stack.enter_context(open_actors(run))
+                align(run, prompts, experience, learner, recorder)
+            return recorder
+        except WorkLost as lost:
+            recorder.close()
+            if again == run.workers.max_restarts:
+                raise RunStopped(f"{lost}; begun again {again} times (workers.max_restarts)") from lost
+            recorder = Recorder(run, run_dir, exporter(run))
+            done = recorder.checkpoints.done()
+            say(f"{lost}; all actors start anew, and the run goes on after iteration {done}")
+    raise AssertionError("every attempt returns or raises")
 
 
 def exporter(run: AlignRun) -> Callable[[Path, dict[str, torch.Tensor]], Path]:

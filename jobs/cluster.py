@@ -3,35 +3,43 @@
 import logging
 import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import ray
 from ray.data import DataContext
 
 from dina_rl.cli import fail
+from dina_rl.termination import listen
+from jobs.ray_watch import watch
 
 CONNECT_TIMEOUT_S = 10.0
 
 
-def start_ray() -> None:
-    """Join the cluster this job was submitted to, else start Ray on this machine's loopback; nothing if it runs."""
+def start_ray(run_dir: Path) -> None:
+    """Join the cluster this job was submitted to, else start Ray on this machine's loopback; nothing if it runs.
+
+    Where Ray is lost later, the process ends with one line that says how to continue the run in `run_dir`.
+    """
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
-    if address is not None:
+    if address is None:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
+    else:
         try:
             check_address(address)
             ray.init(log_to_driver=False)
         except (ConnectionError, ValueError) as error:
             fail(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}")
-        return
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-    )
+    listen()  # Ray has set its own handler of SIGTERM
+    watch(run_dir)
 
 
 def check_address(address: str) -> None:

@@ -166,7 +166,7 @@ def open_workers(run: EvaluateRun) -> Iterator[Workers]:
     from actors.evaluation import RayWorkers
     from jobs.cluster import start_ray
 
-    start_ray()
+    start_ray(run.run_dir)
     workers = RayWorkers(run.workers)
     try:
         yield workers

@@ -16,6 +16,8 @@ process, without Ray and without checkpoints.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.cli import fail, interruptible, load
@@ -31,15 +33,15 @@ from jobs.submitted import check_results
 
 def fit_reward_model(run: FitRun) -> FitResult:
     """`fit_reward` in this process with `inline`, else on Ray, which it starts unless it runs."""
-    return fit_reward(run, work_here if run.inline else work_on_ray)
+    return fit_reward(run, work_here if run.inline else partial(work_on_ray, run.run_dir))
 
 
-def work_on_ray(backbone: Backbone) -> FitWork:
+def work_on_ray(run_dir: Path, backbone: Backbone) -> FitWork:
     from jobs.cluster import quiet_ray_data, start_ray
     from jobs.encoding import RayEncoding
     from jobs.training import RayTraining
 
-    start_ray()
+    start_ray(run_dir)
     quiet_ray_data()
     return RayEncoding(), RayTraining()
 

@@ -38,7 +38,7 @@ class Board:
     """
 
     def __init__(self, run: AlignRun, directory: Path, *, done: int) -> None:
-        purge = done + 1 if done else None
+        purge = done + 1 if done else 0  # what another attempt wrote beyond that is not shown
         self._main, self._golden, self._proxy = (
             SummaryWriter(str(directory / name), purge_step=purge) for name in ("", "golden", "proxy")
         )

@@ -37,6 +37,10 @@ class History:
         """The measured points of the curves, in order."""
         return cast(list[Point], self._of("measurement"))
 
+    def measured(self, done: int) -> bool:
+        """Whether the curves have a point after `done` iterations."""
+        return any(point["iteration"] == done for point in self.points())
+
     def iterations(self) -> list[dict[str, float]]:
         """What was reported of each iteration, its scorers' part aside."""
         return [

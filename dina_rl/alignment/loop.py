@@ -5,7 +5,8 @@
 Every draw is keyed by what it is for, so who does the work, and how many do, cannot change the numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -16,8 +17,9 @@ from dina_rl.alignment.measurement import EvaluationItem, Measurement, evaluatio
 from dina_rl.alignment.prompts import Prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.config import AlignRun
-from dina_rl.errors import RunStopped
+from dina_rl.errors import RunStopped, WorkLost
 from dina_rl.seeding import generator
+from dina_rl.termination import Terminated, deferred, heard
 from dina_rl.types import PolicyWeights, Weights, WorkItem
 
 Handle = TypeVar("Handle")  # a sampled group, or a reference to one that stays where it was made
@@ -69,6 +71,7 @@ class Learner(Protocol[Used, Offered]):
     def load_state(self, state: dict[str, torch.Tensor]) -> None: ...
 
 
+@deferred()
 def align(
     run: AlignRun,
     prompts: Prompts,
@@ -80,6 +83,8 @@ def align(
 
     Raises:
         RunStopped: too many groups of an iteration had a reward that is not finite.
+        WorkLost: what was sampled or learnt went with a node; what could be kept of it is in a checkpoint.
+        Terminated: SIGTERM came; what was learnt is in a checkpoint.
     """
     algorithm, watch = open_algorithm(run), recorder.watch
     start, state = recorder.restore()
@@ -87,13 +92,15 @@ def align(
         learner.load_state(state)
     experience.publish(learner.average())
     if start == 0:
-        with recorder.timed("measure"):
-            recorder.base(measure_base(run, prompts.test, experience))
-            measure(run, prompts.dev, 0, learner.average(), experience, learner, recorder)
+        with recorder.timed("measure"), heard():
+            base = measure_base(run, prompts.test, experience)
+        recorder.base(base)
+    if start == 0 or (measures(run, start) and not recorder.history.measured(start)):
+        measure(run, prompts.dev, start, learner.average(), experience, learner, recorder)
     experience.publish(learner.policy())
 
     for iteration in recorder.progress(range(start, start if watch.stopped else run.iterations)):
-        with recorder.timed("rollout"):
+        with kept(iteration, learner, recorder), recorder.timed("rollout"), heard():
             groups = experience.collect(plan(run, prompts.train, iteration))
             scores = {name: torch.stack([group.scores[name] for group in groups]) for name in run.rewards.scorers}
         advantages = algorithm.weigh(scores)
@@ -102,27 +109,25 @@ def align(
                 f"iteration {iteration}: {advantages.failed} of {len(groups)} groups have a reward that is not finite "
                 f"(rollout.max_failed allows {run.rollout.max_failed:.0%})"
             )
-        with recorder.timed("update"):
-            kept = advantages.kept.nonzero().flatten().tolist()
-            handles = [groups[i].handle for i in kept]
+        with kept(iteration, learner, recorder), recorder.timed("update"):
+            used = advantages.kept.nonzero().flatten().tolist()
+            handles = [groups[i].handle for i in used]
             metrics: dict[str, float] = {"updates": 0}
             if handles:
-                metrics = learner.update(iteration, handles, advantages.values[kept], watch.kl_scale)
+                metrics = learner.update(iteration, handles, advantages.values[used], watch.kl_scale)
                 recorder.warn(algorithm.gate(metrics))
         done = iteration + 1
-        measures = done % run.golden.every == 0 or done == run.iterations
         with recorder.timed("publish"):
-            if not measures:  # the average comes first, and then these
+            if not measures(run, done):  # the average comes first, and then these
                 experience.publish(learner.policy())
         recorder.iteration(iteration, scores, advantages, metrics)
         del groups, handles  # trajectories, or references to them: whoever needs them longer has its own
 
-        if measures:
-            with recorder.timed("measure"):
-                average = learner.average()
-                experience.publish(average)
-                measure(run, prompts.dev, done, average, experience, learner, recorder)
-                experience.publish(learner.policy())
+        if measures(run, done):
+            average = learner.average()
+            experience.publish(average)
+            measure(run, prompts.dev, done, average, experience, learner, recorder)
+            experience.publish(learner.policy())
         if done % run.checkpoint_every == 0 or done == run.iterations or watch.stopped:
             recorder.checkpoint(done, learner.state())
         if watch.stopped:
@@ -130,9 +135,30 @@ def align(
 
     final: Published | PolicyWeights = recorder.checkpoints.best_weights() if watch.stopped else learner.average()
     experience.publish(final)
-    with recorder.timed("measure"):
-        recorder.aligned(measure_aligned(run, prompts.test, experience))
+    with recorder.timed("measure"), heard():
+        aligned = measure_aligned(run, prompts.test, experience)
+    recorder.aligned(aligned)
     recorder.export(final)
+
+
+def measures(run: AlignRun, done: int) -> bool:
+    """Whether the curves have a point after `done` iterations, beside the one before all of them."""
+    return done % run.golden.every == 0 or done == run.iterations
+
+
+@contextmanager
+def kept(done: int, learner: Learner[Handle, Published], recorder: Recorder) -> Iterator[None]:
+    """What was learnt in the `done` iterations before a block, which leaves the learner as it was or loses it.
+
+    It is saved if the block ends early and the state can still be had: the next attempt begins there.
+    """
+    try:
+        yield
+    except (WorkLost, Terminated):
+        if done > recorder.checkpoints.done():
+            with suppress(WorkLost):  # the state went the same way
+                recorder.checkpoint(done, learner.state())
+        raise
 
 
 def measure(
@@ -148,7 +174,9 @@ def measure(
 
     The learner's state is kept, or taken back to the best one, as the watch says.
     """
-    recorder.measured(done, measure_dev(run, prompts, experience), average)
+    with kept(done, learner, recorder), recorder.timed("measure"), heard():
+        found = measure_dev(run, prompts, experience)
+    recorder.measured(done, found, average)
     if recorder.watch.keeps_state and recorder.watch.improved:
         recorder.checkpoints.keep_best_state(learner.state())
     elif recorder.watch.rolls_back:

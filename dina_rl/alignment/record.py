@@ -229,7 +229,14 @@ class Recorder:
         """Write the weights for stock diffusers, in place of those of a shorter run, and close TensorBoard."""
         self._export(self.exported, weights.tensors)
         note_finished(self.run.iterations, self.dir)
-        self._board.close()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the files and the terminal to another recorder of the same run."""
+        if self._opened is not None:
+            self._opened.close()
+        if self._bar is not None:
+            self._bar.close()
 
     # --- what the report reads -----------------------------------------------------------------------------------
 

@@ -1,0 +1,26 @@
+"""What Ray lost with a node, in the loop's own words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError
+
+from dina_rl.errors import WorkLost
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Inside, a value that was lost with its node, or did not come from there in time, is `WorkLost`.
+
+    It may be met here or in an actor that was to read it: Ray's error of a failed call is then also an instance of
+    what the call failed of. Nothing lost is made again by Ray: the actors that made it have gone on.
+    """
+    try:
+        yield
+    except (ObjectLostError, GetTimeoutError) as lost:
+        cause = lost.cause if isinstance(lost, RayTaskError) else lost
+        raise WorkLost(f"a value was lost with its node: {_first_line(cause)}") from lost
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().partition("\n")[0]

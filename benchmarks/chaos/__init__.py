@@ -1,0 +1,1 @@
+"""Faults of a cluster, and what becomes of a run: `python -m benchmarks.chaos`."""
