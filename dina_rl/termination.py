@@ -30,12 +30,12 @@ def listen() -> None:
 def listening() -> Iterator[None]:
     """`listen` for the time of a block."""
     before = signal.getsignal(signal.SIGTERM)
-    _Signal.came = False
     listen()
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        _Signal.came = False
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
+from ray._private.node import Node
 
 from benchmarks.chaos.lab import Attempt, Lab
 
@@ -97,11 +98,16 @@ def _kill_raylet_of_driver(attempt: Attempt, lab: Lab) -> None:
 
 
 def _kill_gcs(attempt: Attempt, lab: Lab) -> None:
-    _kill(lab.cluster.head_node.all_processes["gcs_server"][0].process.pid)
+    _kill(_process(lab.cluster.head_node, "gcs_server"))
 
 
-def _raylet(node: object) -> int:
-    pid: int = node.all_processes["raylet"][0].process.pid  # type: ignore[attr-defined]  # Ray's Node is untyped
+def _raylet(node: Node | None) -> int:
+    return _process(node, "raylet")
+
+
+def _process(node: Node | None, name: str) -> int:
+    assert node is not None, "the lab is mended before each trial"
+    pid: int = node.all_processes[name][0].process.pid
     return pid
 
 

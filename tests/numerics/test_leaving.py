@@ -1,0 +1,116 @@
+"""A run that is left early, by a loss or by SIGTERM, keeps what it has learnt and ends like one that was not."""
+
+import os
+import signal
+
+import pytest
+
+from dina_rl.alignment.inline import InlineExperience, InlineLearner
+from dina_rl.alignment.loop import align
+from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.record import Recorder
+from dina_rl.checkpoint import load_tensors
+from dina_rl.cli import EXIT_TERMINATED, interruptible
+from dina_rl.errors import WorkLost
+from dina_rl.termination import Terminated, deferred, heard, listening
+from jobs.align import exporter
+from tests.tensors import assert_same_tensors
+from tests.tiny_run import tiny_run
+
+
+class Struck:
+    """A real experience and learner, on which `strike` falls in the call `stage` for the `time`th time."""
+
+    def __init__(self, run, stage, time, strike):
+        experience, learner = InlineExperience(run), InlineLearner(run)
+        self.publish = experience.publish
+        self.policy, self.average = learner.policy, learner.average
+        self.state, self.load_state = learner.state, learner.load_state
+        self.calls = {"collect": experience.collect, "measure": experience.measure, "update": learner.update}
+        self.left, self.stage, self.strike = time, stage, strike
+
+    def _call(self, stage, *arguments):
+        self.left -= stage == self.stage
+        if stage == self.stage and self.left == 0:
+            self.strike()
+        return self.calls[stage](*arguments)
+
+    def collect(self, items):
+        return self._call("collect", items)
+
+    def measure(self, items):
+        return self._call("measure", items)
+
+    def update(self, *arguments):
+        return self._call("update", *arguments)
+
+
+def lose():
+    raise WorkLost("a value was lost with its node")
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def make(run_dir, pipeline, reward):
+    few = {
+        "rollout": {"prompts_per_iteration": 2, "num_steps": 3},
+        "golden": {"every": 1, "dev_samples": 2, "test_samples": 2, "guidances": [2.0], "num_steps": 2},
+    }
+    return tiny_run(run_dir, pipeline, reward, iterations=2, checkpoint_every=10, **few)
+
+
+def perform(run, both=None):
+    experience, learner = (both, both) if both else (InlineExperience(run), InlineLearner(run))
+    recorder = Recorder(run, run.run_dir, exporter(run))
+    align(run, load_prompts(run.prompts), experience, learner, recorder)
+    return recorder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_pipeline, tiny_reward):
+    run = make(tmp_path_factory.mktemp("whole"), tiny_pipeline, tiny_reward)
+    return perform(run)
+
+
+@pytest.mark.parametrize(
+    ("stage", "time", "strike"),
+    [
+        ("collect", 2, lose),
+        ("update", 2, lose),
+        ("measure", 3, terminate),
+    ],  # measured: base, start
+    ids=["lost while sampling", "lost while learning", "terminated while measuring"],
+)
+def test_what_was_learnt_is_kept_and_the_next_attempt_ends_alike(
+    whole, tmp_path, tiny_pipeline, tiny_reward, stage, time, strike
+):
+    run = make(tmp_path, tiny_pipeline, tiny_reward)
+    with listening(), pytest.raises((WorkLost, Terminated)):
+        perform(run, Struck(run, stage, time, strike))
+    recorder = Recorder(run, run.run_dir, exporter(run))
+    assert recorder.checkpoints.done() == 1
+    again = perform(run)
+    assert again.history.entries == whole.history.entries
+    (ours,), (theirs,) = (each.exported.glob("*.safetensors") for each in (again, whole))
+    assert_same_tensors(load_tensors(ours), load_tensors(theirs))
+
+
+def test_sigterm_interrupts_unless_deferred_and_ends_a_program_with_its_own_code(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    said = []
+
+    def work():
+        terminate()
+        said.append("deferred")
+        with heard():
+            said.append("not reached")
+
+    with pytest.raises(SystemExit) as end, interruptible(tmp_path), deferred():
+        work()
+    assert (said, end.value.code) == (["deferred"], EXIT_TERMINATED)
+    assert capsys.readouterr().err == f"\nterminated; add --resume to continue {tmp_path}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(Terminated), listening():
+        terminate()
