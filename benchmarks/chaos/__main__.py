@@ -18,28 +18,15 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from benchmarks.chaos.faults import FAULTS, Fault, draw
+from benchmarks.chaos.faults import FAULTS, LOOP, Fault, draw
 from benchmarks.chaos.lab import Lab, Numbers, numbers
+from benchmarks.chaos.settings import BenchmarkRun
 from dina_rl.cli import EXIT_RAY_LOST, EXIT_STOPPED, EXIT_TERMINATED, fail, load
-from dina_rl.config.base import NonNegative, Positive, Section
 from dina_rl.markdown import grid
 
 Ending = Literal["alike", "promised", "neither", "missed"]
 KILLED = -9
 RESUMED = 3  # attempts after a promised end
-
-
-class ChaosRun(Section):
-    """Trials of a small run under faults."""
-
-    trials: Positive = 20
-    """faults that are tried, one a run"""
-    seed: NonNegative = 0
-    """of what is drawn"""
-    only: str | None = None
-    """a fault by (a part of) its name; None: all"""
-    keep: Path | None = None
-    """directory for the logs of the runs; None: they go"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,24 +38,36 @@ class Trial:
     late_s: float  # beyond the undisturbed run's seconds, attempts that continued it included
 
 
-def undisturbed(lab: Lab) -> tuple[Numbers, float]:
-    """The numbers to end with, and the seconds that they take."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usual:
+    """The undisturbed run."""
+
+    numbers: Numbers
+    seconds: float
+    loop_s: float  # from the first rollout on
+
+
+def undisturbed(lab: Lab) -> Usual:
+    """What a run is to end with, and how long it takes."""
     lab.mend()
     begin = time.monotonic()
     with lab.attempt(lab.directory / "undisturbed", resume=False) as attempt:
+        attempt.until(f"ray::{LOOP}")
+        loop = time.monotonic()
         code = attempt.wait()
         if code != 0:
             fail(f"the undisturbed run ended with {code}: {attempt.said()[-2000:]}")
-    return numbers(lab.directory / "undisturbed"), time.monotonic() - begin
+    end = time.monotonic()
+    return Usual(numbers=numbers(lab.directory / "undisturbed"), seconds=end - begin, loop_s=end - loop)
 
 
-def tried(lab: Lab, run_dir: Path, fault: Fault, expected: Numbers, usual_s: float) -> Trial:
+def tried(lab: Lab, run_dir: Path, fault: Fault, usual: Usual) -> Trial:
     """One run under a fault, continued as long as it ends as promised."""
     lab.mend()
     begin, promised = time.monotonic(), False
 
     def judged(ending: Ending) -> Trial:
-        return Trial(fault=fault, ending=ending, late_s=time.monotonic() - begin - usual_s)
+        return Trial(fault=fault, ending=ending, late_s=time.monotonic() - begin - usual.seconds)
 
     with lab.attempt(run_dir, resume=False) as attempt:
         if not fault.strike(attempt, lab):
@@ -84,7 +83,7 @@ def tried(lab: Lab, run_dir: Path, fault: Fault, expected: Numbers, usual_s: flo
             lab.mend()
             with lab.attempt(run_dir, resume=(run_dir / "config.yaml").is_file()) as again:
                 code = again.wait()
-    if code != 0 or "Traceback" in attempt.said() or numbers(run_dir) != expected:
+    if code != 0 or "Traceback" in attempt.said() or numbers(run_dir) != usual.numbers:
         return judged("neither")
     return judged("promised" if promised else "alike")
 
@@ -104,21 +103,20 @@ def table(trials: Sequence[Trial]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    run = load(ChaosRun, argv, program="python -m benchmarks.chaos")
-    if run.only is not None and not any(run.only in name for name in FAULTS):
+    run = load(BenchmarkRun, argv, program="python -m benchmarks.chaos")
+    names = sorted(name for name in FAULTS if run.only is None or run.only in name)
+    if not names:
         fail(f"only {run.only}: no fault is called so; there are {', '.join(FAULTS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rng, trials = random.Random(run.seed), list[Trial]()
     with TemporaryDirectory(prefix="chaos-") as scratch:
         lab = Lab(run.keep or Path(scratch))
         try:
-            expected, usual_s = undisturbed(lab)
-            print(f"undisturbed: {usual_s:.0f} s", flush=True)
-            while len(trials) < run.trials:
-                fault = draw(rng, usual_s)
-                if run.only is not None and run.only not in fault.name:
-                    continue
-                trials.append(tried(lab, lab.directory / f"trial_{len(trials):03d}", fault, expected, usual_s))
+            usual = undisturbed(lab)
+            print(f"undisturbed: {usual.seconds:.0f} s, {usual.loop_s:.0f} s of it in the loop", flush=True)
+            for number in range(run.trials):
+                fault = draw(rng, names, usual.loop_s)
+                trials.append(tried(lab, lab.directory / f"trial_{number:03d}", fault, usual))
                 last = trials[-1]
                 print(
                     f"{len(trials):4d}  {fault.name}, {fault.moment}: {last.ending}, {last.late_s:+.0f} s", flush=True

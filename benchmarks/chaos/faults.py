@@ -12,24 +12,47 @@ from ray._private.node import Node
 
 from benchmarks.chaos.lab import Attempt, Lab
 
-ACTORS = {
-    "rollout actor": (
-        "RolloutActor.__init__",
-        "RolloutActor.rollout",
-        "RolloutActor.load_weights",
-        "RolloutActor.evaluate",
-    ),
-    "scorer": ("ScorerActor.__init__", "ScorerActor.score", "ScorerActor.score_evaluation"),
-    "learner rank": (
-        "LearnerActor.__init__",
-        "LearnerActor.join",
-        "LearnerActor.build",
-        "LearnerActor.update",
-        "LearnerActor.state",
-        "LearnerActor.offer",
-    ),
-}
-"""Titles of their processes at the start and in each stage."""
+STARTING = (
+    "RolloutActor.__init__",
+    "ScorerActor.__init__",
+    "LearnerActor.__init__",
+    "LearnerActor.join",
+    "LearnerActor.build",
+)
+WORKING = (
+    "RolloutActor.rollout",
+    "RolloutActor.load_weights",
+    "RolloutActor.evaluate",
+    "ScorerActor.score",
+    "ScorerActor.score_evaluation",
+    "LearnerActor.update",
+    "LearnerActor.state",
+    "LearnerActor.offer",
+)
+"""What Ray calls the actors' processes, at the start and in each stage."""
+LOOP = "RolloutActor.rollout"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """When somebody does what `title` says, at once, or so many seconds into the loop."""
+
+    title: str
+    into_loop_s: float | None
+
+    def __str__(self) -> str:
+        return self.title + ("" if self.into_loop_s is None else f" from {self.into_loop_s:.1f} s of the loop on")
+
+    def come(self, attempt: Attempt) -> psutil.Process | None:
+        """The process that does it; None: the run ended before."""
+        if self.into_loop_s is not None and (
+            attempt.until(f"ray::{LOOP}") is None or not attempt.sleep(self.into_loop_s)
+        ):
+            return None
+        return attempt.until(f"ray::{self.title}")
+
+
+Strike = Callable[[psutil.Process, Attempt, Lab], None]  # the process that was at work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,95 +60,63 @@ class Fault:
     """One of the things that go wrong."""
 
     name: str
-    moment: str
-    strike: Callable[[Attempt, Lab], bool]  # whether it found something to strike
+    moment: Moment
+
+    def strike(self, attempt: Attempt, lab: Lab) -> bool:
+        """Whether its moment came."""
+        process = self.moment.come(attempt)
+        if process is None:
+            return False
+        with suppress(psutil.NoSuchProcess):
+            FAULTS[self.name](process, attempt, lab)
+        return True
 
 
-def draw(rng: random.Random, usual_s: float) -> Fault:
-    """Any of them, at any moment of a run that usually takes `usual_s` seconds."""
-    name = rng.choice(sorted(FAULTS))
-    return FAULTS[name](name, rng, usual_s)
+def draw(rng: random.Random, names: list[str], loop_s: float) -> Fault:
+    """One of `names`, while the actors start (a third), or in a loop that usually takes `loop_s` seconds."""
+    name = rng.choice(names)
+    if rng.random() < 1 / 3:
+        return Fault(name=name, moment=Moment(title=rng.choice(STARTING), into_loop_s=None))
+    into_loop_s = rng.uniform(0, 0.8 * loop_s)
+    return Fault(name=name, moment=Moment(title=rng.choice(WORKING), into_loop_s=into_loop_s))
 
 
-def _of_process(number: signal.Signals) -> Callable[[str, random.Random, float], Fault]:
-    def make(name: str, rng: random.Random, usual_s: float) -> Fault:
-        actor = rng.choice(sorted(ACTORS))
-        title = rng.choice(ACTORS[actor])
-        wait_s = rng.choice((0.0, rng.uniform(0, usual_s / 2)))
-
-        def strike(attempt: Attempt, lab: Lab) -> bool:
-            process = attempt.until(f"ray::{title}") if attempt.sleep(wait_s) else None
-            if process is None:
-                return False
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-            return True
-
-        return Fault(
-            name=name, moment=f"{title} {'at once' if wait_s == 0 else f'after {wait_s:.0f} s'}", strike=strike
-        )
-
-    return make
+def _signal_actor(number: signal.Signals) -> Strike:
+    return lambda process, attempt, lab: process.send_signal(number)
 
 
-def _at_any_time(strike: Callable[[Attempt, Lab], None]) -> Callable[[str, random.Random, float], Fault]:
-    def make(name: str, rng: random.Random, usual_s: float) -> Fault:
-        wait_s = rng.uniform(0, usual_s)
-
-        def after(attempt: Attempt, lab: Lab) -> bool:
-            if not attempt.sleep(wait_s):
-                return False
-            strike(attempt, lab)
-            return True
-
-        return Fault(name=name, moment=f"after {wait_s:.0f} s", strike=after)
-
-    return make
+def _signal_driver(number: signal.Signals) -> Strike:
+    return lambda process, attempt, lab: attempt.process.send_signal(number)
 
 
-def _lose_node(attempt: Attempt, lab: Lab) -> None:
-    """The one on which more of the actors are."""
-    busy = max(lab.cluster.worker_nodes, key=lambda node: len(psutil.Process(_raylet(node)).children()))
-    _kill(_raylet(busy))
+def _lose_node(process: psutil.Process, attempt: Attempt, lab: Lab) -> None:
+    """The one that the process is on. Its actors end with it."""
+    parent = process.parent()
+    assert parent is not None, "actors are children of their raylet"
+    parent.kill()
 
 
-def _add_node(attempt: Attempt, lab: Lab) -> None:
+def _add_node(process: psutil.Process, attempt: Attempt, lab: Lab) -> None:
     lab.add_node()
 
 
-def _kill_raylet_of_driver(attempt: Attempt, lab: Lab) -> None:
-    _kill(_raylet(lab.cluster.head_node))
+def _kill_of_head(name: str) -> Strike:
+    return lambda process, attempt, lab: os.kill(_pid(lab.cluster.head_node, name), signal.SIGKILL)
 
 
-def _kill_gcs(attempt: Attempt, lab: Lab) -> None:
-    _kill(_process(lab.cluster.head_node, "gcs_server"))
-
-
-def _raylet(node: Node | None) -> int:
-    return _process(node, "raylet")
-
-
-def _process(node: Node | None, name: str) -> int:
+def _pid(node: Node | None, name: str) -> int:
     assert node is not None, "the lab is mended before each trial"
     pid: int = node.all_processes[name][0].process.pid
     return pid
 
 
-def _kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-
-
-def _signal_driver(number: signal.Signals) -> Callable[[Attempt, Lab], None]:
-    return lambda attempt, lab: attempt.process.send_signal(number)
-
-
-FAULTS: dict[str, Callable[[str, random.Random, float], Fault]] = {
-    "actor killed": _of_process(signal.SIGKILL),
-    "actor stopped (SIGSTOP)": _of_process(signal.SIGSTOP),
-    "node lost": _at_any_time(_lose_node),
-    "node added": _at_any_time(_add_node),
-    "driver killed": _at_any_time(_signal_driver(signal.SIGKILL)),
-    "driver asked to end (SIGTERM)": _at_any_time(_signal_driver(signal.SIGTERM)),
-    "raylet of the driver's node killed": _at_any_time(_kill_raylet_of_driver),
-    "GCS killed": _at_any_time(_kill_gcs),
+FAULTS: dict[str, Strike] = {
+    "actor killed": _signal_actor(signal.SIGKILL),
+    "actor stopped (SIGSTOP)": _signal_actor(signal.SIGSTOP),
+    "node lost": _lose_node,
+    "node added": _add_node,
+    "driver killed": _signal_driver(signal.SIGKILL),
+    "driver asked to end (SIGTERM)": _signal_driver(signal.SIGTERM),
+    "raylet of the driver's node killed": _kill_of_head("raylet"),
+    "GCS killed": _kill_of_head("gcs_server"),
 }

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,8 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.loop import REWARD
 from benchmarks.untrained import save_untrained
+from dina_rl.checkpoint import load_tensors
 from dina_rl.config import PipelineConfig
-from dina_rl.fingerprint import file_digest
 from dina_rl.shapes.pipeline import build_pipeline
 from dina_rl.textfiles import read_text
 
@@ -25,7 +26,7 @@ WORKERS = 2  # nodes beside the head's, on which no actor finds room
 CPUS = 4  # of each: the actors of the run fit on one
 STORE_BYTES = 128 * 2**20
 LIMIT_S = 600.0  # longest attempt
-POLL_S = 0.005
+POLL_S, POLLS = 0.02, 15
 
 RUN = {
     "iterations": 4,
@@ -70,7 +71,7 @@ class Numbers:
     """What a run ends with."""
 
     history: str
-    weights: str  # digest of the exported file
+    weights: str  # digest of the exported ones
 
 
 class Lab:
@@ -150,10 +151,12 @@ class Attempt:
     def until(self, title: str) -> psutil.Process | None:
         """A worker process that is seen to do what `title` says, as Ray names them; None: the run ended first."""
         while self.process.poll() is None and time.monotonic() - self.began < LIMIT_S:
-            for process in workers():
-                if title_of(process).startswith(title):
-                    return process
-            time.sleep(POLL_S)
+            seen = workers()  # to list them is dear
+            for _ in range(POLLS):
+                for process in seen:
+                    if title_of(process).startswith(title):
+                        return process
+                time.sleep(POLL_S)
         return None
 
     def sleep(self, seconds: float) -> bool:
@@ -186,6 +189,9 @@ def title_of(process: psutil.Process) -> str:
 
 
 def numbers(run_dir: Path) -> Numbers:
-    """Of a run that has ended."""
-    (weights,) = (run_dir / "adapter").glob("*.safetensors")
-    return Numbers(history=read_text(run_dir / "history.jsonl"), weights=file_digest(weights))
+    """Of a run that has ended. The file's own bytes are not compared: its writer orders its metadata by chance."""
+    (file,) = (run_dir / "adapter").glob("*.safetensors")
+    digest = sha256()
+    for name, tensor in sorted(load_tensors(file).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return Numbers(history=read_text(run_dir / "history.jsonl"), weights=digest.hexdigest())

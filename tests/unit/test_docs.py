@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 import dina_rl
 from benchmarks import forward, layouts, loop, ray_overhead, reward_step
+from benchmarks.chaos import settings as chaos
 from benchmarks.gpu import settings as gpu
 from dina_rl.cli import NAME, known_keys
 from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
@@ -37,6 +38,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "benchmarks.ray_overhead": ray_overhead.BenchmarkRun,
     "benchmarks.reward_step": reward_step.BenchmarkRun,
     "benchmarks.gpu": gpu.BenchmarkRun,
+    "benchmarks.chaos": chaos.BenchmarkRun,
 }
 RUNS = set(PROGRAMS.values())
 OTHER_OPTIONS = {
