@@ -100,13 +100,14 @@ class Batcher:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        parts: Sequence[_Part] = ()
         try:
             while parts := self._next():
                 self._score(parts)
         finally:  # whatever ends it: nobody waits for a thread that is no more
             with self._changed:
                 self._closing = True
-                for job in self._waiting:
+                for job in (*(part.job for part in parts), *self._waiting):
                     _fail(job, RuntimeError("the scorer has ended"))
 
     def _next(self) -> list[_Part]:

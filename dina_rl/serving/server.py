@@ -120,7 +120,9 @@ class ScoreServer(ThreadingMixIn, TCPServer):
         Thread(target=self.serve_forever, args=(POLL_S,), name="accept", daemon=True).start()
 
     def stop(self) -> None:
-        """Refuse what comes, finish what is under way within `timeout_s`, and close."""
+        """Refuse what comes, finish what is under way within `timeout_s`, and close; once."""
+        if self.stopping:
+            return
         self.stopping = True
         until = monotonic() + self.run.timeout_s
         self.shutdown()

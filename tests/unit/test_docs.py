@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 import dina_rl
-from benchmarks import forward, layouts, loop, ray_overhead, reward_step
+from benchmarks import forward, layouts, loop, ray_overhead, reward_step, serve
 from benchmarks.gpu import settings as gpu
 from dina_rl.cli import NAME, known_keys
 from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun, ServeRun
@@ -37,6 +37,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "benchmarks.loop": loop.BenchmarkRun,
     "benchmarks.ray_overhead": ray_overhead.BenchmarkRun,
     "benchmarks.reward_step": reward_step.BenchmarkRun,
+    "benchmarks.serve": serve.BenchmarkRun,
     "benchmarks.gpu": gpu.BenchmarkRun,
 }
 RUNS = set(PROGRAMS.values())

@@ -52,6 +52,8 @@ class Slow:
         assert self.go.wait(PATIENCE_S)
         if -1 in found:
             raise ValueError("a picture that it cannot bear")
+        if -2 in found:
+            raise TypeError("a mistake of ours")
         return found
 
 
@@ -147,6 +149,16 @@ def test_closed_it_answers_everybody(slow):
     scorer.go.set()
     assert first.result(PATIENCE_S)[0].item() == 0
     for outcome in (waiting, batcher.ask(pictures(2))):
+        with pytest.raises(RuntimeError, match="has ended"):
+            outcome.result(PATIENCE_S)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_of_ours_ends_it_and_keeps_nobody_waiting(slow):
+    scorer, batcher, _ = slow
+    outcomes = [batcher.ask(pictures(-2, 1)), batcher.ask(pictures(2, 3))]
+    scorer.go.set()
+    for outcome in (*outcomes, batcher.ask(pictures(4))):
         with pytest.raises(RuntimeError, match="has ended"):
             outcome.result(PATIENCE_S)
 
