@@ -30,6 +30,8 @@ class ServeRun(Section):
     same_bits: bool = False
     """dina: every forward has all its rows, the last sample repeated where there are fewer. A score is then the same to
     the bit whatever is scored beside it, and a single sample costs what a full batch does"""
+    max_samples: Positive = 1024
+    """samples of a request"""
     max_levels: Positive = 8
     """levels that a request may ask for"""
     max_draws: Positive = 16

@@ -165,7 +165,7 @@ class Batcher:
     def _forward(self, parts: Sequence[_Part]) -> Scores:
         """Scores and deviations of the samples of all parts."""
         question = parts[0].job.question
-        samples = torch.cat([part.job.question.samples[part.rows] for part in parts])
+        samples = torch.cat([self._looked_at(part.job.question.samples[part.rows]) for part in parts])
         prompts = [prompt for part in parts for prompt in part.job.question.prompts[part.rows]]
         keys = [
             NoiseKey(group=(prompt,), member="", seed=part.job.question.seed)
@@ -183,6 +183,12 @@ class Batcher:
         )
         kept = len(prompts)
         return scores[:kept], deviations[:kept]
+
+    def _looked_at(self, samples: torch.Tensor) -> torch.Tensor:
+        """In fp32, pictures as large as the scorer looks at them: not before, as they may grow by that."""
+        if self._scorer.space == "latents":
+            return samples.float()
+        return torch.stack([self._scorer.picture(pixels).tensor for pixels in samples])
 
 
 def _fail(job: _Job, error: Exception) -> None:

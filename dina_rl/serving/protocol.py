@@ -55,7 +55,7 @@ class Question:
     """What one request asks, checked. M of its B samples can be scored.
 
     Attributes:
-        samples: [M, ...] fp32, as the scorer looks at them.
+        samples: [M, ...] as they came: fp32, fp16 or bf16 latents, uint8 pictures.
         rows: the place of each among the B.
         failed: reason by place, of the others.
         levels: noise levels; none for a scorer of images.
@@ -82,20 +82,18 @@ def read_question(body: bytes, scorer: PictureScorer, run: ServeRun) -> Question
     if list(tensors) != [name]:
         raise _bad(f"a {scorer.config.kind} scorer takes one tensor `{name}`, this has {shown(sorted(tensors))}")
     parameters = _parameters(metadata)
-    tensor = _latents(tensors[name], scorer) if name == "latents" else _pictures(tensors[name])
-    count = len(tensor)
-    rows = [row for row in range(count) if name == "images" or bool(tensor[row].isfinite().all())]
-    try:
-        looked_at = tensor if name == "latents" else torch.stack([scorer.picture(each).tensor for each in tensor])
-    except ValueError as error:
-        raise _bad(str(error)) from error
-    prompts = _prompts(parameters.prompts, count)
     levels, draws = _noise(parameters, scorer, run)
+    samples = _latents(tensors[name], scorer) if name == "latents" else _pictures(tensors[name])
+    count = len(samples)
+    if count > run.max_samples:
+        raise _bad(f"{count} samples, more than {run.max_samples}; ask in several requests")
+    prompts = _prompts(parameters.prompts, count)
+    rows = [row for row, sample in enumerate(samples) if bool(sample.isfinite().all())]
     return Question(
-        samples=looked_at[rows],
+        samples=samples if len(rows) == count else samples[rows],
         prompts=tuple(prompts[row] for row in rows),
         rows=tuple(rows),
-        failed={row: "the latent is not finite" for row in range(count) if row not in rows},
+        failed={row: "the latent is not finite" for row in sorted(set(range(count)) - set(rows))},
         levels=levels,
         draws=draws,
         seed=run.seed if parameters.seed is None else parameters.seed,
@@ -132,6 +130,7 @@ def description(scorer: PictureScorer, run: ServeRun) -> dict[str, object]:
         "shapes": scorer.latent_shapes if latents else [[3, None, None]],
         **({**noise, "max_draws": run.max_draws} if latents else {}),
         "max_batch": run.max_batch,
+        "max_samples": run.max_samples,
         "max_body_mib": run.max_body_mib,
         "timeout_s": run.timeout_s,
     }
@@ -182,7 +181,7 @@ def _latents(packed: _Packed, scorer: PictureScorer) -> torch.Tensor:
     if len(packed.shape) != 4 or packed.shape[0] == 0 or packed.shape[1:] not in shapes:
         wanted = " or ".join(f"[B, {', '.join(map(str, shape))}]" for shape in shapes)
         raise _bad(f"latents are {wanted}, these are {list(packed.shape)}")
-    return torch.frombuffer(packed.data, dtype=LATENT_TYPES[packed.dtype]).reshape(packed.shape).float()
+    return torch.frombuffer(packed.data, dtype=LATENT_TYPES[packed.dtype]).reshape(packed.shape)
 
 
 def _pictures(packed: _Packed) -> torch.Tensor:

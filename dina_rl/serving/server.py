@@ -12,7 +12,6 @@ import json
 import logging
 import socket
 from collections.abc import Iterator, Mapping
-from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -90,7 +89,7 @@ class ScoreServer(ThreadingMixIn, TCPServer):
         super().__init__((run.host, run.port), _Handler, bind_and_activate=False)
         self.token = None if token is None else token.encode()
         self.room = Room(requests=run.max_requests, size=run.max_held_mib * MIB)
-        self.reading = Lock()  # one request at a time is unpacked: pictures grow by that
+        self.reading = Lock()  # one request at a time is there twice, packed and unpacked
         self.stopping = False
         self._connections = BoundedSemaphore(run.max_requests + SPARE)
         try:
@@ -144,7 +143,7 @@ class ScoreServer(ThreadingMixIn, TCPServer):
             outcome.cancel()
             reason = f"no scores within {self.run.timeout_s:g} s"
             raise Refused(HTTPStatus.GATEWAY_TIMEOUT, reason) from error
-        except (RuntimeError, ValueError, CancelledError) as error:
+        except (RuntimeError, ValueError) as error:
             reason = f"the scorer failed: {type(error).__name__}: {error}"
             raise Refused(HTTPStatus.INTERNAL_SERVER_ERROR, reason[:200]) from error
         return answer(question, scores, deviations)

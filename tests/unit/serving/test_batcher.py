@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dina_rl.config import PictureScorerConfig
-from dina_rl.scoring import NoiseKey, PictureScorer, open_scorer
+from dina_rl.scoring import NoiseKey, PictureScorer, Sample, open_scorer
 from dina_rl.serving.batcher import Batcher
 from dina_rl.serving.protocol import Question
 from tests.tiny_reward import PROMPTS, latents
@@ -44,6 +44,9 @@ class Slow:
     def __init__(self) -> None:
         self.forwards: list[list[float]] = []
         self.began, self.go = Event(), Event()
+
+    def picture(self, pixels: torch.Tensor) -> Sample:
+        return Sample(space="images", tensor=pixels)
 
     def score_images(self, images, prompts, keys) -> torch.Tensor:
         found = images[:, 0, 0, 0]

@@ -13,7 +13,7 @@ from dina_rl.serving.protocol import LONGEST_PROMPT, Refused, answer, read_quest
 from tests.serving import packed
 from tests.tiny_reward import PROMPTS, latents
 
-RUN = ServeRun(max_levels=3, max_draws=2, seed=7)
+RUN = ServeRun(max_samples=3, max_levels=3, max_draws=2, seed=7)
 GOOD = {"latents": latents(2)}
 
 
@@ -31,7 +31,7 @@ def test_what_a_request_does_not_say_is_the_scorers_own(scorer):
     question = read_question(said, scorer, RUN)
     assert (question.levels, question.draws, question.seed) == ((0.2,), 2, 3)
     assert question.prompts == PROMPTS[:2]
-    assert torch.equal(question.samples, GOOD["latents"].half().float())
+    assert torch.equal(question.samples, GOOD["latents"].half())
 
 
 def test_a_sample_without_a_score_is_null_with_a_reason_and_leaves_the_others(scorer):
@@ -72,6 +72,7 @@ NESTED = save(GOOD, metadata={"prompts": "[" * 100_000})
         (packed({"latents": latents(2)[..., :7].contiguous()}, prompts="x"), "these are [2, 16, 8, 7]"),
         (packed({"latents": torch.empty(0, 16, 8, 8)}, prompts="x"), "these are [0, 16, 8, 8]"),
         (packed({"latents": latents(1).double()}, prompts="x"), "latents are of F32, F16, BF16, these are F64"),
+        (packed({"latents": latents(4)}, prompts="x"), "4 samples, more than 3"),
         (packed(GOOD), "prompts: Field required"),
         (packed(GOOD, prompts=[]), "prompts"),
         (packed(GOOD, prompts=["x"] * 3), "prompts: 3 for 2 samples"),
