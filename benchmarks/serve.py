@@ -135,7 +135,7 @@ def without_server(scorer: PictureScorer, run: BenchmarkRun) -> float:
 def speeds(scorer: PictureScorer, run: BenchmarkRun) -> tuple[dict[str, Row], dict[str, Row]]:
     """Requests per second, and a request's seconds, of every repeat."""
     asked = bodies(scorer, requests=run.requests, samples=run.samples, prompts=run.prompts)
-    settings = {
+    settings: dict[str, dict[str, object]] = {
         BATCHED: {},
         SAME_BITS: {"same_bits": True},
         ONE_BY_ONE: {"max_batch": 1, "wait_ms": 0},

@@ -182,7 +182,8 @@ class PictureScorer:
         if self.space == "images":
             scores: torch.Tensor = self.score_images(self._parts.codec.decode(latents.float()), prompts, keys)
             return scores
-        return self.score_draws(latents, prompts, keys)[0]
+        scores, _ = self.score_draws(latents, prompts, keys)
+        return scores
 
     @torch.no_grad()
     def score_draws(

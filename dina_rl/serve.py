@@ -31,7 +31,8 @@ LOOK_S = 0.5  # between looks at the model's thread
 def main(argv: Sequence[str]) -> None:
     run = load(ServeRun, argv, program="python -m dina_rl.serve")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    token, where = None, "no token is asked for"
+    token: str | None = None
+    where = "no token is asked for"
     try:
         if run.token:
             token, where = find_token(run.token_file.expanduser())
@@ -43,7 +44,10 @@ def main(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
     with stop_signals() as stopping:
-        server.start(scorer)
+        try:
+            server.start(scorer)
+        except ValueError as error:
+            fail(str(error))
         print(f"{scorer.config.kind} answers at {server.url} ({where})", flush=True)
         while not stopping.wait(LOOK_S) and server.alive:
             pass

@@ -160,7 +160,7 @@ def _unpacked(body: bytes) -> tuple[dict[str, _Packed], dict[str, str]]:
 
 
 def _parameters(metadata: Mapping[str, str]) -> Parameters:
-    values = {}
+    values: dict[str, object] = {}
     for name, text in metadata.items():
         if name == "format":  # which some writers add
             continue

@@ -95,8 +95,7 @@ class ScoreServer(ThreadingMixIn, TCPServer):
         try:
             self.server_bind()
         except OSError as error:
-            self.server_close()
-            raise ValueError(f"cannot listen at {run.host}, port {run.port}: {error.strerror}") from error
+            raise self._closed(error) from error
 
     @property
     def url(self) -> str:
@@ -110,12 +109,19 @@ class ScoreServer(ThreadingMixIn, TCPServer):
         return self.batcher.alive
 
     def start(self, scorer: PictureScorer) -> None:
-        """Answer from now on, by threads of its own."""
+        """Answer from now on, by threads of its own.
+
+        Raises:
+            ValueError: another program has begun to listen at the address meanwhile.
+        """
         run = self.run
         self.scorer = scorer
         self.description = {"version": dina_rl.__version__, **description(scorer, run)}
+        try:
+            self.server_activate()
+        except OSError as error:
+            raise self._closed(error) from error
         self.batcher = Batcher(scorer, rows=run.max_batch, wait_s=run.wait_ms / 1000, same_bits=run.same_bits)
-        self.server_activate()
         Thread(target=self.serve_forever, args=(POLL_S,), name="accept", daemon=True).start()
 
     def stop(self) -> None:
@@ -147,6 +153,11 @@ class ScoreServer(ThreadingMixIn, TCPServer):
             reason = f"the scorer failed: {type(error).__name__}: {error}"
             raise Refused(HTTPStatus.INTERNAL_SERVER_ERROR, reason[:200]) from error
         return answer(question, scores, deviations)
+
+    def _closed(self, error: OSError) -> ValueError:
+        """What is said of an address that cannot be had."""
+        self.server_close()
+        return ValueError(f"cannot listen at {self.run.host}, port {self.run.port}: {error.strerror}")
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection, once fewer than so many have one; meanwhile others wait to be accepted."""
