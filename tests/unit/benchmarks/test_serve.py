@@ -8,7 +8,7 @@ from benchmarks import serve
 
 SMALL = {
     **{"requests": 4, "repeats": 1, "concurrency": 2, "max-batch": 2},
-    **{"overload-clients": 3, "overload-room": 1, "overload-samples": 32, "overload-s": 0.3},
+    **{"overload-clients": 3, "overload-room": 1, "overload-samples": 16, "overload-s": 0.3},
 }
 WORDS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 

@@ -24,7 +24,7 @@ def parts(count: int, levels=(0.4,), draws=1) -> list[Question]:
     """Requests of a sample each."""
     texts = [PROMPTS[index % len(PROMPTS)] for index in range(count)]
     return [
-        question(latents(count)[index : index + 1], (text,), levels, draws, seed=index // 3)
+        question(latents(count)[index : index + 1], (text,), levels, draws, seed=index // 2)
         for index, text in enumerate(texts)
     ]
 
@@ -82,9 +82,9 @@ def scorer(tiny_reward) -> PictureScorer:
     return open_scorer(PictureScorerConfig(path=str(tiny_reward), normalisation="readme"))
 
 
-@pytest.mark.parametrize(("levels", "draws"), [((0.4,), 1), ((0.2, 0.6), 3)])
+@pytest.mark.parametrize(("levels", "draws"), [((0.4,), 1), ((0.2, 0.6), 2)])
 def test_a_score_is_the_scorers_own_alone_and_in_a_crowd(scorer, levels, draws):
-    crowd = parts(5, levels, draws)
+    crowd = parts(3, levels, draws)
     own = scorer.at(levels, draws=draws)
     expected = [
         own.score_draws(each.samples, each.prompts, [NoiseKey(group=each.prompts, member="", seed=each.seed)])
