@@ -259,14 +259,13 @@ def main(argv: Sequence[str]) -> None:
         except ValueError as error:
             fail(str(error))
         rates, waits = speeds(scorer, run)
-        found = overload(scorer, run)
-    where = torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {run.threads} threads"
-    print(
-        f"{where}; {run.samples} samples a request, {run.requests} requests, {run.repeats} repeats, {run.clock} clock"
-    )
-    print("requests/s" + spread_table(rates)[10:])
-    print("median ms " + spread_table(waits)[10:])
-    print(told(found, run))
+        where = torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {run.threads} threads"
+        print(
+            f"{where}; {run.samples} samples a request, {run.requests} requests, {run.repeats} repeats, {run.clock} clock"
+        )
+        print("requests/s" + spread_table(rates)[10:])
+        print("median ms " + spread_table(waits)[10:])
+        print(told(overload(scorer, run), run))
 
 
 if __name__ == "__main__":
