@@ -261,7 +261,8 @@ def main(argv: Sequence[str]) -> None:
         rates, waits = speeds(scorer, run)
         where = torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {run.threads} threads"
         print(
-            f"{where}; {run.samples} samples a request, {run.requests} requests, {run.repeats} repeats, {run.clock} clock"
+            f"{where}; {run.samples} samples a request, {run.requests} requests, {run.repeats} repeats, "
+            f"{run.clock} clock"
         )
         print("requests/s" + spread_table(rates)[10:])
         print("median ms " + spread_table(waits)[10:])
