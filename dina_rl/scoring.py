@@ -28,7 +28,7 @@ from dina_rl.reward.checkpoint import RewardCard, read_card
 from dina_rl.reward.home import check_fingerprint
 from dina_rl.reward.revision import pipeline_revision
 from dina_rl.scorers.base import Conditions, Scorer, Space
-from dina_rl.scorers.dina import DiNaScorer, open_dina
+from dina_rl.scorers.dina import DiNaScorer, cautious_mean, open_dina
 from dina_rl.scorers.registry import image_scorer_bytes, open_image_scorer
 from dina_rl.seeding import normal
 
@@ -47,6 +47,7 @@ class NoiseKey:
 
     group: tuple[int | str, ...]  # the pictures it is compared with: e.g. the name of a set and a record's index
     member: int | str  # which of them it is; drawn by only if the noise is independent
+    seed: int | None = None  # None: the scorer's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,10 @@ class PictureScorer:
         """
         height, width = self._picture_size(image_size(content))
         pixels = torch.tensor(load_image(content, height=height, width=width, max_pixels=max_pixels)).permute(2, 0, 1)
+        return self.picture(pixels)
+
+    def picture(self, pixels: torch.Tensor) -> Sample:
+        """What is looked at of a picture [3, H, W] uint8."""
         tensor = pixels.float() / 255 if self._reduce is None else self._reduce(pixels)
         return Sample(space="images", tensor=tensor)
 
@@ -177,13 +182,40 @@ class PictureScorer:
         if self.space == "images":
             scores: torch.Tensor = self.score_images(self._parts.codec.decode(latents.float()), prompts, keys)
             return scores
+        scores, _ = self.score_draws(latents, prompts, keys)
+        return scores
+
+    @torch.no_grad()
+    def score_draws(
+        self, latents: torch.Tensor, prompts: Sequence[str], keys: Sequence[NoiseKey]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [B] of clean latents [B, C, h, w] by a DiNa-LRM, and their (population) standard deviation over the
+        draws [B].
+
+        Raises:
+            ValueError: a scorer without noise.
+        """
+        if not isinstance(self._scorer, DiNaScorer):
+            raise ValueError(f"a {self.config.kind} scorer draws no noise")
         shape = (self.config.draws, *latents.shape[1:])
         conditions = Conditions(
             prompts=tuple(prompts),
             embeds=self._parts.text_encoder(prompts),
             noise=torch.stack([normal(shape, *self._noise_key(key)) for key in keys]),
         )
-        return self._normalised(self._scorer(latents.float(), conditions))
+        draws = self._scorer.by_draw(latents.float(), conditions)
+        scores = self._normalised(cautious_mean(draws, self._scorer.config.uncertainty_weight))
+        _, scale = NORMALISATIONS[self.config.normalisation]
+        return scores, draws.cpu().std(0, correction=0) / scale
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """[C, h, w] of the pictures as the fit had them, or as the configuration stretches them.
+
+        Raises:
+            ValueError: there is no backbone.
+        """
+        return tuple(self._parts.latent_shape(size) for size in self._sizes)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, h, w], fp32, of images [B, 3, H, W] in [0, 1]."""
@@ -191,7 +223,7 @@ class PictureScorer:
 
     def _noise_key(self, key: NoiseKey) -> tuple[int | str, ...]:
         own = (key.member,) if self.config.noise == "independent" else ()
-        return self._seed, "picture-score", *key.group, *own
+        return self._seed if key.seed is None else key.seed, "picture-score", *key.group, *own
 
     def _normalised(self, scores: torch.Tensor) -> torch.Tensor:
         offset, scale = NORMALISATIONS[self.config.normalisation]
@@ -231,6 +263,10 @@ class Parts:
     @cached_property
     def text_encoder(self) -> TextEncoder:
         return self._opened().load_text_encoder()
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """[C, h, w] of pictures of that (height, width)."""
+        return self._opened().latent_shape(*size)
 
     def checked(self, latent: torch.Tensor) -> torch.Tensor:
         """`latent` [C, h, w]; ValueError if the backbone has no latents of that shape."""

@@ -43,6 +43,7 @@ from dina_rl.config.rewards import (
 )
 from dina_rl.config.runs import AlignRun, FitRun, LocalRun
 from dina_rl.config.scoring import PictureScorerConfig, ScoreRun
+from dina_rl.config.serving import ServeRun
 
 __all__ = [
     "AlgorithmConfig",
@@ -82,6 +83,7 @@ __all__ = [
     "RolloutConfig",
     "ScoreRun",
     "ScorerConfig",
+    "ServeRun",
     "EvaluationWorkersConfig",
     "SetConfig",
     "ThurstoneConfig",

@@ -29,6 +29,10 @@ class DiNaScorer:
         self._text_encoder = text_encoder
 
     def __call__(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        return cautious_mean(self.by_draw(samples, conditions), self.config.uncertainty_weight)
+
+    def by_draw(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """Scores [draws, B], fp32, one for each draw of the noise."""
         device = next(self.model.parameters()).device
         own = self._text_encoder
         embeds = (conditions.embeds if own is None else own(conditions.prompts)).to(device)
@@ -37,7 +41,7 @@ class DiNaScorer:
             self.model.score_clean(samples, embeds, self.config.levels, draw.to(device)).float()
             for draw in conditions.noise.unbind(1)
         ]
-        return cautious_mean(torch.stack(draws), self.config.uncertainty_weight)
+        return torch.stack(draws)
 
 
 def open_dina(config: DiNaScorerConfig, backbone: Backbone) -> DiNaScorer:

@@ -10,11 +10,11 @@ import pytest
 from pydantic import BaseModel
 
 import dina_rl
-from benchmarks import forward, layouts, loop, ray_overhead, reward_step
+from benchmarks import forward, layouts, loop, ray_overhead, reward_step, serve
 from benchmarks.chaos import settings as chaos
 from benchmarks.gpu import settings as gpu
 from dina_rl.cli import NAME, known_keys
-from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
+from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun, ServeRun
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -32,11 +32,13 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "jobs.export": ExportRun,
     "jobs.compare": CompareRuns,
     "jobs.score": ScoreRun,
+    "dina_rl.serve": ServeRun,
     "benchmarks.forward": forward.BenchmarkRun,
     "benchmarks.layouts": layouts.BenchmarkRun,
     "benchmarks.loop": loop.BenchmarkRun,
     "benchmarks.ray_overhead": ray_overhead.BenchmarkRun,
     "benchmarks.reward_step": reward_step.BenchmarkRun,
+    "benchmarks.serve": serve.BenchmarkRun,
     "benchmarks.gpu": gpu.BenchmarkRun,
     "benchmarks.chaos": chaos.BenchmarkRun,
 }

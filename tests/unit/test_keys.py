@@ -19,6 +19,7 @@ from dina_rl.config import (
     PipelineConfig,
     RolloutConfig,
     ScoreRun,
+    ServeRun,
     UnifiedRewardConfig,
     WorkersConfig,
 )
@@ -26,7 +27,16 @@ from dina_rl.config.base import Section
 from dina_rl.config.evaluation import BootstrapConfig, SetConfig
 from dina_rl.config.keys import Mark, covers, dump_without, marked, section_of
 
-RUNS: tuple[type[BaseModel], ...] = (FitRun, AlignRun, LocalRun, EvaluateRun, ScoreRun, ExportRun, CompareRuns)
+RUNS: tuple[type[BaseModel], ...] = (
+    FitRun,
+    AlignRun,
+    LocalRun,
+    EvaluateRun,
+    ScoreRun,
+    ExportRun,
+    CompareRuns,
+    ServeRun,
+)
 DECIDES = None
 PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     FitRun: {Mark.PROCESS: "inline", Mark.PLACE: "run_dir resume", DECIDES: "seed latents"},
