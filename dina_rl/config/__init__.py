@@ -39,7 +39,10 @@ from dina_rl.config.rewards import (
     PickScoreConfig,
     RewardsConfig,
     ScorerConfig,
+    ServedScorerConfig,
+    ServerConfig,
     UnifiedRewardConfig,
+    UnifiedRewardThinkConfig,
 )
 from dina_rl.config.runs import AlignRun, FitRun, LocalRun
 from dina_rl.config.scoring import PictureScorerConfig, ScoreRun
@@ -83,9 +86,12 @@ __all__ = [
     "ScoreRun",
     "ScorerConfig",
     "EvaluationWorkersConfig",
+    "ServedScorerConfig",
+    "ServerConfig",
     "SetConfig",
     "ThurstoneConfig",
     "UnifiedRewardConfig",
+    "UnifiedRewardThinkConfig",
     "TimestepConfig",
     "WatchConfig",
     "WorkersConfig",
