@@ -10,23 +10,25 @@ from PIL import Image, ImageStat
 
 from dina_rl.alignment.advantage import group_advantages
 from dina_rl.alignment.golden import open_metric
-from dina_rl.alignment.inline import InlineExperience, InlineLearner
-from dina_rl.alignment.loop import align
-from dina_rl.alignment.planning import describe
-from dina_rl.alignment.prompts import load_prompts
+from dina_rl.alignment.inline import InlineExperience
+from dina_rl.alignment.loop import measure_aligned, measure_base, measure_dev
+from dina_rl.alignment.planning import _requests
 from dina_rl.alignment.record import Recorder
-from dina_rl.alignment.rewards import ScoringWorker
-from dina_rl.config import AlignRun, GoldenConfig, UnifiedRewardThinkConfig
+from dina_rl.config import AlignRun, EvaluateRun, GoldenConfig, PictureScorerConfig, UnifiedRewardThinkConfig
+from dina_rl.evaluation.named_scorers import named_scorer
+from dina_rl.evaluation.requests import PLAIN
+from dina_rl.evaluation.results import measured
+from dina_rl.evaluation.score_store import ScoreStore
+from dina_rl.evaluation.sets import read_sets
+from dina_rl.evaluation.worker import InlineWorkers
 from dina_rl.scorers.base import Pair
 from dina_rl.scorers.registry import check_image_scorer
 from dina_rl.scorers.server import Client, Failure, Server
 from dina_rl.scorers.unified_reward_think import UnifiedRewardThink, verdict
 from dina_rl.types import WorkItem
 from jobs import evaluate, score
-from jobs.align import exporter
 from tests.answering import MODEL, answering
-from tests.rollouts import Rollouts
-from tests.tiny_reward import write_preferences
+from tests.tiny_reward import PROMPTS, write_preferences
 from tests.tiny_run import tiny_run
 
 PROMPT = "a {shade} of grey"
@@ -138,67 +140,93 @@ def sets(tmp_path_factory):
     return root
 
 
-def table1(server, sets, run_dir, cache):
-    """The lines of accuracies.csv by set."""
-    options = {"kind": "unified_reward_think", "path": server.url, "processor": MODEL, "server.retries": 0}
-    evaluate.main(
-        [
-            *("--inline", "--paper", "table1", "--run_dir", str(run_dir), "--cache", str(cache)),
-            *(word for key, value in options.items() for word in (f"--scorers.think.{key}", str(value))),
-            *("--sets.pairs.path", str(sets / "pairs")),
-            *("--sets.groups.kind", "imagereward", "--sets.groups.path", str(sets / "groups")),
-            *("--bootstrap.resamples", "20", "--batch_size", "4", "--records_per_part", "3"),
-        ]
+def accuracies(server, sets, cache):
+    """The judge's, by set, with what the cache has and the server says."""
+    groups = {"kind": "imagereward", "path": str(sets / "groups")}
+    run = EvaluateRun.model_validate(
+        {
+            "cache": cache,
+            "sets": {"pairs": {"path": str(sets / "pairs")}, "groups": groups},
+            **{"batch_size": 4, "records_per_part": 3, "bootstrap": {"resamples": 5}},
+        }
     )
-    with (run_dir / "accuracies.csv").open() as file:
-        return {line["set"]: line for line in csv.DictReader(file)}
+    asked = {"kind": "unified_reward_think", "path": server.url, "processor": MODEL, "server": {"retries": 0}}
+    scorer = named_scorer("think", PictureScorerConfig.model_validate(asked))
+    store, jobs = ScoreStore(run), [scorer.job(data, (PLAIN,)) for data in read_sets(run.sets, seed=0)]
+    store.fill(store.missing(jobs), InlineWorkers())
+    return {job.data.name: measured(run, store, "think", job, PLAIN).accuracy for job in jobs}
 
 
-def test_a_table_has_pair_accuracy_and_position_bias(sets, tmp_path):
+def test_pair_accuracy_comes_from_the_verdicts_and_nothing_is_asked_twice(sets, tmp_path):
     with answering(brighter) as server:
-        lines = table1(server, sets, tmp_path / "fair", tmp_path / "cache")
+        found = accuracies(server, sets, tmp_path)
         # both orders of 4 pairs, and of the 5 of 6 that people decide
         assert len(server.asked) == 2 * (4 + 5)
-        assert (lines["pairs"]["micro"], lines["pairs"]["position_bias"]) == ("1.0", "0.0")
-        # two bright images are before two dark ones, and the third rank, a dark one, loses to all
-        assert float(lines["groups"]["micro"]) == pytest.approx(
-            sum(expected(sets, better, worse) for better, worse in ((0, 1), (0, 3), (2, 1), (2, 3), (1, 3))) / 5
-        )
-        assert lines["groups"]["ties"] == "1"
-        table1(server, sets, tmp_path / "again", tmp_path / "cache")
-        assert len(server.asked) == 2 * (4 + 5), "nothing is asked twice"
+        assert (found["pairs"].micro, found["pairs"].position_bias) == (1, 0)
+        decided = ((0, 1), (0, 3), (2, 1), (2, 3), (1, 3))
+        assert found["groups"].micro == pytest.approx(sum(agrees(sets, *pair) for pair in decided) / 5)
+        assert found["groups"].ties == 1
+        assert accuracies(server, sets, tmp_path) == found
+        assert len(server.asked) == 2 * (4 + 5)
 
 
-def expected(sets, better, worse):
+def agrees(sets, better, worse):
+    """Whether the judge is of people's opinion about two images of the group."""
     names = [f"test-{index}-{side}.png" for index in range(2) for side in ("bright", "dark")]
-    better, worse = (brightness(Image.open(sets / "groups" / names[place])) for place in (better, worse))
-    return better > worse
+    first, second = (brightness(Image.open(sets / "groups" / names[place])) for place in (better, worse))
+    return first > second
 
 
 def test_a_judge_who_names_one_place_is_half_right_and_all_bias(sets, tmp_path):
     with answering(always_first) as server:
-        lines = table1(server, sets, tmp_path / "run", tmp_path / "cache")
-    for line in lines.values():
-        assert (line["micro"], line["position_bias"], line["failed"]) == ("0.5", "1.0", "0")
-        assert line["predicted_ties"] == line["pairs"]
-    assert (
-        "think on pairs: 100.00 percent of its verdicts follow the position"
-        in (tmp_path / "run" / "table1.md").read_text()
-    )
+        options = {"kind": "unified_reward_think", "path": server.url, "processor": MODEL, "server.retries": 0}
+        evaluate.main(
+            [
+                *("--inline", "--paper", "table1", "--run_dir", str(tmp_path / "run")),
+                *(word for key, value in options.items() for word in (f"--scorers.think.{key}", str(value))),
+                *("--sets.pairs.path", str(sets / "pairs"), "--bootstrap.resamples", "5"),
+            ]
+        )
+    with (tmp_path / "run" / "accuracies.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert (line["micro"], line["position_bias"], line["failed"]) == ("0.5", "1.0", "0")
+    assert line["predicted_ties"] == line["pairs"] == "4"
+    note = "think on pairs: 100.00 percent of its verdicts follow the position"
+    assert note in (tmp_path / "run" / "table1.md").read_text()
 
 
 def test_what_a_server_failed_to_answer_is_asked_again_by_the_next_run_alone(sets, tmp_path):
-    def some(asked):
-        brighter(asked) if asked.number % 3 else asked.send(500, "not now")
+    def one_order(asked):
+        first, second = map(brightness, asked.pictures)
+        brighter(asked) if first > second else asked.send(500, "not now")
 
-    with answering(some) as server:
-        lines = table1(server, sets, tmp_path / "first", tmp_path / "cache")
-        failed = int(lines["pairs"]["failed"]) + int(lines["groups"]["failed"])
-        assert failed == 6, "of 18 questions, each of another pair"
+    with answering(one_order) as server:
+        found = accuracies(server, sets, tmp_path)
+        assert len(server.asked) == 18
+        for name, pairs in (("pairs", 4), ("groups", 5)):
+            assert (found[name].failed, found[name].micro, found[name].position_bias) == (pairs, 0, None)
         server.answer = brighter
-        lines = table1(server, sets, tmp_path / "second", tmp_path / "cache")
-        assert len(server.asked) == 18 + 6
-    assert (lines["pairs"]["failed"], lines["pairs"]["micro"], lines["groups"]["failed"]) == ("0", "1.0", "0")
+        found = accuracies(server, sets, tmp_path)
+        assert len(server.asked) == 18 + 9
+    assert (found["pairs"].failed, found["pairs"].micro, found["groups"].failed) == (0, 1, 0)
+
+
+def test_grades_that_a_server_failed_to_give_are_asked_for_again_too(sets, tmp_path):
+    run = EvaluateRun.model_validate({"cache": tmp_path, "sets": {"pairs": {"path": str(sets / "pairs")}}})
+    scorer = {"kind": "unified_reward", "processor": MODEL, "server": {"retries": 0}}
+    with answering(lambda asked: asked.say("Final Score: 4" if asked.number % 2 else "no idea")) as server:
+        named = named_scorer("grade", PictureScorerConfig.model_validate({**scorer, "path": server.url}))
+        (data,) = read_sets(run.sets, seed=0)
+        job = named.job(data, (PLAIN,))
+        ScoreStore(run).fill(ScoreStore(run).missing([job]), InlineWorkers())
+        first = torch.cat([scores[0] for scores in ScoreStore(run).read(job, PLAIN).scores.values()])
+        assert first.isnan().sum() == 4
+        server.answer = lambda asked: asked.say("Final Score: 2")
+        ScoreStore(run).fill(ScoreStore(run).missing([job]), InlineWorkers())
+        assert len(server.asked) == 8 + 4
+        again = torch.cat([scores[0] for scores in ScoreStore(run).read(job, PLAIN).scores.values()])
+        assert torch.equal(again, torch.where(first.isnan(), 0.4, first))
+        assert ScoreStore(run).missing([job]) == []
 
 
 def test_one_picture_has_no_score(tmp_path, capsys, sets):
@@ -212,58 +240,77 @@ def test_one_picture_has_no_score(tmp_path, capsys, sets):
 # --- jobs.align -----------------------------------------------------------------------------------------------------
 
 
-def aligned_by(server, run_dir, pipeline, **changes):
-    think = {"path": server.url, "processor": MODEL, "retries": 0}
-    rewards = {"dina": None, "unified_reward_think": think}
-    return tiny_run(run_dir, pipeline, pipeline, rewards=rewards, iterations=1, **changes)
-
-
-def test_a_group_is_judged_whole_however_groups_are_split(tmp_path, tiny_pipeline):
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, tiny_pipeline):
+    """A run that win rates reward, who samples and scores for it, and the server."""
     with answering(brighter) as server:
-        run = aligned_by(server, tmp_path, tiny_pipeline)
-        items = [WorkItem(iteration=0, prompt_id=i, prompt=f"shape {i}", group_size=3) for i in range(2)]
-        groups = Rollouts(run).rollout(items)
-        worker = ScoringWorker(run)
-        together = worker.score(groups)
-        assert len(server.asked) == 2 * 3 * 2
-        assert set(together) == {"unified_reward_think", "unified_reward_think_position_bias"}
-        rates = together["unified_reward_think"]
-        assert rates.sort(1).values.tolist() == [[0, 0.5, 1]] * 2
-        for number, group in enumerate(groups):
-            assert torch.equal(worker.score([group])["unified_reward_think"], rates[number : number + 1])
-
-        server.answer = lambda asked: brighter(asked) if asked.number % 5 else asked.say("I cannot say")
-        del server.asked[:]
-        failed = worker.score(groups)["unified_reward_think"]  # of 12 questions 0, 5 and 10
-        advantages = group_advantages(failed)
-        assert (advantages.failed, advantages.kept.any().item()) == (2, False)
-        assert failed.isnan().any()
-
-        server.answer = always_first
-        biased = worker.score(groups)
-        assert biased["unified_reward_think_position_bias"].tolist() == [[1.0] * 3] * 2
-        assert group_advantages(biased["unified_reward_think"]).constant == 2
+        think = {"path": server.url, "processor": MODEL, "retries": 0}
+        rewards = {"dina": None, "unified_reward_think": think}
+        run = tiny_run(tmp_path_factory.mktemp("run"), tiny_pipeline, tiny_pipeline, rewards=rewards)
+        yield run, InlineExperience(run), server
 
 
-def test_a_run_is_rewarded_by_win_rates_and_measured_against_its_start(tmp_path, tiny_pipeline):
-    with answering(brighter) as server:
-        run = aligned_by(server, tmp_path, tiny_pipeline, golden={"every": 1})
-        recorder = Recorder(run, run.run_dir, exporter(run))
-        align(run, load_prompts(run.prompts), InlineExperience(run), InlineLearner(run), recorder)
-    (entry,) = [entry for entry in recorder.history.entries if entry["kind"] == "iteration"]
-    assert entry["scorers"]["unified_reward_think_mean"] == pytest.approx(0.5)
-    assert entry["scorers"]["unified_reward_think_position_bias"] == 0
-    start, end = recorder.history.points()
-    assert (start["proxy"], start["proxy_parts"]) == (0.5, {"unified_reward_think": 0.5})
-    assert end["proxy_parts"] == {"unified_reward_think": end["proxy"], "unified_reward_think_position_bias": 0}
-    base = recorder.stored("base", run.rollout.guidance_scale)["proxy"]
-    assert base.unique().tolist() == [0.5], "over itself"
-    assert set(recorder.stored("base", 1.0)["proxy"].tolist()) <= {0, 1}
-    for split in ("dev", "test"):
-        assert recorder.opponents(split).shape == (4, 3, 32, 32)
-    # a group of 3 is 6 questions, and a measured sample 2: dev once, test at another guidance, and aligned at one
-    assert len(server.asked) == 4 * 6 + 2 * 4 + 2 * 4 + 2 * 4
-    assert "unified_reward_think: 12 samples x 2 others = 24 requests an iteration" in describe(run)
+@pytest.fixture
+def rewarded(judged):
+    """The same, whose server was asked nothing yet and prefers the brighter picture."""
+    _, _, server = judged
+    server.answer = brighter
+    server.asked.clear()
+    return judged
+
+
+def test_a_group_is_judged_whole_however_groups_are_split(rewarded):
+    _, experience, server = rewarded
+    items = [
+        WorkItem(iteration=0, prompt_id=number, prompt=prompt, group_size=3)
+        for number, prompt in enumerate(PROMPTS[:2])
+    ]
+    apart = experience.collect(items)
+    assert len(server.asked) == 2 * 3 * 2
+    rates = torch.stack([group.scores["unified_reward_think"] for group in apart])
+    assert rates.sort(1).values.tolist() == [[0, 0.5, 1]] * 2
+    groups, scorer = [group.handle.rollout for group in apart], experience._scorer
+    together = scorer.score(groups)
+    assert set(together) == {"unified_reward_think", "unified_reward_think_position_bias"}
+    assert torch.equal(together["unified_reward_think"], rates)
+
+    server.answer = lambda asked: brighter(asked) if asked.text.endswith(PROMPTS[0]) else asked.say("I cannot say")
+    advantages = group_advantages(scorer.score(groups)["unified_reward_think"])
+    assert (advantages.failed, advantages.kept.tolist()) == (1, [True, False])
+
+    server.answer = always_first
+    biased = scorer.score(groups)
+    assert biased["unified_reward_think_position_bias"].tolist() == [[1.0] * 3] * 2
+    assert group_advantages(biased["unified_reward_think"]).constant == 2
+
+
+def test_a_run_is_measured_against_the_pictures_of_its_start(rewarded, tmp_path):
+    run, experience, server = rewarded
+    base = measure_base(run, PROMPTS, experience)
+    assert [each.guidance_scale for each in base] == [1, 2]
+    other, own = base  # the rollout's guidance is 2
+    assert own.proxy == (0.5,) * 4, "over itself, without a question"
+    assert own.proxy_parts == {"unified_reward_think": 0.5}
+    assert len(server.asked) == 2 * 4
+    assert set(other.proxy) <= {0, 0.5, 1}
+    assert set(other.proxy_parts) == {"unified_reward_think", "unified_reward_think_position_bias"}
+
+    recorder = Recorder(run, tmp_path, lambda directory, state: directory)
+    assert recorder.run.compares
+    recorder._keep_opponents("test", own)
+    assert torch.equal(recorder.opponents("test"), own.images)
+    server.answer = always_first
+    (after,) = measure_aligned(run, PROMPTS, experience, recorder.opponents("test"))
+    assert after.proxy == (0.5,) * 4
+    assert after.proxy_parts["unified_reward_think_position_bias"] == 1
+    assert measure_dev(run, PROMPTS, experience, own.images).proxy == (0.5,) * 4
+    assert len(server.asked) == 3 * 2 * 4
+
+
+def test_the_plan_counts_what_is_asked(judged):
+    run, _, _ = judged
+    text = "unified_reward_think: 12 samples x 2 others = 24 requests an iteration"
+    assert list(_requests(run, 12)) == [("", text)]
 
 
 def test_it_measures_wins_over_the_start(tmp_path):
