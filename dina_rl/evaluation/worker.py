@@ -67,9 +67,9 @@ class EvaluationWorker:
         scorer = self._scorer(request.scorer, request.seed)
         images = list(_images(request.records))
         if request.known is not None:
-            missing = [image for image in images if request.known[0, image.place].isnan()]
-            scores = (request.known.clone(),)
-            return PartScores(scores=scores, problems=self._score_files(request, scorer, missing, scores))
+            known = request.known.clone()
+            failed = [image for image in images if known[0, image.place].isnan()]
+            return PartScores(scores=(known,), problems=self._score_files(request, scorer, failed, (known,)))
         scores = tuple(torch.full((view.draws, len(images)), torch.nan) for view in request.views)
         if request.store is None:
             return PartScores(scores=scores, problems=self._score_files(request, scorer, images, scores))

@@ -276,9 +276,9 @@ def test_a_group_is_judged_whole_however_groups_are_split(rewarded):
     assert (advantages.failed, advantages.kept.tolist()) == (1, [True, False])
 
     server.answer = always_first
-    biased = scorer.score(groups)
-    assert biased["unified_reward_think_position_bias"].tolist() == [[1.0] * 3] * 2
-    assert group_advantages(biased["unified_reward_think"]).constant == 2
+    biased = scorer.score(groups[:1])
+    assert biased["unified_reward_think_position_bias"].tolist() == [[1.0] * 3]
+    assert group_advantages(biased["unified_reward_think"]).constant == 1
 
 
 def test_a_run_is_measured_against_the_pictures_of_its_start(rewarded, tmp_path):
