@@ -243,7 +243,8 @@ def judged(tmp_path_factory, tiny_pipeline):
     with answering(brighter) as server:
         think = {"path": server.url, "processor": MODEL, "retries": 0}
         rewards = {"dina": None, "unified_reward_think": think}
-        run = tiny_run(tmp_path_factory.mktemp("run"), tiny_pipeline, tiny_pipeline, rewards=rewards)
+        few = {"dev_samples": 2, "test_samples": 2}
+        run = tiny_run(tmp_path_factory.mktemp("run"), tiny_pipeline, tiny_pipeline, rewards=rewards, golden=few)
         yield run, InlineExperience(run), server
 
 
@@ -286,9 +287,9 @@ def test_a_run_is_measured_against_the_pictures_of_its_start(rewarded, tmp_path)
     base = measure_base(run, PROMPTS, experience)
     assert [each.guidance_scale for each in base] == [1, 2]
     other, own = base  # the rollout's guidance is 2
-    assert own.proxy == (0.5,) * 4, "over itself, without a question"
+    assert own.proxy == (0.5,) * 2, "over itself, without a question"
     assert own.proxy_parts == {"unified_reward_think": 0.5}
-    assert len(server.asked) == 2 * 4
+    assert len(server.asked) == 2 * 2
     assert set(other.proxy) <= {0, 0.5, 1}
     assert set(other.proxy_parts) == {"unified_reward_think", "unified_reward_think_position_bias"}
 
@@ -298,10 +299,10 @@ def test_a_run_is_measured_against_the_pictures_of_its_start(rewarded, tmp_path)
     assert torch.equal(recorder.opponents("test"), own.images)
     server.answer = always_first
     (after,) = measure_aligned(run, PROMPTS, experience, recorder.opponents("test"))
-    assert after.proxy == (0.5,) * 4
+    assert after.proxy == (0.5,) * 2
     assert after.proxy_parts["unified_reward_think_position_bias"] == 1
-    assert measure_dev(run, PROMPTS, experience, own.images).proxy == (0.5,) * 4
-    assert len(server.asked) == 3 * 2 * 4
+    assert measure_dev(run, PROMPTS, experience, own.images).proxy == (0.5,) * 2
+    assert len(server.asked) == 3 * 2 * 2
 
 
 def test_the_plan_counts_what_is_asked(judged):
