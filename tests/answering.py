@@ -30,13 +30,19 @@ class Asked(BaseHTTPRequestHandler):
             self.server.answer(self)
 
     @property
+    def pictures(self) -> list[Image.Image]:
+        """What is shown, in order; the text comes after it."""
+        urls = [part["image_url"]["url"] for part in self.body["messages"][0]["content"][:-1]]
+        return [Image.open(BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))) for url in urls]
+
+    @property
     def picture(self) -> Image.Image:
-        url = self.body["messages"][0]["content"][0]["image_url"]["url"]
-        return Image.open(BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+        (picture,) = self.pictures
+        return picture
 
     @property
     def text(self) -> str:
-        return self.body["messages"][0]["content"][1]["text"]
+        return self.body["messages"][0]["content"][-1]["text"]
 
     def say(self, text: str) -> None:
         """A completion."""

@@ -16,8 +16,8 @@ import numpy as np
 from dina_rl.alignment.history import gain, read_history, read_seconds
 from dina_rl.alignment.result import saved_run
 from dina_rl.checkpoint import write_text
-from dina_rl.config import AlignRun, ImageScorerConfig
-from dina_rl.config.keys import Mark, marked, without
+from dina_rl.config import AlignRun
+from dina_rl.config.keys import Mark, dump_without, marked, without
 from dina_rl.report import Band, Curve, plot_bands
 
 OF_A_SEED = ("seed", "rewards.dina.path", "refl.pretraining_latents")
@@ -107,8 +107,10 @@ def _read(directory: Path, label: str | None) -> ReadRun:
     return ReadRun(directory=directory, label=label, run=run, moments=moments)
 
 
-def _metric(run: AlignRun) -> tuple[str, ImageScorerConfig | None]:
-    return run.golden.scorer, run.golden.of_images
+def _metric(run: AlignRun) -> tuple[str, dict[str, object] | None]:
+    """Which metric, and by which model: with what patience its server was asked does not tell."""
+    golden = run.golden.of_images
+    return run.golden.scorer, None if golden is None else dump_without(golden, Mark.PROCESS)
 
 
 def _title(read: ReadRun) -> str:

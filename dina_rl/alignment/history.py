@@ -94,5 +94,8 @@ def read_seconds(run_dir: Path) -> dict[int, float]:
 
 
 def gain(value: float, base: float, spread: float) -> float:
-    """How far `value` lies over the base, in the base's standard deviations over samples."""
-    return (value - base) / max(spread, 1e-6)
+    """How far `value` lies over the base, in the base's standard deviations over samples.
+
+    A base without a spread, as of a judge's win rate over itself, lends none: then it is the plain difference.
+    """
+    return (value - base) / spread if spread > 1e-6 else value - base

@@ -32,7 +32,7 @@ Taken = TypeVar("Taken", bound=Weights, contravariant=True)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup(Generic[Handle]):
     handle: Handle
-    scores: dict[str, torch.Tensor]  # [G] by scorer
+    scores: dict[str, torch.Tensor]  # [G] by scorer, and a judge's position bias beside them
 
 
 class Measuring(Protocol):
@@ -102,7 +102,8 @@ def align(
     for iteration in recorder.progress(range(start, start if watch.stopped else run.iterations)):
         with kept(iteration, learner, recorder), recorder.timed("rollout"), heard():
             groups = experience.collect(plan(run, prompts.train, iteration))
-            scores = {name: torch.stack([group.scores[name] for group in groups]) for name in run.rewards.scorers}
+            found = {name: torch.stack([group.scores[name] for group in groups]) for name in groups[0].scores}
+            scores = {name: found.pop(name) for name in run.rewards.scorers}
         advantages = algorithm.weigh(scores)
         if advantages.failed > run.rollout.max_failed * len(groups):
             raise RunStopped(
@@ -120,7 +121,7 @@ def align(
         with recorder.timed("publish"):
             if not measures(run, done):  # the average comes first, and then these
                 experience.publish(learner.policy())
-        recorder.iteration(iteration, scores, advantages, metrics)
+        recorder.iteration(iteration, scores, advantages, metrics, beside=found)
         del groups, handles  # trajectories, or references to them: whoever needs them longer has its own
 
         if measures(run, done):
@@ -136,7 +137,7 @@ def align(
     final: Published | PolicyWeights = recorder.checkpoints.best_weights() if watch.stopped else learner.average()
     experience.publish(final)
     with recorder.timed("measure"), heard():
-        aligned = measure_aligned(run, prompts.test, experience)
+        aligned = measure_aligned(run, prompts.test, experience, recorder.opponents("test"))
     recorder.aligned(aligned)
     recorder.export(final)
 
@@ -174,8 +175,9 @@ def measure(
 
     The learner's state is kept, or taken back to the best one, as the watch says.
     """
+    opponents = recorder.opponents("dev") if done else None
     with kept(done, learner, recorder), recorder.timed("measure"), heard():
-        found = measure_dev(run, prompts, experience)
+        found = measure_dev(run, prompts, experience, opponents)
     recorder.measured(done, found, average)
     if recorder.watch.keeps_state and recorder.watch.improved:
         recorder.checkpoints.keep_best_state(learner.state())
@@ -201,25 +203,46 @@ def plan(run: AlignRun, prompts: Sequence[str], iteration: int) -> list[WorkItem
     ]
 
 
-def measure_dev(run: AlignRun, prompts: Sequence[str], experience: Measuring) -> Measurement:
-    """The curve's point: dev prompts at the rollout's guidance scale."""
-    golden = run.golden
-    guidance = run.rollout.guidance_scale
-    return experience.measure(evaluation_items("dev", prompts, golden.dev_samples, guidance, golden.batch_size))
+def measure_dev(
+    run: AlignRun, prompts: Sequence[str], experience: Measuring, opponents: torch.Tensor | None = None
+) -> Measurement:
+    """The curve's point: dev prompts at the rollout's guidance scale.
+
+    Args:
+        opponents: what judges compare with, the start's pictures [dev_samples, 3, H, W]; None: it is measured itself.
+    """
+    golden, scale = run.golden, run.rollout.guidance_scale
+    items = evaluation_items("dev", prompts, golden.dev_samples, scale, golden.batch_size, opponents)
+    return experience.measure(items)
 
 
 def measure_base(run: AlignRun, prompts: Sequence[str], experience: Measuring) -> list[Measurement]:
-    """The base model on the test prompts over guidance scales, the rollout's own included."""
-    scales = sorted({run.rollout.guidance_scale, *run.golden.guidances})
-    return [_measure_test(run, prompts, experience, scale) for scale in scales]
+    """The base model on the test prompts over guidance scales, the rollout's own included.
+
+    That one comes first: its pictures are what judges compare all others with.
+    """
+    own = run.rollout.guidance_scale
+    first = _measure_test(run, prompts, experience, own)
+    opponents = first.images if run.compares else None
+    others = [_measure_test(run, prompts, experience, scale, opponents) for scale in {*run.golden.guidances} - {own}]
+    return sorted([first, *others], key=lambda measurement: measurement.guidance_scale)
 
 
-def measure_aligned(run: AlignRun, prompts: Sequence[str], experience: Measuring) -> list[Measurement]:
+def measure_aligned(
+    run: AlignRun, prompts: Sequence[str], experience: Measuring, opponents: torch.Tensor | None = None
+) -> list[Measurement]:
     """The aligned model on the test prompts: at the rollout's guidance scale and at `golden.aligned_guidances`."""
     scales = sorted({run.rollout.guidance_scale, *run.golden.aligned_guidances})
-    return [_measure_test(run, prompts, experience, scale) for scale in scales]
+    return [_measure_test(run, prompts, experience, scale, opponents) for scale in scales]
 
 
-def _measure_test(run: AlignRun, prompts: Sequence[str], experience: Measuring, scale: float) -> Measurement:
+def _measure_test(
+    run: AlignRun,
+    prompts: Sequence[str],
+    experience: Measuring,
+    scale: float,
+    opponents: torch.Tensor | None = None,
+) -> Measurement:
     golden = run.golden
-    return experience.measure(evaluation_items("test", prompts, golden.test_samples, scale, golden.batch_size))
+    items = evaluation_items("test", prompts, golden.test_samples, scale, golden.batch_size, opponents)
+    return experience.measure(items)

@@ -1,7 +1,7 @@
 """What is measured of a policy: batches of evaluation samples, and golden and proxy over all of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from statistics import pstdev
 
@@ -22,6 +22,7 @@ class EvaluationItem:
     prompts: tuple[str, ...]  # [B]
     sample_ids: tuple[int, ...]  # [B] number of the sample among those of its prompt
     guidance_scale: float
+    opponents: torch.Tensor | None = field(default=None, compare=False)  # [B, 3, H, W] uint8: the start's, for judges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Measurement:
     golden: tuple[float, ...]  # per sample, in a fixed order
     parts: dict[str, float]  # means
     proxy: tuple[float, ...]  # per sample, the weighted sum
-    proxy_parts: dict[str, float]  # mean score by scorer
+    proxy_parts: dict[str, float]  # mean score by scorer, and a judge's position bias
     images: torch.Tensor  # [B, 3, H, W] uint8
     prompts: tuple[str, ...]  # [B]
 
@@ -73,9 +74,18 @@ class Measurement:
 
 
 def evaluation_items(
-    split: str, prompts: Sequence[str], samples: int, guidance_scale: float, batch_size: int
+    split: str,
+    prompts: Sequence[str],
+    samples: int,
+    guidance_scale: float,
+    batch_size: int,
+    opponents: torch.Tensor | None = None,
 ) -> list[EvaluationItem]:
-    """`samples` evaluation samples over `prompts`, each prompt in turn, in batches that depend on nothing else."""
+    """`samples` evaluation samples over `prompts`, each prompt in turn, in batches that depend on nothing else.
+
+    Args:
+        opponents: [samples, 3, H, W] uint8, pictures of the same prompts and noise that a judge sees beside them.
+    """
     ids = [i % len(prompts) for i in range(samples)]
     numbers = [i // len(prompts) for i in range(samples)]
     return [
@@ -85,6 +95,7 @@ def evaluation_items(
             prompts=tuple(prompts[i] for i in ids[first : first + batch_size]),
             sample_ids=tuple(numbers[first : first + batch_size]),
             guidance_scale=guidance_scale,
+            opponents=None if opponents is None else opponents[first : first + batch_size],
         )
         for first in range(0, samples, batch_size)
     ]
@@ -98,19 +109,19 @@ def combine(
     Raises:
         RunStopped: no sample has a finite score.
     """
-    whole = {name: torch.cat([batch[name] for batch in scores]) for name in rewards.scorers}
+    whole = {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
     golden = [value for batch in samples for value in batch.golden.values]
-    proxy = weighted_sum(rewards, whole).tolist()
+    proxy = weighted_sum(rewards, {name: whole[name] for name in rewards.scorers}).tolist()
     for name, values in (("golden", golden), ("reward", proxy)):
         if not _finite(values):
             raise RunStopped(f"none of the {len(values)} samples of a measurement has a finite {name} score")
-    names = samples[0].golden.parts
+    parts = {name: [v for b in samples for v in b.golden.parts[name]] for name in samples[0].golden.parts}
     return Measurement(
         guidance_scale=samples[0].item.guidance_scale,
         golden=tuple(golden),
-        parts={name: sum(v for b in samples for v in b.golden.parts[name]) / len(golden) for name in names},
+        parts={name: _mean(values) for name, values in parts.items() if _finite(values)},
         proxy=tuple(proxy),
-        proxy_parts={name: score[score.isfinite()].mean().item() for name, score in whole.items()},
+        proxy_parts={name: s[s.isfinite()].mean().item() for name, s in whole.items() if s.isfinite().any()},
         images=torch.cat([batch.images for batch in samples]),
         prompts=tuple(prompt for batch in samples for prompt in batch.item.prompts),
     )

@@ -87,7 +87,16 @@ def _sampling(run: AlignRun, work: Work) -> list[Row]:
         ),
         ("", f"{work.sampling}; guidance {rollout.guidance_scale:g}: {passes} a step"),
         ("reward", " + ".join(f"{each.weight:g} x {name}" for name, each in run.rewards.scorers.items())),
+        *_requests(run, samples),
     ]
+
+
+def _requests(run: AlignRun, samples: int) -> Iterator[Row]:
+    """What judges are asked in an iteration: every sample beside every other of its group, in both orders."""
+    others = run.rollout.group_size - 1
+    for scorer in run.rewards.of_images:
+        if scorer.pairwise:
+            yield "", f"{scorer.name}: {samples} samples x {others} others = {samples * others:,} requests an iteration"
 
 
 def _sizes(run: AlignRun, backbone: Backbone) -> Row:

@@ -118,6 +118,9 @@ class Recorder:
             self._board.text("start", said, 0)
             tqdm.write(f"  {said}")
         self._store("base", measurements)
+        for each in measurements:
+            if each.guidance_scale == self.run.rollout.guidance_scale:
+                self._keep_opponents("test", each)
         self._board.prompts("test", measurements[0].prompts, 0)
         self._images("base", measurements, 0)
 
@@ -144,6 +147,8 @@ class Recorder:
             tqdm.write(f"  iteration {done:4d}  {failed} of {len(measurement.golden)} samples have no golden score")
         points = self.history.points()
         first, point = points[0], points[-1]
+        if point is first:
+            self._keep_opponents("dev", measurement)
         if self.watch.improved:
             self.checkpoints.keep_best_weights(average)
         verdict = self.watch.look()
@@ -175,9 +180,19 @@ class Recorder:
         tqdm.write(f"  iteration {done:4d}  golden {point['golden']:.3f}  proxy {point['proxy']:+.3f}")
 
     def iteration(
-        self, number: int, scores: Mapping[str, torch.Tensor], advantages: Advantages, metrics: dict[str, float]
+        self,
+        number: int,
+        scores: Mapping[str, torch.Tensor],
+        advantages: Advantages,
+        metrics: dict[str, float],
+        *,
+        beside: Mapping[str, torch.Tensor],
     ) -> None:
-        """Finished iteration `number`, counted from 0: scores [P, G] by scorer and the learner's metrics."""
+        """Finished iteration `number`, counted from 0: scores [P, G] by scorer and the learner's metrics.
+
+        Args:
+            beside: what else there is to see of the scorers [P, G], by name: a judge's position bias.
+        """
         rewards = weighted_sum(self.run.rewards, scores)
         whole = rewards.isfinite().all(1)
         finite = rewards[whole]
@@ -185,6 +200,9 @@ class Recorder:
         for name, score in scores.items():
             by_scorer[f"{name}_mean"] = score[whole].mean().item()
             by_scorer[f"{name}_std_in_group"] = score[whole].std(1, correction=0).mean().item()
+        for name, values in beside.items():
+            if values.isfinite().any():
+                by_scorer[name] = values[values.isfinite()].mean().item()
         train = {
             "reward_mean": finite.mean().item(),
             "reward_std_in_group": finite.std(1, correction=0).mean().item(),
@@ -249,11 +267,22 @@ class Recorder:
         text = read_text(self.dir / "measurements" / f"{name}.json")
         return {float(scale): row for scale, row in json.loads(text).items()}
 
+    def opponents(self, split: str) -> torch.Tensor | None:
+        """The start's pictures [B, 3, H, W] uint8 of that split, for judges; None where the run has none."""
+        return load_tensors(self._opponents(split))["images"] if self.run.compares else None
+
     def base_lines(self) -> dict[float, float]:
         """Guidance scale -> golden of the base on the test prompts."""
         return {scale: row["golden"] for scale, row in self.table("base").items()}
 
     # --- helpers -------------------------------------------------------------------------------------------------
+
+    def _keep_opponents(self, split: str, measurement: Measurement) -> None:
+        if self.run.compares:
+            save_tensors(self._opponents(split), {"images": measurement.images})
+
+    def _opponents(self, split: str) -> Path:
+        return self.dir / "measurements" / f"opponents_{split}.safetensors"
 
     def _store(self, name: str, measurements: Sequence[Measurement]) -> None:
         root = self.dir / "measurements"

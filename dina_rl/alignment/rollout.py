@@ -48,7 +48,7 @@ class RolloutWorker:
             images = self._codec.decode(latents).cpu()
         return EvaluationSamples(
             item=item,
-            golden=self._metric(images, item.prompts),
+            golden=self._metric(images, item.prompts, item.opponents),
             latents=latents.cpu(),
             prompt=prompt.to("cpu"),
             images=(images * 255).round().to(torch.uint8),

@@ -39,7 +39,10 @@ from dina_rl.config.rewards import (
     PickScoreConfig,
     RewardsConfig,
     ScorerConfig,
+    ServedScorerConfig,
+    ServerConfig,
     UnifiedRewardConfig,
+    UnifiedRewardThinkConfig,
 )
 from dina_rl.config.runs import AlignRun, FitRun, LocalRun
 from dina_rl.config.scoring import PictureScorerConfig, ScoreRun
@@ -85,9 +88,12 @@ __all__ = [
     "ScorerConfig",
     "ServeRun",
     "EvaluationWorkersConfig",
+    "ServedScorerConfig",
+    "ServerConfig",
     "SetConfig",
     "ThurstoneConfig",
     "UnifiedRewardConfig",
+    "UnifiedRewardThinkConfig",
     "TimestepConfig",
     "WatchConfig",
     "WorkersConfig",

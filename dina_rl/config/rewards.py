@@ -69,6 +69,7 @@ ImageScorerName = Literal[
     "imagereward",
     "hpsv3",
     "unified_reward",
+    "unified_reward_think",
     "lrm_sd15",
     "lrm_sdxl",
 ]
@@ -79,10 +80,16 @@ class ImageScorerConfig(ScorerConfig):
 
     name: ClassVar[ImageScorerName]
     differentiable: ClassVar[bool] = True  # in the image
+    pairwise: ClassVar[bool] = False  # it compares two pictures of a prompt, and has no score of one
     path: str
     """directory or hub id of the weights"""
     processor: str
     """directory or hub id of its tokenizer and image processor"""
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """What knows one model from another."""
+        return (self.path,)
 
 
 class PickScoreConfig(ImageScorerConfig):
@@ -173,23 +180,49 @@ class HPSv3Config(ImageScorerConfig):
     """directory or hub id of the Qwen2-VL that it was trained from: sizes, tokenizer and image processor"""
 
 
-class UnifiedRewardConfig(ImageScorerConfig):
-    """UnifiedReward: grade of a vision-language model, on the decoded image, by a server; it has no gradient."""
+class ServerConfig(Section):
+    """How much is asked of a server at a time, and how patiently."""
 
-    name = "unified_reward"
-    differentiable = False
-
-    path: Annotated[str, Mark.PLACE] = "http://127.0.0.1:8080/v1"
-    """address of an OpenAI-compatible server (vLLM, SGLang), as those who score reach it. A key that it asks for goes
-    into DINA_RL_SERVER_KEY in their environment"""
-    processor: str = "UnifiedReward"
-    """name under which it serves the model"""
     concurrency: Annotated[Positive, Mark.PROCESS] = 16
     """requests that one process has open at a time"""
     timeout_s: Annotated[Rate, Mark.PROCESS] = 120.0
     """longest wait for one answer"""
     retries: Annotated[NonNegative, Mark.PROCESS] = 3
     """repetitions of a request that was not answered, or refused for the moment (HTTP 429, 5xx)"""
+
+
+class ServedScorerConfig(ImageScorerConfig, ServerConfig):
+    """A scorer behind an OpenAI-compatible server (vLLM, SGLang); it has no gradient."""
+
+    differentiable = False
+
+    path: Annotated[str, Mark.PLACE] = "http://127.0.0.1:8080/v1"
+    """address of an OpenAI-compatible server (vLLM, SGLang), as those who score reach it. A key that it asks for goes
+    into DINA_RL_SERVER_KEY in their environment"""
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return self.path, self.processor
+
+
+class UnifiedRewardConfig(ServedScorerConfig):
+    """UnifiedReward: grade of a vision-language model, on the decoded image, by a server; it has no gradient."""
+
+    name = "unified_reward"
+
+    processor: str = "UnifiedReward"
+    """name under which it serves the model"""
+
+
+class UnifiedRewardThinkConfig(ServedScorerConfig):
+    """UnifiedReward-Think: which of two decoded images is better, by a server, in both orders. As a reward the share of
+    the group's others that a sample wins over, for group_size x (group_size - 1) requests a group; no gradient."""
+
+    name = "unified_reward_think"
+    pairwise = True
+
+    processor: str = "UnifiedReward-Think"
+    """name under which it serves the model"""
 
 
 class LRMSD15Config(ImageScorerConfig):
@@ -228,6 +261,7 @@ IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
         ImageRewardConfig,
         HPSv3Config,
         UnifiedRewardConfig,
+        UnifiedRewardThinkConfig,
         LRMSD15Config,
         LRMSDXLConfig,
     )
@@ -248,6 +282,7 @@ class RewardsConfig(Section):
     imagereward: ImageRewardConfig | None = None
     hpsv3: HPSv3Config | None = None
     unified_reward: UnifiedRewardConfig | None = None
+    unified_reward_think: UnifiedRewardThinkConfig | None = None
     lrm_sd15: LRMSD15Config | None = None
     lrm_sdxl: LRMSDXLConfig | None = None
     normalise: Literal["constant", "group", "advantage"] = "constant"
@@ -287,6 +322,8 @@ class GoldenConfig(Section):
     """directory or hub id of its weights, or its server's address; None: the published ones"""
     processor: str | None = None
     """directory or hub id of its tokenizer and image processor, or its name at the server; None: the published one"""
+    server: Annotated[ServerConfig | None, Mark.PROCESS] = None
+    """of a metric behind a server; None: the defaults"""
     every: Positive = 10
     """iterations between measurements on the dev prompts"""
     dev_samples: Positive = 128
@@ -306,15 +343,25 @@ class GoldenConfig(Section):
     def _model_is_used(self) -> Self:
         if self.scorer == "shapes" and (self.path or self.processor):
             raise ValueError("golden.path and golden.processor name a model; golden.scorer shapes uses none")
+        check_served("golden.server", self.server, self.scorer)
         return self
 
     @property
     def of_images(self) -> ImageScorerConfig | None:
         """The scorer behind the metric, if there is one."""
-        return None if self.scorer == "shapes" else image_scorer(self.scorer, self.path, self.processor)
+        return None if self.scorer == "shapes" else image_scorer(self.scorer, self.path, self.processor, self.server)
 
 
-def image_scorer(name: ImageScorerName, path: str | None, processor: str | None) -> ImageScorerConfig:
+def image_scorer(
+    name: ImageScorerName, path: str | None, processor: str | None, server: ServerConfig | None = None
+) -> ImageScorerConfig:
     """The section of a scorer of images, as published where nothing is given."""
-    given = {"path": path, "processor": processor}
+    given = {"path": path, "processor": processor, **({} if server is None else server.model_dump())}
     return IMAGE_SCORERS[name].model_validate({key: value for key, value in given.items() if value is not None})
+
+
+def check_served(key: str, server: ServerConfig | None, scorer: str) -> None:
+    """Raises ValueError where the section `key` is given for a scorer without a server."""
+    served = [name for name, section in IMAGE_SCORERS.items() if issubclass(section, ServedScorerConfig)]
+    if server is not None and scorer not in served:
+        raise ValueError(f"{key} is of a scorer behind a server ({', '.join(served)}); this one is {scorer}")

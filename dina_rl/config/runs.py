@@ -87,8 +87,8 @@ class AlignRun(_Run):
         for misfit in self.algorithm_section.misfits(self.pipeline, rollout, learner, self.rewards):
             raise ValueError(misfit)
         golden = self.golden.scorer
-        metric, rewarded = self.golden.of_images, {each.path for each in self.rewards.of_images}
-        if golden in self.rewards.scorers or (metric is not None and metric.path in rewarded):
+        metric, rewarded = self.golden.of_images, {each.weights for each in self.rewards.of_images}
+        if golden in self.rewards.scorers or (metric is not None and metric.weights in rewarded):
             raise ValueError(
                 f"golden.scorer {golden} is a reward too: what is optimised cannot be the held-out metric; "
                 f"choose another golden.scorer or set rewards.{golden} to None"
@@ -149,6 +149,12 @@ class AlignRun(_Run):
     def kept_of_group(self) -> int:
         """Samples of each group that are trained on."""
         return self.learner.keep or self.rollout.group_size
+
+    @property
+    def compares(self) -> bool:
+        """Whether the proxy or golden is a judge's, who is shown a measurement's pictures beside the start's."""
+        asked = (*self.rewards.of_images, self.golden.of_images)
+        return any(scorer is not None and scorer.pairwise for scorer in asked)
 
     @property
     def start(self) -> str:

@@ -1,12 +1,20 @@
 """Settings of one scorer that is asked about pictures, outside a training run."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import model_validator
 
 from dina_rl.config.base import MAX_PIXELS, MaxPixels, NoiseLevels, Positive, Section, Texts
-from dina_rl.config.rewards import DiNaScorerConfig, ImageScorerConfig, ImageScorerName, image_scorer
+from dina_rl.config.keys import Mark
+from dina_rl.config.rewards import (
+    DiNaScorerConfig,
+    ImageScorerConfig,
+    ImageScorerName,
+    ServerConfig,
+    check_served,
+    image_scorer,
+)
 
 
 class PictureScorerConfig(Section):
@@ -19,6 +27,8 @@ class PictureScorerConfig(Section):
     processor: str | None = None
     """all but dina: directory or hub id of tokenizer and image processor, or the model's name at the server; None: the
     published ones"""
+    server: Annotated[ServerConfig | None, Mark.PROCESS] = None
+    """of a scorer behind a server; None: the defaults"""
     levels: NoiseLevels | None = None
     """dina: one level (Eq. 12) or an ensemble (Eq. 13); None: the reward model's own single level"""
     draws: Positive = 1
@@ -47,6 +57,7 @@ class PictureScorerConfig(Section):
     def _settings_apply(self) -> Self:
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width go together")
+        check_served("server", self.server, self.kind)
         if self.kind == "dina":
             if self.processor is not None:
                 raise ValueError("processor belongs to a scorer of images; kind is dina")
@@ -68,7 +79,7 @@ class PictureScorerConfig(Section):
     @property
     def of_images(self) -> ImageScorerConfig | None:
         """The registry's section for a scorer of images; None for a dina scorer."""
-        return None if self.kind == "dina" else image_scorer(self.kind, self.path, self.processor)
+        return None if self.kind == "dina" else image_scorer(self.kind, self.path, self.processor, self.server)
 
 
 class ScoreRun(Section):

@@ -8,6 +8,8 @@ does with a comparison:
     ties_wrong       wrong                wrong         over all comparisons (the published DiNa-LRM evaluator)
     per_prompt       right                wrong         within each prompt, then over prompts (HPSv2's rank accuracy)
 
+A judge is asked in both orders, and each verdict is half of a comparison: one that follows the position is half right.
+
 Comparisons of one prompt share images and annotators, so intervals come from resampling whole prompts.
 """
 
@@ -31,12 +33,15 @@ RESAMPLES_AT_ONCE = 64  # bounds the bootstrap's memory: 64 x prompts
 class Comparisons:
     """Every pair of images of every group of a set, judged by people and by one scorer. N comparisons."""
 
-    margins: torch.Tensor  # [N] float64, score of the image that people prefer minus the other's; NaN: a failed score
+    margins: torch.Tensor  # [N] float64, score of the image that people prefer minus the other's; NaN: a failed score;
+    # of a judge its mean probability minus .5, NaN without a verdict in both orders
     tied: torch.Tensor  # [N] bool, people rank both alike (the margin's sign then means nothing)
     prompts: torch.Tensor  # [N] int64, which prompt: groups of equal prompts are one
     records: torch.Tensor  # [N] int64, `PreferenceRecord.index`
     models: tuple[tuple[str, str], ...] | None  # generators of the two images, sorted; None: the set does not say
     categories: tuple[str, ...] | None
+    verdicts: torch.Tensor | None = None
+    """[N, 2] float64, a judge's probabilities that the image that people prefer is better, shown first and second"""
 
     def __len__(self) -> int:
         return len(self.margins)
@@ -51,7 +56,23 @@ class Comparisons:
             records=self.records[rows],
             models=None if self.models is None else tuple(self.models[row] for row in chosen),
             categories=None if self.categories is None else tuple(self.categories[row] for row in chosen),
+            verdicts=None if self.verdicts is None else self.verdicts[rows],
         )
+
+    @property
+    def agreement(self) -> torch.Tensor:
+        """[N] float64, how far scorer and people agree: 1, 0, or .5 where a judge does in one order of two."""
+        if self.verdicts is None:
+            return (self.margins > 0).double()  # NaN and 0 are not: they are wrong
+        return (self.verdicts > 0.5).double().mean(1) * ~self.margins.isnan()
+
+    @property
+    def position_bias(self) -> float | None:
+        """Share of a judge's whole verdicts that name one place in both orders; None: no judge, or none is whole."""
+        if self.verdicts is None or self.margins.isnan().all():
+            return None
+        whole = self.verdicts[~self.margins.isnan()] - 0.5
+        return (whole.prod(1) < 0).double().mean().item()
 
     def untied(self) -> "Comparisons":
         """Those that people decide."""
@@ -67,9 +88,10 @@ class Accuracy:
     per_prompt: float
     pairs: int  # comparisons that people decide: micro's denominator
     ties: int  # comparisons that people leave undecided
-    predicted_ties: int  # of `pairs`, those with equal scores
+    predicted_ties: int  # of `pairs`, those with equal scores; of a judge, whose two orders say tie or contradict
     failed: int  # of `pairs`, those with a score that is not a number: wrong in every convention
     prompts: int
+    position_bias: float | None = None  # of a judge, the share of `pairs` whose verdict follows the position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,35 +106,42 @@ def compare(records: Sequence[PreferenceRecord], scores: Mapping[int, torch.Tens
     """All comparisons of the records that have scores.
 
     Args:
-        scores: `PreferenceRecord.index` -> scores of its images [images].
+        scores: `PreferenceRecord.index` -> scores of its images [images], or a judge's verdicts [images, images] as
+            `scorers.pairwise` has them.
 
     Raises:
         ValueError: another number of scores than images.
     """
     numbers: dict[str, int] = {}
     margins, tied, prompts, indices, models, categories = [], [], [], [], [], []
+    verdicts: list[tuple[float, float]] = []
     for record in records:
         if record.index not in scores:
             continue
-        values = scores[record.index].double().tolist()
+        values = scores[record.index].double()
         if len(values) != len(record.images):
             raise ValueError(f"record {record.index} has {len(record.images)} images and {len(values)} scores")
         number = numbers.setdefault(record.prompt, len(numbers))
         for a, b in combinations(range(len(values)), 2):
             better, worse = (a, b) if record.ranks[a] <= record.ranks[b] else (b, a)
-            margins.append(values[better] - values[worse])
+            if values.dim() == 2:
+                verdicts.append((values[better, worse].item(), 1 - values[worse, better].item()))
+            else:
+                margins.append((values[better] - values[worse]).item())
             tied.append(record.ranks[a] == record.ranks[b])
             prompts.append(number)
             indices.append(record.index)
             models.append(_model_pair(record, a, b))
             categories.append(record.category)
+    judged = torch.tensor(verdicts, dtype=torch.float64) if verdicts else None
     return Comparisons(
-        margins=torch.tensor(margins, dtype=torch.float64),
+        margins=torch.tensor(margins, dtype=torch.float64) if judged is None else judged.mean(1) - 0.5,
         tied=torch.tensor(tied, dtype=torch.bool),
         prompts=torch.tensor(prompts, dtype=torch.int64),
         records=torch.tensor(indices, dtype=torch.int64),
         models=tuple(pair or (UNNAMED, UNNAMED) for pair in models) if any(models) else None,
         categories=tuple(category or UNNAMED for category in categories) if any(categories) else None,
+        verdicts=judged,
     )
 
 
@@ -143,6 +172,7 @@ def measure(comparisons: Comparisons) -> Accuracy:
         predicted_ties=int((untied == 0).sum()),
         failed=int(untied.isnan().sum()),
         prompts=counts.prompts,
+        position_bias=comparisons.untied().position_bias,
     )
 
 
@@ -186,7 +216,7 @@ def _split(comparisons: Comparisons, labels: Sequence[str]) -> dict[str, Compari
 class _Counts:
     """Comparisons counted per prompt, which is all that the conventions need. P prompts."""
 
-    right: torch.Tensor  # [P] float64, decided by people and ranked alike by the scores
+    right: torch.Tensor  # [P] float64, decided by people and ranked alike by the scores, halves of a judge's included
     untied: torch.Tensor  # [P] float64
     total: torch.Tensor  # [P] float64
 
@@ -204,7 +234,7 @@ class _Counts:
             return torch.zeros(prompts, dtype=torch.float64).index_add_(0, number, which.double())
 
         return _Counts(
-            right=count(decided & (comparisons.margins > 0)),  # NaN and 0 are not: they are wrong
+            right=count(decided * comparisons.agreement),
             untied=count(decided),
             total=count(torch.ones_like(decided)),
         )

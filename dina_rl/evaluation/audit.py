@@ -241,11 +241,13 @@ def _as_markdown(report: Report, main: Table) -> str:
     conventions = [
         [r.scorer, r.data, r.view.label, *(f"{100 * getattr(r.accuracy, name):.2f}" for name in CONVENTIONS),
          *map(str, (r.accuracy.pairs, r.accuracy.ties, r.accuracy.predicted_ties, r.accuracy.failed, r.accuracy.prompts,
-                    r.malformed, r.dropped_images, r.dropped_pairs))]
+                    r.malformed, r.dropped_images, r.dropped_pairs)), _bias(r)]
         for r in report.accuracies
     ]  # fmt: skip
     header = ["scorer", "set", "view", *CONVENTIONS, "N", "ties", "predicted ties", "failed", "prompts", "malformed",
-              "dropped images", "dropped pairs"]  # fmt: skip
+              "dropped images", "dropped pairs", "position bias"]  # fmt: skip
+    if all(r.accuracy.position_bias is None for r in report.accuracies):  # no judge has any
+        header, conventions = header[:-1], [line[:-1] for line in conventions]
     sections.append("## All conventions (percent)\n\n" + grid(header, conventions))
     if report.calibrations:
         lines = [
@@ -285,6 +287,12 @@ def _as_markdown(report: Report, main: Table) -> str:
         header = ["set", "prompts also in training", "images also in training", "records", "unreadable images"]
         sections.append("## Leak check\n\n" + grid(header, lines))
     return "\n\n".join(sections) + "\n"
+
+
+def _bias(result: SetAccuracy) -> str:
+    """A judge's position bias in percent, or an empty cell."""
+    bias = result.accuracy.position_bias
+    return _plain(None if bias is None else 100 * bias, ".2f")
 
 
 def _plain(value: float | None, form: str) -> str:

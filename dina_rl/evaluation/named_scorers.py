@@ -7,7 +7,7 @@ from typing import Literal
 from dina_rl.config import DatasetConfig, PictureScorerConfig, PipelineConfig, ThurstoneConfig
 from dina_rl.data.buckets import PUBLISHED, Bucketing, Size
 from dina_rl.data.filters import bucketing
-from dina_rl.evaluation.requests import View
+from dina_rl.evaluation.requests import PLAIN, View
 from dina_rl.evaluation.score_store import ScoringJob
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.reward.card import RewardCard
@@ -17,7 +17,6 @@ from dina_rl.runtime import open_pipeline
 from dina_rl.scorers.registry import IMAGE_KINDS, check_image_scorer
 from dina_rl.scoring import dina_pipeline
 
-PLAIN = View(levels=())
 Buckets = Literal["pipeline", "published"] | tuple[Size, ...]
 
 

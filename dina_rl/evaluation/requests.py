@@ -26,6 +26,10 @@ class View:
         return "t=" + ",".join(f"{level:g}" for level in self.levels) if self.levels else "plain"
 
 
+PLAIN = View(levels=())
+"""Of scorers that look at image files."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """Why an image has no score."""
@@ -58,11 +62,15 @@ class ScoreRequest:
     problems: dict[int, Problem]  # position among those -> why it has no latent
     views: tuple[View, ...]
     batch_size: int
+    known: torch.Tensor | None = None  # what an earlier run was answered by a server; what failed there is asked again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartScores:
-    """Scores of the images of a request's records, all in a row."""
+    """Scores of the images of a request's records, all in a row.
+
+    A judge's are verdicts instead, see `judging`.
+    """
 
     scores: tuple[torch.Tensor, ...]  # per view [draws, M] fp32; NaN where there is a problem
     problems: dict[int, Problem]  # position among the M

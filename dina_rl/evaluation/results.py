@@ -141,8 +141,18 @@ def accuracy_table(
         cells[AVERAGE] = Cell.over_seeds(averages)
         rows.append(Row(labels=labels, cells=cells))
     columns = (*names, AVERAGE) if len(names) > 1 else tuple(names)
-    notes = (f"Accuracy: {convention}.", *notes)
+    notes = (f"Accuracy: {convention}.", *notes, *_biases(results))
     return Table(title=plan.title, labels=plan.labels, columns=columns, rows=tuple(rows), percent=True, notes=notes)
+
+
+def _biases(results: Sequence[SetAccuracy]) -> list[str]:
+    """A note on every judge, who is asked in both orders."""
+    return [
+        f"{result.scorer} on {result.data}: {100 * result.accuracy.position_bias:.2f} percent of its verdicts follow "
+        "the position of the images, not the images."
+        for result in results
+        if result.accuracy.position_bias is not None
+    ]
 
 
 def uncertainty_table(

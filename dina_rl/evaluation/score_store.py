@@ -5,6 +5,7 @@
     scores/KEY/task.json                      what KEY is the digest of: all that decides the numbers
     scores/KEY/part-00000.safetensors         `scores` [draws, images] of consecutive records; metadata: problems
 
+Of a judge `scores` are verdicts, see `judging`. What a server failed to answer is asked again by the next run.
 KEY is a digest of the scorer's weights, its pipeline, the set's records, noise, levels and batch geometry: another
 table over the same cache finds its scores. Image files are trusted not to change under their names.
 """
@@ -22,14 +23,15 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from dina_rl.checkpoint import write_bytes, write_json
-from dina_rl.config import EvaluateRun, PictureScorerConfig
+from dina_rl.config import EvaluateRun, PictureScorerConfig, ServedScorerConfig
 from dina_rl.data.buckets import Bucketing, Size
 from dina_rl.data.images import READING
 from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
 from dina_rl.data.stores.latents import LatentStore, StoreInfo
 from dina_rl.evaluation.identity import Identities, digest
+from dina_rl.evaluation.judging import asked, width
 from dina_rl.evaluation.layout import Layout, lay_out, needs_sizes
-from dina_rl.evaluation.requests import EncodeRequest, Problem, ScoreRequest, View, Workers
+from dina_rl.evaluation.requests import PLAIN, EncodeRequest, Problem, ScoreRequest, View, Workers
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.runtime import open_pipeline
 from dina_rl.textfiles import read_text
@@ -47,6 +49,16 @@ class ScoringJob:
     data: EvaluationSet
     views: tuple[View, ...]
 
+    @property
+    def pairwise(self) -> bool:
+        """Whether a judge is asked about pairs of images."""
+        return self.scorer.of_images is not None and self.scorer.of_images.pairwise
+
+    @property
+    def served(self) -> bool:
+        """Whether a server answers, so that a failed score may be there another time."""
+        return isinstance(self.scorer.of_images, ServedScorerConfig)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DroppedImage:
@@ -62,12 +74,13 @@ class SetScores:
     """One scorer's scores of one set in one view."""
 
     records: tuple[PreferenceRecord, ...]  # with the images that have a score, where those are two or more
-    scores: Mapping[int, torch.Tensor]  # `PreferenceRecord.index` -> [draws, images of the record above]
+    scores: Mapping[int, torch.Tensor]  # `PreferenceRecord.index` -> [draws, images of the record above], or of a judge
+    # verdicts [1, images, images]
     dropped: tuple[DroppedImage, ...]
     dropped_pairs: int  # comparisons that the dropped images take part in
 
     def draw(self, number: int) -> dict[int, torch.Tensor]:
-        """Scores [images] of one noise draw, by record."""
+        """Scores [images] of one noise draw, or a judge's verdicts [images, images], by record."""
         return {index: scores[number] for index, scores in self.scores.items()}
 
 
@@ -78,6 +91,7 @@ class MissingPart:
     job: ScoringJob
     records: tuple[PreferenceRecord, ...]
     files: Mapping[View, Path]  # where they belong, by view
+    known: torch.Tensor | None = None  # what a server has answered of it
 
     @property
     def images(self) -> int:
@@ -97,14 +111,15 @@ class ScoreStore:
         self._tasks: dict[tuple[PictureScorerConfig, Bucketing | None, str, View], str] = {}
 
     def missing(self, jobs: Sequence[ScoringJob]) -> list[MissingPart]:
-        """The scores of `jobs` that are not there yet, in the jobs' order."""
+        """The scores of `jobs` that are not there yet, in the jobs' order; those that a server failed to give too."""
         parts = []
         for job in jobs:
             for number, records in enumerate(self._parts(job.data)):
                 files = {view: self._part(job, view, number) for view in job.views}
                 absent = {view: file for view, file in files.items() if not file.exists()}
-                if absent:
-                    parts.append(MissingPart(job=job, records=records, files=absent))
+                known = None if absent or not job.served else _unanswered(files[PLAIN], job, records)
+                if absent or known is not None:
+                    parts.append(MissingPart(job=job, records=records, files=absent or files, known=known))
         return parts
 
     def fill(self, parts: Sequence[MissingPart], workers: Workers) -> None:
@@ -125,9 +140,9 @@ class ScoreStore:
         records, kept, dropped, lost = [], {}, [], 0
         for number, part in enumerate(self._parts(job.data)):
             scores, problems = _read_part(self._part(job, view, number))
-            first = 0
+            first, start = 0, 0
             for record in part:
-                count = len(record.images)
+                count, numbers = len(record.images), width(record, pairwise=job.pairwise)
                 good = [position for position in range(count) if first + position not in problems]
                 dropped += [
                     DroppedImage(record=record.index, image=image, problem=problems[first + position])
@@ -137,8 +152,8 @@ class ScoreStore:
                 lost += len(list(combinations(range(count), 2))) - len(list(combinations(good, 2)))
                 if len(good) > 1:
                     records.append(_restricted(record, good))
-                    kept[record.index] = scores[:, [first + position for position in good]]
-                first += count
+                    kept[record.index] = _restricted_scores(scores[:, start : start + numbers], count, good)
+                first, start = first + count, start + numbers
         return SetScores(records=tuple(records), scores=kept, dropped=tuple(dropped), dropped_pairs=lost)
 
     def _encode(self, jobs: Sequence[ScoringJob], workers: Workers) -> None:
@@ -180,6 +195,7 @@ class ScoreStore:
             problems=problems,
             views=tuple(part.files),
             batch_size=self._run.batch_size,
+            known=part.known,
         )
 
     def _rows(
@@ -309,6 +325,20 @@ def _restricted(record: PreferenceRecord, positions: Sequence[int]) -> Preferenc
         ranks=pick(record.ranks),
         models=None if record.models is None else pick(record.models),
     )
+
+
+def _restricted_scores(scores: torch.Tensor, count: int, positions: Sequence[int]) -> torch.Tensor:
+    """A record's scores [draws, count], or verdicts [draws, count^2] as squares, of the images at `positions` alone."""
+    if scores.shape[1] == count:
+        return scores[:, positions]
+    return scores.view(-1, count, count)[:, positions][:, :, positions]
+
+
+def _unanswered(file: Path, job: ScoringJob, records: Sequence[PreferenceRecord]) -> torch.Tensor | None:
+    """The numbers of a part where some of them failed; None: all that was asked has an answer."""
+    scores, problems = _read_part(file)
+    places = asked(records, problems, pairwise=job.pairwise)
+    return scores if scores[:, places].isnan().any() else None
 
 
 def _size(source: PreferenceSet, image: str) -> Size | str:

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
-from dina_rl.config import PictureScorerConfig, SetConfig
+from dina_rl import runtime
+from dina_rl.config import ImageScorerConfig, PictureScorerConfig, SetConfig
 from dina_rl.data.buckets import Size
 from dina_rl.data.images import MAX_PIXELS, load_image
 from dina_rl.data.sets.records import PreferenceRecord, PreferenceSet
 from dina_rl.data.stores.latents import LatentStore
-from dina_rl.evaluation.requests import EncodeRequest, PartScores, Problem, ScoreRequest, View
+from dina_rl.evaluation.judging import judge_records
+from dina_rl.evaluation.requests import PLAIN, EncodeRequest, PartScores, Problem, ScoreRequest
 from dina_rl.evaluation.sets import open_source
+from dina_rl.scorers.base import Judge
+from dina_rl.scorers.registry import open_judge
 from dina_rl.scoring import NoiseKey, PictureScorer, open_scorer
 
 
@@ -29,6 +33,7 @@ class EvaluationWorker:
 
     def __init__(self) -> None:
         self._opened: tuple[PictureScorerConfig, int, PictureScorer] | None = None
+        self._judging: tuple[ImageScorerConfig, Judge] | None = None
         self._source: tuple[SetConfig, PreferenceSet] | None = None
 
     def encode(self, request: EncodeRequest) -> int:
@@ -57,8 +62,14 @@ class EvaluationWorker:
 
         An image that cannot be read has a problem. A score that is not a number stays one.
         """
+        if request.scorer.of_images is not None and request.scorer.of_images.pairwise:
+            return judge_records(request, self._judge(request.scorer.of_images), self._set(request.source))
         scorer = self._scorer(request.scorer, request.seed)
         images = list(_images(request.records))
+        if request.known is not None:
+            known = request.known.clone()
+            failed = [image for image in images if known[0, image.place].isnan()]
+            return PartScores(scores=(known,), problems=self._score_files(request, scorer, failed, (known,)))
         scores = tuple(torch.full((view.draws, len(images)), torch.nan) for view in request.views)
         if request.store is None:
             return PartScores(scores=scores, problems=self._score_files(request, scorer, images, scores))
@@ -89,7 +100,7 @@ class EvaluationWorker:
         self, request: ScoreRequest, scorer: PictureScorer, images: list[_Image], scores: Sequence[torch.Tensor]
     ) -> dict[int, Problem]:
         """Fill `scores` from the image files, for scorers with no use for latents; returns the problems."""
-        assert all(view == View(levels=()) for view in request.views)
+        assert all(view == PLAIN for view in request.views)
         source = self._set(request.source)
         problems = {}
         for batch in _batches(images, request.batch_size):
@@ -108,6 +119,11 @@ class EvaluationWorker:
             for filled in scores:
                 filled[0, [image.place for image in readable]] = found
         return problems
+
+    def _judge(self, config: ImageScorerConfig) -> Judge:
+        if self._judging is None or self._judging[0] != config:
+            self._judging = config, open_judge(config, device=runtime.device())
+        return self._judging[1]
 
     def _scorer(self, config: PictureScorerConfig, seed: int) -> PictureScorer:
         if self._opened is None or self._opened[:2] != (config, seed):

@@ -63,16 +63,18 @@ class EmptyImageScorer:
 class ImageKind:
     """All that is asked of a kind of scorer of images. Every function takes its section of the configuration.
 
-    `open` loads it onto a device, `check` sees whether it is there at all without loading weights, `empty` builds it
-    without weights. All raise ValueError where it cannot be read, or is another kind of model.
+    `open` loads it onto a device (`judge` does, of one that compares), `check` sees whether it is there at all without
+    loading weights, `empty` builds it without weights. All raise ValueError where it cannot be read, or is another kind
+    of model.
     """
 
-    open: Callable[[ImageScorerConfig, str], "ImageScorer"]
+    open: Callable[[ImageScorerConfig, str], "ImageScorer"] | None  # None: it is a judge
     check: Callable[[ImageScorerConfig], None]
     empty: Callable[[ImageScorerConfig], EmptyImageScorer]
     files: tuple[str, str] | None  # that every repository of its weights, and of its processor, has; None: a server's
     backbone: str = "CLIP"  # as the paper's tables call what it is built on
     size: Callable[[ImageScorerConfig], int | None] | None = None  # bytes on disk, of weights in several folders
+    judge: Callable[[ImageScorerConfig, str], "Judge"] | None = None
 
 
 class ImageScorer(Scorer, Protocol):
@@ -80,4 +82,28 @@ class ImageScorer(Scorer, Protocol):
 
     def reduce(self, pixels: torch.Tensor) -> torch.Tensor:
         """What it sees of one picture [3, H, W] uint8, as an image [3, h, w] in [0, 1] of bounded size."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two pictures of one prompt, in the order in which they are shown, by their place among the pictures."""
+
+    prompt: str
+    first: int
+    second: int
+
+
+class Judge(Protocol):
+    """What compares two pictures of a prompt and has no score of one. `pairwise` makes numbers of its verdicts."""
+
+    def __call__(self, images: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Verdicts [B], fp32 on the CPU, on pairs of images [N, 3, h, w] in [0, 1].
+
+        The probability that the first is better as they are shown: 1, 0, .5 for a tie; NaN where there is no verdict.
+        """
+        ...
+
+    def reduce(self, pixels: torch.Tensor) -> torch.Tensor:
+        """See `ImageScorer.reduce`."""
         ...

@@ -6,7 +6,7 @@ from dina_rl.config import ImageScorerConfig, ImageScorerName, PipelineConfig, R
 from dina_rl.fingerprint import local_directory, repository_parts
 from dina_rl.loading import on_disk
 from dina_rl.scorers.aesthetic import AESTHETIC
-from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Scorer
+from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Judge, Scorer
 from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
 from dina_rl.scorers.hpsv2 import HPSV2, HPSV2_1
@@ -15,6 +15,7 @@ from dina_rl.scorers.imagereward import IMAGEREWARD
 from dina_rl.scorers.lrm import LRM_SD15, LRM_SDXL
 from dina_rl.scorers.mps import MPS
 from dina_rl.scorers.unified_reward import UNIFIED_REWARD
+from dina_rl.scorers.unified_reward_think import UNIFIED_REWARD_THINK
 
 CONFIG = "config.json"  # of transformers' models, whose weights lie beside it in files of several names
 
@@ -28,13 +29,14 @@ IMAGE_KINDS: dict[ImageScorerName, ImageKind] = {
     "imagereward": IMAGEREWARD,
     "hpsv3": HPSV3,
     "unified_reward": UNIFIED_REWARD,
+    "unified_reward_think": UNIFIED_REWARD_THINK,
     "lrm_sd15": LRM_SD15,
     "lrm_sdxl": LRM_SDXL,
 }
 
 
 def open_scorers(rewards: RewardsConfig, generator: PipelineConfig, backbone: Backbone) -> dict[str, Scorer]:
-    """Scorer by name, those that have a weight; models load onto the backbone's device.
+    """Scorer by name, those that have a weight and are no judges; models load onto the backbone's device.
 
     Args:
         generator: whose latents are scored.
@@ -47,17 +49,40 @@ def open_scorers(rewards: RewardsConfig, generator: PipelineConfig, backbone: Ba
     if rewards.dina is not None:
         scorers["dina"] = open_dina_beside(rewards.dina, generator, backbone)
     for config in rewards.of_images:
-        scorers[config.name] = open_image_scorer(config, device=backbone.device)
+        if not config.pairwise:
+            scorers[config.name] = open_image_scorer(config, device=backbone.device)
     return scorers
+
+
+def open_judges(rewards: RewardsConfig, *, device: str) -> dict[str, Judge]:
+    """Judge by name, those that have a weight; raises like `open_judge`."""
+    return {config.name: open_judge(config, device=device) for config in rewards.of_images if config.pairwise}
 
 
 def open_image_scorer(config: ImageScorerConfig, *, device: str) -> ImageScorer:
     """A scorer of images, which needs no backbone.
 
     Raises:
+        ValueError: a model that cannot be read, or one that compares.
+    """
+    kind = IMAGE_KINDS[config.name]
+    if kind.open is None:
+        raise ValueError(
+            f"{config.name} compares two pictures and has no score of one: jobs.evaluate asks it about the pairs of a "
+            "preference set, and jobs.align as a reward or as golden.scorer"
+        )
+    return kind.open(config, device)
+
+
+def open_judge(config: ImageScorerConfig, *, device: str) -> Judge:
+    """A judge of pairs of images.
+
+    Raises:
         ValueError: a model that cannot be read.
     """
-    return IMAGE_KINDS[config.name].open(config, device)
+    kind = IMAGE_KINDS[config.name]
+    assert kind.judge is not None, f"{config.name} scores pictures one by one"
+    return kind.judge(config, device)
 
 
 def check_image_scorer(config: ImageScorerConfig) -> None:

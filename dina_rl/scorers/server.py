@@ -47,7 +47,7 @@ class Reply:
 class Failure:
     """Why there is no answer to a question."""
 
-    kind: Literal["no answer", "busy", "server error", "refused", "malformed", "no score"]
+    kind: Literal["no answer", "busy", "server error", "refused", "malformed", "no score", "no verdict"]
     reason: str
     passes: bool = False  # it may be another time
     wait_s: float = 0.0  # that the server asks for before that
@@ -120,7 +120,7 @@ class Client:
         self.failures[found.kind] += 1
         if self.failures[found.kind] == 1:
             log.warning(
-                "%s: %s from %s: %s; such samples have no score, and are counted without another word",
+                "%s: %s from %s: %s; what is asked so has failed, and is counted without another word",
                 self._name, found.kind, self._server.url, found.reason,
             )  # fmt: skip
         return float("nan")

@@ -8,13 +8,14 @@ grade and its fifth are flow_grpo's (yifan123/flow_grpo, flow_grpo/rewards.py, u
 import base64
 import json
 import re
+from collections.abc import Sequence
 from io import BytesIO
 
 import torch
 from PIL import Image
 from torch import nn
 
-from dina_rl.config import ImageScorerConfig, UnifiedRewardConfig
+from dina_rl.config import ImageScorerConfig, ServedScorerConfig, UnifiedRewardConfig
 from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
 from dina_rl.scorers.server import SHOWN, Client, Failure, Server, check_server
 
@@ -52,32 +53,17 @@ class UnifiedRewardScorer:
         assert not samples.requires_grad, "a server's answer has no gradient"
         scores = torch.full((len(samples),), torch.nan)
         whole = samples.isfinite().flatten(1).all(1).nonzero().flatten().tolist()
-        pictures = (samples * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        pictures = as_pixels(samples)
         asked = [(pictures[row], conditions.prompts[row]) for row in whole]
         scores[whole] = torch.tensor(self.client.ask(asked, self._body, grade))
         return scores.to(samples.device)
 
     def reduce(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The picture as it is sent. Its score is that of the whole: what has that size is not resized again."""
-        resized = torch.frombuffer(bytearray(_sent(pixels).tobytes()), dtype=torch.uint8)
-        return resized.view(EDGE, EDGE, 3).permute(2, 0, 1).float() / 255
+        return reduced(pixels)
 
     def _body(self, asked: tuple[torch.Tensor, str]) -> bytes:
         pixels, prompt = asked
-        png = BytesIO()
-        _sent(pixels).save(png, format="PNG")
-        url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-        content = [
-            {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": f"{QUESTION}[{prompt}]"},
-        ]
-        request = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": MAX_TOKENS,
-        }
-        return json.dumps(request).encode()
+        return request_body(self._model, [data_url(pixels)], f"{QUESTION}[{prompt}]")
 
 
 def grade(text: str) -> float | Failure:
@@ -88,30 +74,65 @@ def grade(text: str) -> float | Failure:
     return float(found[1]) / BEST
 
 
+def reduced(pixels: torch.Tensor) -> torch.Tensor:
+    """A picture [3, H, W] uint8 as it is sent, in [0, 1]. It counts as the whole: that size is not resized again."""
+    resized = torch.frombuffer(bytearray(_sent(pixels).tobytes()), dtype=torch.uint8)
+    return resized.view(EDGE, EDGE, 3).permute(2, 0, 1).float() / 255
+
+
+def as_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] as uint8 on the CPU."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def data_url(pixels: torch.Tensor) -> str:
+    """A picture [3, H, W] uint8 as a request has it."""
+    png = BytesIO()
+    _sent(pixels).save(png, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+
+
+def request_body(model: str, pictures: Sequence[str], text: str) -> bytes:
+    """A question: pictures as data URLs, in order, and a text after them."""
+    shown: list[dict[str, object]] = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+    request = {
+        "model": model,
+        "messages": [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+    }
+    return json.dumps(request).encode()
+
+
 def _sent(pixels: torch.Tensor) -> Image.Image:
     """A picture [3, H, W] uint8, stretched as published."""
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).resize((EDGE, EDGE))
 
 
-def _server(config: ImageScorerConfig) -> Server:
-    assert isinstance(config, UnifiedRewardConfig)
+def _server(config: ServedScorerConfig) -> Server:
     return Server(url=config.path, timeout_s=config.timeout_s, retries=config.retries)
+
+
+def open_client(config: ServedScorerConfig) -> Client:
+    """Raises ValueError where the server is not there, or does not serve the model."""
+    check_served(config)
+    return Client(config.name, _server(config), concurrency=config.concurrency)
 
 
 def _open(config: ImageScorerConfig, device: str) -> UnifiedRewardScorer:
     assert isinstance(config, UnifiedRewardConfig)
-    _check(config)
-    client = Client(config.name, _server(config), concurrency=config.concurrency)
-    return UnifiedRewardScorer(client, config.processor)
+    return UnifiedRewardScorer(open_client(config), config.processor)
 
 
-def _check(config: ImageScorerConfig) -> None:
+def check_served(config: ImageScorerConfig) -> None:
+    """`ImageKind.check` of a scorer behind a server."""
+    assert isinstance(config, ServedScorerConfig)
     check_server(_server(config), config.processor)
 
 
-def _empty(config: ImageScorerConfig) -> EmptyImageScorer:
-    """Nothing of it is here."""
+def empty_served(config: ImageScorerConfig) -> EmptyImageScorer:
+    """`ImageKind.empty` of one: nothing of it is here."""
     return EmptyImageScorer(model=nn.Module(), look=lambda: None)
 
 
-UNIFIED_REWARD = ImageKind(open=_open, check=_check, empty=_empty, files=None, backbone="server")
+UNIFIED_REWARD = ImageKind(open=_open, check=check_served, empty=empty_served, files=None, backbone="server")

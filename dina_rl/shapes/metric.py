@@ -11,7 +11,9 @@ from dina_rl.types import GoldenScores
 class ShapesMetric:
     """`GoldenMetric` by the world's own rules; part `shape_right` is the share of pictures with the asked shape."""
 
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> GoldenScores:
+    def __call__(
+        self, images: torch.Tensor, prompts: Sequence[str], opponents: torch.Tensor | None = None
+    ) -> GoldenScores:
         scores = golden_score(images, prompts)
         return GoldenScores(
             values=tuple(scores.score.tolist()),

@@ -46,7 +46,7 @@ RUNS = set(PROGRAMS.values())
 OTHER_OPTIONS = {
     *("address", "head", "generate", "working-dir"),  # ray
     *("index-url", "logdir"),  # pip, tensorboard
-    *("served-model-name", "port"),  # vllm
+    *("served-model-name", "port", "limit-mm-per-prompt.image"),  # vllm
     *("out", "domain", "train-groups"),  # dina_rl.shapes.preferences
 }
 FILE_ENDINGS = ("csv", "json", "jsonl", "md", "png", "py", "pt", "safetensors", "sqlite", "txt", "yaml")

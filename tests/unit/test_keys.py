@@ -14,13 +14,17 @@ from dina_rl.config import (
     ExportRun,
     FitConfig,
     FitRun,
+    GoldenConfig,
     LearnerConfig,
     LocalRun,
+    PictureScorerConfig,
     PipelineConfig,
     RolloutConfig,
     ScoreRun,
+    ServerConfig,
     ServeRun,
     UnifiedRewardConfig,
+    UnifiedRewardThinkConfig,
     WorkersConfig,
 )
 from dina_rl.config.base import Section
@@ -80,6 +84,22 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         Mark.PROCESS: "concurrency timeout_s retries",
         Mark.PLACE: "path",
         DECIDES: "weight mean std processor",
+    },
+    UnifiedRewardThinkConfig: {
+        Mark.PROCESS: "concurrency timeout_s retries",
+        Mark.PLACE: "path",
+        DECIDES: "weight mean std processor",
+    },
+    ServerConfig: {Mark.PROCESS: "concurrency timeout_s retries"},
+    GoldenConfig: {
+        Mark.PROCESS: "server",
+        DECIDES: "scorer path processor every dev_samples test_samples guidances aligned_guidances num_steps "
+        "batch_size",
+    },
+    PictureScorerConfig: {
+        Mark.PROCESS: "server",
+        DECIDES: "kind path processor levels draws noise normalisation pipeline revision variant dtype "
+        "max_sequence_length height width",
     },
     EvaluateRun: {
         Mark.PROCESS: "inline max_broken workers",

@@ -50,7 +50,7 @@ def iterate(recorder: Recorder, iterations: range) -> None:
                 pass
         scores = torch.tensor([[0.1, 0.2], [0.3, 0.5]])
         advantages = Advantages(values=scores, kept=torch.tensor([True, True]), failed=0, constant=0)
-        recorder.iteration(number, {"dina": scores}, advantages, METRICS)
+        recorder.iteration(number, {"dina": scores}, advantages, METRICS, beside={})
         recorder.measured(number + 1, measurement(1.0, 0.5 + 0.05 * number), WEIGHTS)
         recorder.checkpoint(number + 1, {"weight": torch.zeros(1)})
 

@@ -43,6 +43,20 @@ def test_conventions_by_hand() -> None:
     assert result.per_prompt == pytest.approx((2 / 3 + 3 / 3 + 0 / 1) / 3)
 
 
+def test_verdicts_of_both_orders_are_halves_by_hand() -> None:
+    """Pair 0: right in both orders. 1: the place decides. 2: a tie, and right. 3: one verdict is missing. 4: a tie."""
+    none = float("nan")
+    records = [record(index, (1, 2)) for index in range(4)] + [record(4, (1, 1))]
+    answers = ((1.0, 0.0), (0.0, 0.0), (0.5, 0.0), (1.0, none), (none, none))  # better first, worse first
+    verdicts = {index: torch.tensor([[none, first], [second, none]]) for index, (first, second) in enumerate(answers)}
+    result = measure(compare(records, verdicts))
+    assert (result.pairs, result.ties, result.predicted_ties, result.failed) == (4, 1, 1, 1)
+    assert result.micro == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
+    assert result.ties_wrong == pytest.approx(2 / 5)
+    assert result.position_bias == pytest.approx(1 / 3)
+    assert measure(compare(records, scored(*[(2.0, 1.0)] * 5))).position_bias is None
+
+
 def test_agrees_with_a_plain_count_over_random_groups() -> None:
     draws = numpy.random.default_rng(0)
     records, scores = [], {}
