@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray.data import Dataset
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train.torch.config import TorchConfig, _TorchBackend
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.result import Result
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from actors.network import meet_over_the_nodes_network
 from dina_rl.config import FitRun
 from dina_rl.errors import RunStopped
 from dina_rl.loading import announce
@@ -25,6 +28,22 @@ class Stopped:
     """A worker's answer in place of an `Outcome`: the fit cannot go on."""
 
     reason: str
+
+
+class _Backend(_TorchBackend):
+    """Ray Train's own, whose ranks also find each other where a machine's name stands for its loopback address."""
+
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+        worker_group.execute(meet_over_the_nodes_network)
+        super().on_start(worker_group, backend_config)
+
+
+class NodesTorch(TorchConfig):
+    """Ray Train's process group, formed over the network of Ray's nodes."""
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
 
 
 class RayTraining:
@@ -63,6 +82,7 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
     resources = {"CPU": fit.cpus_per_worker} | ({"GPU": fit.gpus_per_worker} if fit.gpus_per_worker else {})
     return TorchTrainer(
         on_worker,
+        torch_config=NodesTorch(),
         scaling_config=ScalingConfig(
             num_workers=fit.num_workers, use_gpu=fit.gpus_per_worker > 0, resources_per_worker=resources
         ),
