@@ -11,6 +11,7 @@ from ray.data import DataContext
 from dina_rl.cli import fail
 
 CONNECT_TIMEOUT_S = 10.0
+USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
 
 
 def start_ray() -> None:
@@ -25,6 +26,7 @@ def start_ray() -> None:
         except (ConnectionError, ValueError) as error:
             fail(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}")
         return
+    os.environ.setdefault(USAGE_STATS, "0")  # Ray's own reports of it to its makers; who wants them sets 1
     ray.init(
         address="local",
         include_dashboard=False,
