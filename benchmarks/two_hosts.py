@@ -125,8 +125,8 @@ def _end(processes: list[psutil.Process]) -> None:
 @contextmanager
 def cluster(on: Sequence[Host], nodes_each: int, logs: Path, environment: dict[str, str]) -> Iterator[None]:
     """Ray on these hosts, the head on the first; `nodes_each` times the resources of a node."""
-    node = ("--block", "--disable-usage-stats", "--object-store-memory=300000000")
-    node += (f"--num-cpus={CPUS * nodes_each}", f"--num-gpus={GPUS * nodes_each}")
+    node = ["--block", "--disable-usage-stats", "--object-store-memory=300000000"]
+    node += [f"--num-cpus={CPUS * nodes_each}", f"--num-gpus={GPUS * nodes_each}"]
     ray, running = str(Path(sys.executable).parent / "ray"), []
     try:
         for number, host in enumerate(on):
@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
     seconds: dict[str, float] = {}
     seen: dict[str, list[Host]] = {}
     received: dict[str, float] = {}
-    for name, count in (("two", 2), ("one", 1)):  # the dearer proof first
+    for name, count in (("two", 2), ("one", 1)):
         with two_hosts() as made:
             seen[name] = made[:count]
             seconds[name] = carry_out(run, seen[name], run_dir / name)
