@@ -24,9 +24,6 @@ class Rank(GangMember):
         torch.distributed.all_reduce(tensor)
         return tensor.item()
 
-    def interface(self) -> str | None:
-        return os.environ.get("GLOO_SOCKET_IFNAME")
-
     def die_at_rank_1(self) -> float:
         if self.rank == 1:
             os._exit(1)
@@ -57,7 +54,6 @@ def gang(handles, call_timeout_s: float) -> Iterator[Gang]:
 
     gang = Gang(spawn, 2, name="learner", start_timeout_s=120, call_timeout_s=call_timeout_s)
     assert ray.get(gang.call(lambda rank: rank.total.remote()), timeout=60) == 3
-    assert ray.get(gang.call(lambda rank: rank.interface.remote()), timeout=60).startswith("lo"), "where Ray's node is"
     yield gang
     gang.shutdown()
 
