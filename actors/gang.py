@@ -14,6 +14,7 @@ import torch.distributed
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.handles import AnyRef, Handle, kill, ready
+from actors.network import meet_over_the_nodes_network
 from actors.placement import check, wait_all
 from dina_rl.errors import RunStopped
 
@@ -62,6 +63,7 @@ class GangMember:
         # DeepSpeed reads these; Ray shows each actor only its own device, hence LOCAL_RANK 0 on every rank.
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+        meet_over_the_nodes_network()
         torch.distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             store=self._store,

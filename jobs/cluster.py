@@ -14,6 +14,7 @@ from dina_rl.termination import listen
 from jobs.ray_watch import watch
 
 CONNECT_TIMEOUT_S = 10.0
+USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
 
 
 def start_ray(run_dir: Path) -> None:
@@ -25,6 +26,7 @@ def start_ray(run_dir: Path) -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
+        os.environ.setdefault(USAGE_STATS, "0")  # Ray's own reports of it to its makers; who wants them sets 1
         ray.init(
             address="local",
             include_dashboard=False,

@@ -33,8 +33,8 @@ def check_clip(path: str, processor: str) -> None:
         ValueError: neither a local directory nor a hub id that can be read here, or another kind of model.
     """
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        AutoTokenizer.from_pretrained(processor)
+        kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+        AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
         CLIPImageProcessorPil.from_pretrained(processor)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
@@ -125,7 +125,7 @@ def clip_config(path: str) -> CLIPConfig:
         ValueError: it cannot be read here, or is no CLIP model.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"CLIP model {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
     if not isinstance(config, CLIPConfig):

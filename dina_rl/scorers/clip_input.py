@@ -66,7 +66,7 @@ class CLIPInput:
             images.size["shortest_edge"], crop, images.image_mean, images.image_std, device=device
         )
         self.pixels, self.reduce, self.cropped = self._pictures.pixels, self._pictures.reduce, self._pictures.cropped
-        self._tokenizer = AutoTokenizer.from_pretrained(processor)
+        self._tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
 
     def tokens(self, prompts: Sequence[str], length: int) -> BatchEncoding:
         """`input_ids` and `attention_mask` [B, length]."""

@@ -107,10 +107,10 @@ def read_base(path: str) -> Base:
         ValueError: neither a local directory nor a hub id that can be read here, or another kind of model.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not isinstance(config, Qwen2VLConfig):
             raise ValueError(f"it is a {config.model_type}, not a qwen2_vl")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         images = Qwen2VLImageProcessorPil.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"HPSv3's base {path} cannot be read: {str(error).strip().splitlines()[0]}") from error

@@ -213,7 +213,7 @@ def _encoders(text: Sizes, vision: Sizes) -> Encoders:
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"ImageReward's tokenizer {path} cannot be read: {str(error).strip().splitlines()[0]}"

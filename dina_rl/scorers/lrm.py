@@ -107,7 +107,7 @@ def _read_processor(path: str, family: Family) -> tuple[list[PreTrainedTokenizer
     names = [name.replace("text_encoder", "tokenizer") for name in family.texts]
     try:
         tokenizers: list[PreTrainedTokenizerBase] = [
-            AutoTokenizer.from_pretrained(path, subfolder=name) for name in names
+            AutoTokenizer.from_pretrained(path, subfolder=name, trust_remote_code=False) for name in names
         ]
         return tokenizers, DDPMScheduler.from_config(DDPMScheduler.load_config(path, subfolder="scheduler"))
     except (OSError, ValueError) as error:

@@ -25,7 +25,18 @@ def clone(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".gitignore", ".rayignore", "README.md"):
         shutil.copy(ROOT / name, copy / name)
-    for place in ("v", "venv", "env", "data2", "my_runs", ".git", ".cache", "jobs_old", "dina_rl/__pycache__"):
+    for place in (
+        "v",
+        "venv",
+        "env",
+        "data2",
+        "my_runs",
+        ".git",
+        ".cache",
+        "jobs_old",
+        "deploy",
+        "dina_rl/__pycache__",
+    ):
         (copy / place).mkdir(parents=True)
         with (copy / place / "large.bin").open("wb") as file:
             file.truncate(600 * submitted.MIB)

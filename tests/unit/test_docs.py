@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 import dina_rl
-from benchmarks import forward, layouts, loop, ray_overhead, reward_step, serve
+from benchmarks import forward, layouts, loop, ray_overhead, reward_step, serve, two_hosts
 from benchmarks.chaos import settings as chaos
 from benchmarks.gpu import settings as gpu
 from dina_rl.cli import NAME, known_keys
@@ -19,7 +19,7 @@ from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
-DOCS = [ROOT / "README.md", *GUIDES, *RESULTS]
+DOCS = [ROOT / "README.md", ROOT / "SECURITY.md", *GUIDES, *RESULTS]
 LINKED = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 README_LINES = 125
 
@@ -39,14 +39,17 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "benchmarks.ray_overhead": ray_overhead.BenchmarkRun,
     "benchmarks.reward_step": reward_step.BenchmarkRun,
     "benchmarks.serve": serve.BenchmarkRun,
+    "benchmarks.two_hosts": two_hosts.BenchmarkRun,
     "benchmarks.gpu": gpu.BenchmarkRun,
     "benchmarks.chaos": chaos.BenchmarkRun,
 }
 RUNS = set(PROGRAMS.values())
 OTHER_OPTIONS = {
-    *("address", "head", "generate", "working-dir"),  # ray
-    *("index-url", "logdir"),  # pip, tensorboard
+    *("address", "head", "generate", "working-dir", "disable-usage-stats", "runtime-env-json"),  # ray
     *("served-model-name", "port", "limit-mm-per-prompt.image"),  # vllm
+    *("index-url", "logdir", "bind_all"),  # pip, tensorboard
+    *("no-deps", "disable-pip"),  # pip-audit
+    *("build-arg", "from-file"),  # docker, kubectl
     *("out", "domain", "train-groups"),  # dina_rl.shapes.preferences
 }
 FILE_ENDINGS = ("csv", "json", "jsonl", "md", "png", "py", "pt", "safetensors", "sqlite", "txt", "yaml")
