@@ -4,6 +4,8 @@
 class RunStopped(RuntimeError):
     """A run cannot go on, for a reason that its message says in full; a traceback would add nothing."""
 
+    exit_code = 1
+
 
 def shown(value: object) -> str:
     """A value in an error line, ASCII and short."""

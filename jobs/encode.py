@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from dina_rl.backbones.base import Backbone
-from dina_rl.cli import fail, load
+from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import FitRun
 from dina_rl.data.encode import EncodeWork, EncodingHere, check_inputs, encode_dataset, encode_inputs
 from dina_rl.run_directory import run_directory
@@ -42,7 +42,10 @@ def main(argv: Sequence[str]) -> None:
         backbone = open_pipeline(run.pipeline)
         run = check_inputs(run, backbone)
         inputs = encode_inputs(run)
-        with run_directory(run, run.run_dir, resume=run.resume, unread=UNREAD, inputs=inputs) as run_dir:
+        with (
+            interruptible(run.run_dir),
+            run_directory(run, run.run_dir, resume=run.resume, unread=UNREAD, inputs=inputs) as run_dir,
+        ):
             store = encode_dataset(run, run_dir, backbone, open_work(run, backbone))
     except ValueError as error:
         fail(str(error))

@@ -1,0 +1,54 @@
+"""TensorBoard's event files, written so that trouble with storage ends a run with one line."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from dina_rl.storage import writing
+
+WRITER = "tensorboard.summary.writer.event_file_writer"
+
+
+class EventFile:
+    """A `SummaryWriter` on a directory.
+
+    Its thread does the writing, and keeps an error for the next call; `write` makes that call at once.
+
+    Args:
+        purge_step: what was written from this step on is about to be written again; None: nothing was.
+
+    Raises:
+        StorageFailed: storage refuses.
+    """
+
+    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+        _keep_quiet()
+        self._directory = directory
+        with writing(directory / "events"):
+            self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+
+    def write(self, add: Callable[[SummaryWriter], object]) -> None:
+        """Raises StorageFailed where what `add` adds, or was added before, cannot be written."""
+        with writing(self._directory / "events"):
+            add(self._writer)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Raises StorageFailed as `write`."""
+        with writing(self._directory / "events"):
+            self._writer.close()
+
+
+def _keep_quiet() -> None:
+    """The writer's thread shows a traceback of what `write` is about to tell: let it show others' alone."""
+    before = threading.excepthook
+    if before.__module__ == __name__:
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__module__ != WRITER or not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = hook
