@@ -41,14 +41,17 @@ class EventFile:
             self._writer.close()
 
 
-def _keep_quiet() -> None:
-    """The writer's thread shows a traceback of what `write` is about to tell: let it show others' alone."""
-    before = threading.excepthook
-    if before.__module__ == __name__:
-        return
+class _OthersAlone:
+    """A hook for threads' exceptions without those of the writer's, of which `write` is about to tell."""
 
-    def hook(args: threading.ExceptHookArgs) -> None:
+    def __init__(self, before: Callable[[threading.ExceptHookArgs], object]) -> None:
+        self._before = before
+
+    def __call__(self, args: threading.ExceptHookArgs) -> None:
         if type(args.thread).__module__ != WRITER or not isinstance(args.exc_value, OSError):
-            before(args)
+            self._before(args)
 
-    threading.excepthook = hook
+
+def _keep_quiet() -> None:
+    if not isinstance(threading.excepthook, _OthersAlone):
+        threading.excepthook = _OthersAlone(threading.excepthook)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from dina_rl.checkpoint import replaced_directory, save_tensors, write_text
 from dina_rl.loading import say
 from dina_rl.storage import NothingWhole, remove_leftovers
-from dina_rl.sums import check_sums, write_sums
+from dina_rl.sums import SUMS_FILE, check_sums, read_sums, write_sums
 
 STATE_FILE = "state.safetensors"
 
@@ -91,6 +91,10 @@ class Kept:
 
     def _check(self, place: Path, names: Sequence[str]) -> None:
         """`check_sums`, which has nothing to read of files that this object has seen whole and nobody has written."""
+        sums = read_sums(place)
+        unsaid = [name for name in names if name not in sums]
+        if unsaid and (place / SUMS_FILE).is_file():
+            raise ValueError(f"{SUMS_FILE} has no {unsaid[0]}")
         seen = {name: (place / name, stat.st_mtime_ns, stat.st_size) for name, stat in _stats(place, names)}
         check_sums(place, [name for name in names if seen[name] not in self._checked])
         self._checked.update(seen.values())

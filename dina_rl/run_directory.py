@@ -108,7 +108,7 @@ def _held(run_dir: Path) -> Iterator[None]:
     try:
         since = datetime.now(UTC).isoformat(" ", "seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        with writing(file):
+        with suppress(OSError):  # it is for people: a disk without room for it is told of when there is more to write
             os.ftruncate(handle, 0)
             os.write(handle, json.dumps(holder).encode())
         yield
