@@ -72,7 +72,7 @@ def writing(path: Path) -> Iterator[None]:
         if number not in FULL | AWAY | REFUSED or (number in OF_NAMES and _is_elsewhere(error, path)):
             raise
         room = free_bytes(path) if number in FULL else None
-        left = "" if room is None else f", {shown_bytes(room)} free there"
+        left = "" if room is None else f", {shown_bytes(room)} are free without it"
         raise StorageFailed(f"cannot write {path}: {os.strerror(number)}{left}", number) from error
 
 

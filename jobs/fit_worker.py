@@ -56,7 +56,7 @@ def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> Outcome:
     checkpoints = FitCheckpoints(run_dir, keep=run.fit.checkpoint_keep)
     # One rank looks for all: storage that nodes share may show a new directory to one later than to another.
     found = checkpoints.last_step() if ranks.rank == 0 else 0
-    step = int(ranks.gather(torch.tensor(found))[0])
+    step = round(ranks.world_size * ranks.mean(torch.tensor(float(found), dtype=torch.float64)).item())
     if step:
         progress.load_state(checkpoints.load(step))
     # Buffers are frozen position tables: equal everywhere, and large, so they are not broadcast at every forward.

@@ -13,6 +13,7 @@ from dina_rl.errors import RunStopped
 from dina_rl.loading import announce
 from dina_rl.reward.checkpoints import TRAIN, FitCheckpoints
 from dina_rl.reward.outcome import LOG_FILE, Outcome
+from dina_rl.storage import writing
 from jobs.cluster import visible_gpus
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
@@ -33,7 +34,10 @@ class RayTraining:
 
         _checkpointed_step(run, run_dir)  # before anything starts, where none is whole
         announce(f"{run.fit.num_workers} workers", loads(run, latents))
-        with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
+        with (
+            writing(run_dir / TRAIN),  # Ray Train tries its storage before anything else
+            FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"),
+        ):
             result = _trainer(run, run_dir, latents).fit()
         assert isinstance(result, Result)
         if isinstance(result.return_value, Stopped):

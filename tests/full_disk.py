@@ -1,4 +1,4 @@
-"""A real disk that can be full: a tmpfs of a few MB, for tests that may mount one."""
+"""A real disk that can be full: a small tmpfs, for tests that may mount one."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SIZE = 4 * 2**20
+SIZE = 32 * 2**20
 FILLER = ".filler"
 
 

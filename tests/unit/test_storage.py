@@ -254,8 +254,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(disk: Path, capfd, na
             WRITERS[name](run_dir)
         left = files_below(run_dir)
     error = capfd.readouterr().err
-    line = rf"\nerror: cannot write {run_dir}\S*: No space left on device, 0.0 MiB free there; when that is mended add "
-    assert re.fullmatch(f"{line}--resume to continue {run_dir}\n", error), error
+    line = rf"\nerror: cannot write {run_dir}\S*: No space left on device, 0.0 MiB are free without it"
+    assert re.fullmatch(rf"{line}; when that is mended add --resume to continue {run_dir}\n", error), error
     made = {path.name for path, content in left.items() if before.get(path) != content}
     assert {each for each in made if "tfevents" not in each} <= {"plan.sqlite", "fit.jsonl"}, "begun, and gone on with"
     assert left.items() >= before.items()
@@ -291,7 +291,7 @@ def test_a_file_beyond_the_limit_is_told_without_a_disk_of_its_own(tmp_path: Pat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, hard))
     try:
-        with pytest.raises(StorageFailed, match="cannot write .*: File too large, .* free there") as failed:
+        with pytest.raises(StorageFailed, match="cannot write .*: File too large, .* are free without it") as failed:
             kept.save(1, {"x": NOISE}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
