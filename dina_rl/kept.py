@@ -62,7 +62,7 @@ class Kept:
         older = [each for each in self.all() if number_of(each) <= number]
         for each in self.all():
             if each not in older[-self._keep :]:
-                shutil.rmtree(each)
+                shutil.rmtree(each, ignore_errors=True)  # what cannot go now goes next time
 
     def newest(self, read: Callable[[Path], Content], *names: str) -> Content | None:
         """What `read` makes of the newest directory whose files are whole; None without any directory.
@@ -81,10 +81,8 @@ class Kept:
                 self._check(place, names)
                 return read(place)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                before = "the one before it is taken, and what was done since is done again"
-                say(
-                    f"{place} is broken ({' '.join(str(error).split())})" + (f"; {before}" if place != found[0] else "")
-                )
+                before = "; the one before it is taken, and what was done since is done again"
+                say(f"{place} is broken ({' '.join(str(error).split())}){before if place != found[0] else ''}")
         if not found:
             return None
         raise NothingWhole(f"none of the {len(found)} checkpoint(s) in {self.root} is whole; begin another run")
