@@ -220,7 +220,7 @@ def _adapter(run_dir: Path) -> None:
     name = "transformer_blocks.0.attn.to_q.lora_A.weight"
     backbone = open_pipeline(AlignRun().pipeline)
     backbone.save_adapter(
-        run_dir / "adapter", {name: NOISE.float().view(4, -1)[:, :999]}, rank=4, alpha=4, targets=["to_q"]
+        run_dir / "adapter", {name: NOISE[:4096].float().view(4, -1)}, rank=4, alpha=4, targets=["to_q"]
     )
 
 
