@@ -100,6 +100,7 @@ class DiesAt:
 def as_version_01_left_it(run_dir):
     """Rename in a run directory what was called a step before version 0.2."""
     for directory in (run_dir / "checkpoints").iterdir():
+        (directory / "SHA256SUMS").unlink()
         file = directory / "state.json"
         file.write_text(file.read_text().replace('"iteration": ', '"step": '))
         directory.rename(directory.with_name(directory.name.replace("iteration", "step")))
