@@ -61,6 +61,6 @@ def _portions(head: bytes, tensors: Iterator[torch.Tensor]) -> Iterator[memoryvi
     yield memoryview(head)
     for tensor in tensors:
         if math.prod(tensor.shape):
-            content = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             for start in range(0, len(content), PORTION):
                 yield content[start : start + PORTION]
