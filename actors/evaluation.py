@@ -10,6 +10,7 @@ from actors.handles import Handle
 from actors.placement import actor_options
 from actors.pool import Pool
 from dina_rl.config import EvaluationWorkersConfig
+from dina_rl.errors import RunStopped
 from dina_rl.evaluation.requests import EncodeRequest, PartScores, ScoreRequest
 from dina_rl.evaluation.worker import EvaluationWorker
 from dina_rl.loading import announce
@@ -74,12 +75,12 @@ class RayWorkers:
         """Results as they finish.
 
         Raises:
-            ValueError: a worker says so: a scorer or set that cannot be opened.
+            ValueError, RunStopped: a worker says so: a scorer or set that cannot be opened, or storage refuses.
         """
         try:
             for number, ref in self._pool.stream(self._told(requests), call):
                 yield number, ray.get(ref, timeout=self._timeout_s)
         except RayTaskError as error:
-            if isinstance(error.cause, ValueError):
+            if isinstance(error.cause, (ValueError, RunStopped)):
                 raise error.cause from None
             raise

@@ -7,7 +7,7 @@ import secrets
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,11 +18,13 @@ import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dina_rl import __version__
 from dina_rl.config.keys import Mark, covers, explain, marked, value_at, with_todays_names
 from dina_rl.fingerprint import Parts
+from dina_rl.storage import settle, writing
+from dina_rl.tensorfiles import write_tensors
 from dina_rl.textfiles import parse_yaml, read_text
 
 CONFIG_FILE = "config.yaml"
@@ -223,7 +225,11 @@ def commit_of(checkout: Path) -> str | None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the whole new one, never a part."""
+    """Write a file so that a reader sees the old one or the whole new one, never a part.
+
+    Raises:
+        StorageFailed: storage refuses; so do all that follow here.
+    """
     with replaced_file(path) as temporary:
         temporary.write_bytes(content)
 
@@ -237,46 +243,75 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
+def replaced_file(path: Path, *, lasting: bool = False) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block ends, and vanishes if it fails.
 
     Its mode is what the umask leaves of a new file's, whoever fills it: safetensors' writer makes its files private.
+
+    Args:
+        lasting: it survives a crash of the machine from then on; otherwise that may leave an empty one for a minute.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}{path.suffix}"
-    temporary.touch(exist_ok=False)
-    mode = temporary.stat().st_mode
-    try:
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}{path.suffix}"
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        try:
+            yield temporary
+            temporary.chmod(mode)
+            if lasting:
+                settle(temporary)
+            os.replace(temporary, path)
+            if lasting:
+                settle(path.parent)
+        except BaseException:
+            with suppress(OSError):  # of storage that is away; the first error is the one to tell
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
-def replaced_directory(directory: Path) -> Iterator[Path]:
+def replaced_directory(directory: Path, *, lasting: bool = False) -> Iterator[Path]:
     """An empty directory to fill, which then takes the place of `directory`: it appears whole or not at all.
 
     The modes of the files in it are what the umask leaves of new files', as in `replaced_file`.
+
+    Args:
+        lasting: see `replaced_file`; each file costs a wait for the disk.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as writing:
-        fresh = Path(writing) / "fresh"
-        fresh.mkdir()
-        yield fresh
-        for file in (each for each in fresh.rglob("*") if each.is_file()):
-            file.chmod(fresh.stat().st_mode & 0o666)
-        if directory.exists():
-            os.replace(directory, Path(writing) / "replaced")
-        os.replace(fresh, directory)
+    with writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(
+            dir=directory.parent, prefix=f".{directory.name}-", ignore_cleanup_errors=True
+        )
+        with temporary as made:
+            fresh = Path(made) / "fresh"
+            fresh.mkdir()
+            yield fresh
+            for each in fresh.rglob("*"):
+                if each.is_file():
+                    each.chmod(fresh.stat().st_mode & 0o666)
+                if lasting:
+                    settle(each)
+            if lasting:
+                settle(fresh)
+            if directory.exists():
+                os.replace(directory, Path(made) / "replaced")
+            os.replace(fresh, directory)
+            if lasting:
+                settle(directory.parent)
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Atomic safetensors file."""
-    with replaced_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, *, lasting: bool = False
+) -> str:
+    """Atomic safetensors file; returns its SHA-256, which is worked out while it is written.
+
+    Args:
+        lasting: see `replaced_file`.
+    """
+    with replaced_file(path, lasting=lasting) as temporary, temporary.open("wb") as file:
+        return write_tensors(file, tensors, metadata or {})
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from dina_rl.config.keys import NAME, RENAMED, can_be_off, explain, is_named, section_of
 from dina_rl.errors import RunStopped, shown
+from dina_rl.storage import StorageFailed
 from dina_rl.termination import Terminated, listening
 from dina_rl.textfiles import parse_yaml, read_text
 
@@ -26,8 +27,8 @@ Part = TypeVar("Part", bound=BaseModel)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what shells use for Ctrl-C
 EXIT_TERMINATED = 143  # and for SIGTERM
-EXIT_STOPPED = 1
-EXIT_RAY_LOST = 3
+EXIT_STOPPED = RunStopped.exit_code
+EXIT_RAY_LOST = 4  # 3 is storage.StorageFailed's
 
 
 def fail(message: str) -> NoReturn:
@@ -51,9 +52,22 @@ def interruptible(run_dir: Path) -> Iterator[None]:
     except Terminated:
         print(f"\nterminated; add --resume to continue {run_dir}", file=sys.stderr)
         raise SystemExit(EXIT_TERMINATED) from None
+    except StorageFailed as failed:
+        print(f"\nerror: {failed}; when that is mended add --resume to continue {run_dir}", file=sys.stderr)
+        raise SystemExit(failed.exit_code) from None
     except RunStopped as stopped:
         print(f"\nerror: {stopped}", file=sys.stderr)
-        raise SystemExit(EXIT_STOPPED) from None
+        raise SystemExit(stopped.exit_code) from None
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """End the program with one line when it stops itself; there is nothing to continue."""
+    try:
+        yield
+    except RunStopped as stopped:
+        print(f"error: {stopped}", file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from None
 
 
 def load(model: type[Run], argv: Sequence[str], *, program: str, default_config: str | None = None) -> Run:

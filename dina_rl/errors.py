@@ -4,6 +4,8 @@
 class RunStopped(RuntimeError):
     """A run cannot go on, for a reason that its message says in full; a traceback would add nothing."""
 
+    exit_code = 1
+
 
 class WorkLost(RuntimeError):
     """What a run had made since its last checkpoint is gone with the node that held it. From there it can go on."""

@@ -46,11 +46,12 @@ def main(argv: Sequence[str]) -> None:
         backbone.check(*EVERYTHING)
         check_fit(run.fit_run(run.run_dir, run.run_dir), backbone)
         align.check_adapter(run, backbone)
+        align.check_room(run)
         check_captions(run.prompts, load_prompts(run.prompts), run.golden)
         align.check_image_scorers(run)
     except ValueError as error:
         fail(str(error))
-    with ExitStack() as stack:
+    with interruptible(run.run_dir), ExitStack() as stack:
         done, align_dir = partial(_finished, run), run.run_dir.expanduser().resolve() / ALIGN
         grows = {"iterations": partial(why_not_longer, run, align_dir)}
         directory = run_directory(run, run.run_dir, resume=run.resume, may_grow=grows, finished=done)
@@ -71,7 +72,7 @@ def run_all(run: LocalRun, run_dir: Path) -> "Summary":
     configure_process(run.workers.threads_per_actor * run.workers.rollout_workers)
     (run_dir / SUMMARY).unlink(missing_ok=True)  # of a shorter run
     begin = perf_counter()
-    with interruptible(run_dir), PeakMemory() as memory:
+    with PeakMemory() as memory:
         if not run.inline:
             from jobs.cluster import start_ray
 

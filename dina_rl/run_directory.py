@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from dina_rl.checkpoint import (
     open_run_dir,
     resumed_values,
 )
+from dina_rl.storage import writing
 
 BEFORE_ANY_WORK = (CONFIG_FILE, VERSIONS_FILE, INPUTS_FILE, LOCK_FILE, *REPORTS, "tensorboard")
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
@@ -56,6 +57,7 @@ def run_directory(
 
     Raises:
         ValueError: as `open_run_dir`, or another process has the directory.
+        StorageFailed: it cannot be made.
     """
     run_dir = run_dir.expanduser().resolve()
     if resume and finished(run_dir):
@@ -64,7 +66,8 @@ def run_directory(
         return
     check_place(run_dir, resume=resume)
     was_there = run_dir.is_dir()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
     with _held(run_dir):
         fresh = not (run_dir / CONFIG_FILE).is_file()
         try:
@@ -73,19 +76,22 @@ def run_directory(
             )
         except BaseException:
             if fresh:
-                _withdraw(run_dir)
+                with suppress(OSError):  # likewise
+                    _withdraw(run_dir)
             raise
         finally:
-            (run_dir / LOCK_FILE).unlink(missing_ok=True)
-            if not was_there and not any(run_dir.iterdir()):
-                run_dir.rmdir()
+            with suppress(OSError):  # of storage that is away: there is nothing to tidy up
+                (run_dir / LOCK_FILE).unlink(missing_ok=True)
+                if not was_there and not any(run_dir.iterdir()):
+                    run_dir.rmdir()
 
 
 @contextmanager
 def _held(run_dir: Path) -> Iterator[None]:
     """An operating system's lock on a file of the directory: it is gone when the process is, however that ends."""
     file = run_dir / LOCK_FILE
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    with writing(file):
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _check_current(handle, file)
@@ -102,8 +108,9 @@ def _held(run_dir: Path) -> Iterator[None]:
     try:
         since = datetime.now(UTC).isoformat(" ", "seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        os.ftruncate(handle, 0)
-        os.write(handle, json.dumps(holder).encode())
+        with suppress(OSError):  # it is for people: a disk without room for it is told of when there is more to write
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps(holder).encode())
         yield
     finally:
         os.close(handle)

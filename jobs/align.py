@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from dina_rl.alignment import disk
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.inputs import align_inputs
 from dina_rl.alignment.loop import align
@@ -39,15 +40,15 @@ def main(argv: Sequence[str]) -> None:
         print(describe(run))
         return
     check_results(run_dir=run.run_dir)
-    with ExitStack() as stack:
+    with interruptible(run.run_dir), ExitStack() as stack:
         try:
             run = with_sizes(run)
             prompts = preflight(run)
+            check_room(run)
             run_dir = stack.enter_context(opened(run, prompts))
         except ValueError as error:
             fail(str(error))
-        with interruptible(run_dir):
-            recorder = align_generator(run, prompts, run_dir)
+        recorder = align_generator(run, prompts, run_dir)
     points = recorder.history.points()
     print(f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
     if recorder.watch.diverged_at is not None:
@@ -115,6 +116,17 @@ def check_adapter(run: AlignRun, backbone: Backbone) -> None:
         initial_state(module, lora, backbone.convert_adapter)
 
 
+def check_room(run: AlignRun) -> None:
+    """Say where the run directory has less room than the run takes.
+
+    Raises:
+        ValueError: it has none for two checkpoints.
+    """
+    line = disk.check_room(run, open_pipeline(run.pipeline), run.run_dir.expanduser().resolve())
+    if line is not None:
+        print(line, flush=True)
+
+
 def check_image_scorers(run: AlignRun) -> None:
     """Raises ValueError where a model of the rewards or of the golden metric cannot be read."""
     for scorer in (run.golden.of_images, *run.rewards.of_images):
@@ -128,12 +140,13 @@ def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
     Where a node takes unsaved work along, everything begins anew at the last checkpoint, as `--resume` would.
 
     Raises:
-        RunStopped: the run cannot go on.
+        RunStopped: the run stops itself, for whatever reason; also where all its checkpoints are broken.
     """
     recorder = Recorder(run, run_dir, exporter(run))
     if finished(run, run_dir):
         recorder.recall()
         return recorder
+    recorder.checkpoints.check()  # before anything starts
     if run.inline:
         from dina_rl.alignment.inline import InlineExperience, InlineLearner
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from dina_rl.alignment.comparison import ReadRun, bands, draw, read_runs, write_table
-from dina_rl.cli import fail, load
+from dina_rl.cli import fail, load, stoppable
 from dina_rl.config import CompareRuns
 from jobs.submitted import check_results
 
@@ -19,7 +19,8 @@ def main(argv: Sequence[str]) -> None:
     comparison = load(CompareRuns, words, program="python -m jobs.compare RUN RUN ...")
     check_results(out=comparison.out)
     try:
-        compare(comparison)
+        with stoppable():
+            compare(comparison)
     except ValueError as error:
         fail(str(error))
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dina_rl.cli import fail
+from dina_rl.cli import fail, stoppable
 from dina_rl.scorers.mps import convert_mps
 
 USAGE = "python -m jobs.convert_mps MPS_overall_checkpoint.pth OUT.safetensors"
@@ -21,7 +21,8 @@ def main(argv: Sequence[str]) -> None:
     if out.suffix != ".safetensors":
         fail(f"{out} must end in .safetensors")
     try:
-        count = convert_mps(released, out)
+        with stoppable():
+            count = convert_mps(released, out)
     except ValueError as error:
         fail(str(error))
     print(f"{count} tensors in {out}")

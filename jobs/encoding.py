@@ -4,7 +4,7 @@ Tasks read the image headers of a large set; then shards of images go to actors,
 pixels never travel.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dina_rl.data.stores.latents import LatentStore
 from dina_rl.data.stores.prompts import PromptStore
 from dina_rl.loading import TEXT, VAE, announce, sizes
 from dina_rl.runtime import configure_process, open_pipeline
+from dina_rl.storage import StorageFailed
 from jobs.cluster import visible_gpus
 
 MEASURED_HERE = 32
@@ -51,9 +52,9 @@ class EncodeShard:
         self._codec = open_pipeline(pipeline).load_codec()
         self._dataset, self._threads = dataset, threads
 
-    def __call__(self, shard: dict[str, int]) -> dict[str, int]:
+    def __call__(self, shard: dict[str, int]) -> dict[str, int | str]:
         place = self._source, self._store, int(shard["shard"]), self._codec
-        return {"done": encode_shard(*place, self._dataset, threads=self._threads)}
+        return _told(lambda: encode_shard(*place, self._dataset, threads=self._threads))
 
 
 class EncodePrompts:
@@ -66,8 +67,16 @@ class EncodePrompts:
         self._prompts = PromptStore(directory)
         self._encoder = open_pipeline(pipeline).load_text_encoder(cached=1)  # prompts are distinct
 
-    def __call__(self, shard: dict[str, int]) -> dict[str, int]:
-        return {"done": self._prompts.write_shard(int(shard["shard"]), self._encoder)}
+    def __call__(self, shard: dict[str, int]) -> dict[str, int | str]:
+        return _told(lambda: self._prompts.write_shard(int(shard["shard"]), self._encoder))
+
+
+def _told(encode: Callable[[], int]) -> dict[str, int | str]:
+    """How much `encode` has done, or why storage refused it: an error Ray Data would wrap, and show its traceback."""
+    try:
+        return {"done": encode(), "failed": "", "number": 0}
+    except StorageFailed as failed:
+        return {"done": 0, "failed": str(failed), "number": failed.number}
 
 
 class RayEncoding:
@@ -106,7 +115,11 @@ class RayEncoding:
 def _on_actors(
     actor: type[EncodeShard | EncodePrompts], arguments: tuple[object, ...], run: FitRun, shards: Sequence[int]
 ) -> Iterator[int]:
-    """How much of every shard is done, as it is. An actor is made of `arguments` and its number of threads."""
+    """How much of every shard is done, as it is. An actor is made of `arguments` and its number of threads.
+
+    Raises:
+        StorageFailed: an actor could not write.
+    """
     gpus = run.fit.gpus_per_worker
     actors = run.fit.num_workers if gpus else 1  # on a CPU one model with all threads beats two, and starts sooner
     threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
@@ -119,4 +132,7 @@ def _on_actors(
         num_gpus=gpus,
         runtime_env=visible_gpus(gpus),
     )
-    return (row["done"] for row in done.iter_rows())
+    for row in done.iter_rows():
+        if row["failed"]:
+            raise StorageFailed(row["failed"], int(row["number"]))
+        yield row["done"]

@@ -181,10 +181,10 @@ def main(argv: Sequence[str]) -> None:
         inputs = preflight(run)
         told_anew = tuple(marked(EvaluateRun, Mark.REPORT))  # from the scores that are kept
         with (
+            interruptible(run.run_dir),
             run_directory(
                 run, run.run_dir, resume=run.resume, may_change=told_anew, inputs=inputs.made_from
             ) as run_dir,
-            interruptible(run_dir),
         ):
             shown = evaluate(run, inputs, run_dir)
     except ValueError as error:

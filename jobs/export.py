@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dina_rl.alignment.checkpoints import Checkpoints
 from dina_rl.alignment.result import exported, saved_run
-from dina_rl.cli import fail, load
+from dina_rl.cli import fail, load, stoppable
 from dina_rl.config import ExportRun
 from jobs.align import exporter
 
@@ -20,7 +20,8 @@ def main(argv: Sequence[str]) -> None:
     words = [*(["--run-dir"] if named else []), *argv]
     export = load(ExportRun, words, program="python -m jobs.export RUN_DIR")
     try:
-        print(export_weights(export))
+        with stoppable():
+            print(export_weights(export))
     except ValueError as error:
         fail(str(error))
 
@@ -29,7 +30,9 @@ def export_weights(export: ExportRun) -> str:
     """Write the weights; returns a line that says which they are and where they lie.
 
     Raises:
-        ValueError: no alignment run, no such weights in it, its pipeline is gone, or a directory that is in use.
+        ValueError: no alignment run, no such weights in it, broken ones, its pipeline is gone, or a directory that is
+            in use.
+        StorageFailed: storage refuses.
     """
     run_dir = export.run_dir.expanduser().resolve()
     run = saved_run(run_dir)

@@ -6,12 +6,12 @@ Run directory:
     latents/                     the encoded images (jobs/encode.py); absent with --latents, a store that fits share
     latents/prompts/             the encoded prompts, with dataset.prompt_embeddings; a fit whose stores, the held-out
                                  ones too, all have theirs loads no text encoders
-    train/                       Ray Train's own: checkpoints that a killed fit continues from with --resume
+    train/                       checkpoints that a killed fit continues from with --resume, and Ray Train's own files
     tensorboard/, fit.jsonl      curves, those of the held-out sets among them
     reward/, reward_best/        the averaged weights, what `load_reward` reads: at the end, and at their best
     metrics.json                 FitResult, written last
 On a cluster the run directory must lie on storage that all nodes share. With --inline the same fit runs in this one
-process, without Ray and without checkpoints.
+process, without Ray.
 """
 
 import sys

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dina_rl.checkpoint import write_text
-from dina_rl.cli import fail, load
+from dina_rl.cli import fail, load, stoppable
 from dina_rl.config import ScoreRun
 from dina_rl.pictures import Picture, Skipped, list_pictures
 from dina_rl.scoring import PictureScorer, file_key, open_scorer
@@ -42,14 +42,16 @@ def main(argv: Sequence[str]) -> None:
         scored, skipped = score(scorer, pictures, batch_size=run.batch_size, max_pixels=run.max_pixels)
     except ValueError as error:
         fail(str(error))
-    report_skipped(skipped, len(pictures), run.out)
+    with stoppable():
+        report_skipped(skipped, len(pictures), run.out)
     if not scored:
         fail(f"none of the {len(pictures)} pictures could be scored")
     if run.out is None:
         print(as_table(scored))
         return
     as_text = as_json(scored, skipped, scorer) if run.out.suffix == ".json" else as_csv(scored)
-    write_text(run.out.expanduser(), as_text)
+    with stoppable():
+        write_text(run.out.expanduser(), as_text)
     print(f"{len(scored)} scores in {run.out}")
 
 

@@ -4,27 +4,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray.data import Dataset
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.result import Result
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from dina_rl.config import FitRun
 from dina_rl.errors import RunStopped
 from dina_rl.loading import announce
+from dina_rl.reward.checkpoints import TRAIN, FitCheckpoints
 from dina_rl.reward.outcome import LOG_FILE, Outcome
+from dina_rl.storage import writing
 from jobs.cluster import visible_gpus
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
-
-TRAIN = "train"
-RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped:
     """A worker's answer in place of an `Outcome`: the fit cannot go on."""
 
-    reason: str
+    reason: RunStopped
 
 
 class RayTraining:
@@ -33,23 +32,26 @@ class RayTraining:
     def train(self, run: FitRun, latents: Path, run_dir: Path) -> Outcome:
         from dina_rl.reward.inputs import loads  # here: Ray Train's controller imports this module, and needs no models
 
+        _checkpointed_step(run, run_dir)  # before anything starts, where none is whole
         announce(f"{run.fit.num_workers} workers", loads(run, latents))
-        with FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"):
+        with (
+            writing(run_dir / TRAIN),  # Ray Train tries its storage before anything else
+            FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"),
+        ):
             result = _trainer(run, run_dir, latents).fit()
         assert isinstance(result, Result)
         if isinstance(result.return_value, Stopped):
-            raise RunStopped(result.return_value.reason)
+            raise result.return_value.reason
         assert isinstance(result.return_value, Outcome)
         return result.return_value
 
 
 def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
     fit = run.fit
-    train_dir = run_dir / TRAIN
 
     def remaining_pairs() -> Dataset:
         # Ray Train calls this for every group of workers it starts: after a crash the data continue at the checkpoint.
-        return pair_dataset(run, latents, first_step=_checkpointed_step(train_dir))
+        return pair_dataset(run, latents, first_step=_checkpointed_step(run, run_dir))
 
     def on_worker() -> Outcome | Stopped:
         # Imported here: see above. It takes seconds of CPU.
@@ -58,7 +60,7 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
         try:
             return fit_on_worker(run, latents=latents, run_dir=run_dir)
         except RunStopped as stopped:  # on all ranks; an error Ray Train would retry, `max_failures` times in vain
-            return Stopped(reason=str(stopped))
+            return Stopped(reason=stopped)
 
     resources = {"CPU": fit.cpus_per_worker} | ({"GPU": fit.gpus_per_worker} if fit.gpus_per_worker else {})
     return TorchTrainer(
@@ -66,12 +68,10 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
         scaling_config=ScalingConfig(
             num_workers=fit.num_workers, use_gpu=fit.gpus_per_worker > 0, resources_per_worker=resources
         ),
-        # The same name and path as before: Ray Train finds the checkpoints of the run it continues.
-        run_config=RunConfig(
+        run_config=RunConfig(  # checkpoints are our own: Ray Train's copies appear bit by bit, and without sums
             name=TRAIN,
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=fit.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env=visible_gpus(fit.gpus_per_worker),
         ),
@@ -80,9 +80,6 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
     )
 
 
-def _checkpointed_step(train_dir: Path) -> int:
-    """Steps behind the checkpoint that Ray Train will hand to the workers; 0 without one."""
-    if not (train_dir / RAY_SNAPSHOT).exists():
-        return 0
-    checkpoint = Result.from_path(str(train_dir)).checkpoint
-    return 0 if checkpoint is None else int(Path(checkpoint.path).name.removeprefix("step_"))
+def _checkpointed_step(run: FitRun, run_dir: Path) -> int:
+    """Steps behind the checkpoint that the workers will find; 0 without one. Raises NothingWhole if all are broken."""
+    return FitCheckpoints(run_dir, keep=run.fit.checkpoint_keep).last_step()

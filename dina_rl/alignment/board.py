@@ -15,11 +15,15 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
+from dina_rl.alignment.evolution import thumbnails
 from dina_rl.config import AlignRun
+from dina_rl.eventfile import EventFile
 from dina_rl.markdown import grid, numbered, settings
 from dina_rl.report import image_grid
 
 SHOWN_IMAGES = 16
+SIDE = 384
+"""Pixels that a sample is high or wide at most: whole samples are in `samples.png` and in the measurements."""
 COLUMNS = 4
 """Of a picture: as wide as a card of the page, so that its captions are read as it stands there."""
 CURVES = {
@@ -31,7 +35,7 @@ CURVES = {
 
 
 class Board:
-    """Written as the run goes on; `close` at its end.
+    """Written as the run goes on; `close` at its end. Every method raises StorageFailed where storage refuses.
 
     Args:
         done: iterations that a resumed run has done; what was written after them is about to be written again.
@@ -39,10 +43,8 @@ class Board:
 
     def __init__(self, run: AlignRun, directory: Path, *, done: int) -> None:
         purge = done + 1 if done else 0  # what another attempt wrote beyond that is not shown
-        self._main, self._golden, self._proxy = (
-            SummaryWriter(str(directory / name), purge_step=purge) for name in ("", "golden", "proxy")
-        )
-        self._main.add_custom_scalars({"alignment": _charts(run)})
+        self._main, self._golden, self._proxy = (EventFile(directory / name, purge) for name in ("", "golden", "proxy"))
+        self._main.write(lambda page: page.add_custom_scalars({"alignment": _charts(run)}))
         self.text("config", settings(run), done)
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
@@ -54,20 +56,19 @@ class Board:
         _add(self._proxy, iteration, proxy)
 
     def histogram(self, tag: str, values: torch.Tensor, iteration: int) -> None:
-        self._main.add_histogram(tag, values, iteration)
+        self._main.write(lambda page: page.add_histogram(tag, values, iteration))
 
     def text(self, tag: str, text: str, iteration: int) -> None:
-        self._main.add_text(tag, text, iteration)
-        self._main.flush()
+        self._main.write(lambda page: page.add_text(tag, text, iteration))
 
     def images(self, tag: str, images: torch.Tensor, prompts: Sequence[str], iteration: int) -> None:
-        """The first of `images` [B, 3, H, W] uint8, each over its number and as much of its prompt as has room."""
+        """The first of `images` [B, 3, H, W] uint8, small, each over its number and what has room of its prompt."""
         captions = [f"{number} {prompt}" for number, prompt in enumerate(prompts[:SHOWN_IMAGES], 1)]
-        self._main.add_image(tag, image_grid(images[:SHOWN_IMAGES], COLUMNS, captions), iteration)
+        self.picture(tag, image_grid(thumbnails(images[:SHOWN_IMAGES], SIDE), COLUMNS, captions), iteration)
 
     def picture(self, tag: str, picture: torch.Tensor, iteration: int) -> None:
         """A picture [3, H, W] uint8 as it is."""
-        self._main.add_image(tag, picture, iteration)
+        self._main.write(lambda page: page.add_image(tag, picture, iteration))
 
     def prompts(self, split: str, prompts: Sequence[str], iteration: int) -> None:
         """The whole prompts of that split's pictures, by their numbers."""
@@ -90,10 +91,12 @@ class Board:
             writer.close()
 
 
-def _add(writer: SummaryWriter, iteration: int, values: Mapping[str, float]) -> None:
-    for tag, value in values.items():
-        writer.add_scalar(tag, value, iteration)
-    writer.flush()
+def _add(file: EventFile, iteration: int, values: Mapping[str, float]) -> None:
+    def add(page: SummaryWriter) -> None:
+        for tag, value in values.items():
+            page.add_scalar(tag, value, iteration)
+
+    file.write(add)
 
 
 def _charts(run: AlignRun) -> dict[str, list[str | list[str]]]:

@@ -1,18 +1,28 @@
-"""What a run keeps on disk to go on from: its last two checkpoints, and the best that it has been."""
+"""What a run keeps on disk to go on from: its last checkpoints, and the best that it has been.
+
+checkpoints/iteration_000010/    state.safetensors (the learner's), state.json (history, seconds), SHA256SUMS
+best/                            weights.safetensors, state.safetensors where the watch may go back, SHA256SUMS
+"""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dina_rl.alignment.history import Entry
-from dina_rl.checkpoint import load_part, load_tensors, replaced_directory, save_tensors, write_json
+from dina_rl.checkpoint import load_part, load_tensors, save_tensors
+from dina_rl.kept import STATE_FILE, Kept, number_of
+from dina_rl.storage import NothingWhole, check_there, patiently, remove_leftovers
+from dina_rl.sums import check_sums, read_sums, write_sums
 from dina_rl.textfiles import read_text
 from dina_rl.types import PolicyWeights, Weights
 
+RECORD_FILE, WEIGHTS_FILE = "state.json", "weights.safetensors"
 KEPT = 2
+"""Checkpoints that stay where nobody says otherwise (`checkpoint_keep`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,88 +44,140 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Under `checkpoints/` and `best/` of a run directory; every file or directory appears whole or not at all."""
+    """Under `checkpoints/` and `best/` of a run directory; every file or directory appears whole or not at all.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._root = run_dir / "checkpoints"
-        self._best_weights = run_dir / "best" / "weights.safetensors"
-        self._best_state = run_dir / "best" / "state.safetensors"
+    What is written can be found whole or broken by its sums. While storage is away a write is tried again for minutes
+    (`patiently`).
+    """
+
+    def __init__(self, run_dir: Path, *, keep: int = KEPT) -> None:
+        # Before version 0.2 they were called step_*.
+        self._run_dir = run_dir
+        self._kept = Kept(run_dir / "checkpoints", keep=keep, name="iteration", digits=6, former=["step"])
+        self._best = run_dir / "best"
+
+    def check(self) -> None:
+        """Find out before anything starts whether there is something to go on from; `last` then need not.
+
+        Raises:
+            NothingWhole: there are checkpoints, and all of them are broken.
+        """
+        self._kept.newest(_record, STATE_FILE, RECORD_FILE)
 
     def last(self) -> Checkpoint | None:
-        """The newest checkpoint."""
-        found = self._directories()
-        if not found:
-            return None
-        record = json.loads(read_text(found[-1] / "state.json"))
-        state = load_tensors(found[-1] / "state.safetensors")
-        done = _iteration(found[-1])
-        return Checkpoint(iteration=done, state=state, history=record["history"], seconds=record["seconds"])
+        """The newest checkpoint that is whole; of one that is not a line tells.
+
+        Raises:
+            NothingWhole: there are checkpoints, and all of them are broken.
+        """
+        return self._kept.newest(_checkpoint, STATE_FILE, RECORD_FILE)
 
     def done(self) -> int:
-        """Iterations behind the newest checkpoint, 0 without one. Reads no weights."""
-        return max(map(_iteration, self._directories()), default=0)
+        """Iterations behind the newest checkpoint, 0 without one. Reads nothing."""
+        return max(map(number_of, self._kept.all()), default=0)
 
     def history(self) -> list[Entry]:
-        """That of the newest checkpoint. Reads no weights."""
-        found = self._directories()
-        entries: list[Entry] = json.loads(read_text(found[-1] / "state.json"))["history"] if found else []
-        return entries
+        """That of the newest checkpoint where it is whole. Reads no weights."""
+        return self._kept.newest(_history, RECORD_FILE) or []
 
     def weights(self, which: str) -> KeptWeights:
         """The trained weights `best`, `last`, `average` or of a checkpoint's iteration: see `ExportRun.which`.
 
         Raises:
-            ValueError: the run does not keep them.
+            ValueError: the run does not keep them, or they are broken.
         """
         if which == "best":
-            if not self._best_weights.is_file():
-                raise ValueError(f"{self._best_weights} does not exist: the run has measured nothing yet")
-            best = self.best_weights()
+            file = self._best / WEIGHTS_FILE
+            if not file.is_file():
+                raise ValueError(f"{file} does not exist: the run has measured nothing yet")
+            try:
+                best = self.best_weights()
+            except NothingWhole as broken:
+                raise ValueError(str(broken)) from broken
             return KeptWeights(title=f"best weights, averaged, after {best.version} updates", tensors=best.tensors)
-        kept = {_iteration(directory): directory for directory in self._directories()}
+        kept = {number_of(directory): directory for directory in self._kept.all()}
         if not kept:
-            raise ValueError(f"{self._root} holds no checkpoint yet")
+            raise ValueError(f"{self._kept.root} holds no checkpoint yet")
         number = int(which) if which.isdigit() else max(kept)
         if number not in kept:
-            raise ValueError(f"{self._root} keeps no checkpoint {number}: there are {', '.join(map(str, kept))}")
+            raise ValueError(f"{self._kept.root} keeps no checkpoint {number}: there are {', '.join(map(str, kept))}")
         part = "policy/" if which == "last" else "ema/"
         title = f"weights after iteration {number}, {'as trained' if which == 'last' else 'averaged'}"
-        return KeptWeights(title=title, tensors=load_part(kept[number] / "state.safetensors", part))
+        try:
+            check_sums(kept[number], [STATE_FILE])
+            return KeptWeights(title=title, tensors=load_part(kept[number] / STATE_FILE, part))
+        except (OSError, ValueError, SafetensorError) as error:
+            others = ", ".join(str(each) for each in kept if each != number)
+            hint = f"; there are also {others} (which)" if others else ""
+            raise ValueError(f"{kept[number]} is broken ({' '.join(str(error).split())}){hint}") from error
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Keep it beside the one before it; older ones go."""
-        with replaced_directory(self._root / f"iteration_{checkpoint.iteration:06d}") as writing:
-            save_tensors(writing / "state.safetensors", checkpoint.state)
-            record = {
-                "iteration": checkpoint.iteration,
-                "seconds": checkpoint.seconds,
-                "history": checkpoint.history,
-            }
-            write_json(writing / "state.json", record)
-        for old in self._directories()[:-KEPT]:
-            shutil.rmtree(old)
+        """Keep it beside those before it; the oldest goes.
+
+        Raises:
+            StorageFailed: storage has no room, or stays away; the others are whole.
+        """
+        record = {"iteration": checkpoint.iteration, "seconds": checkpoint.seconds, "history": checkpoint.history}
+        text = json.dumps(record, indent=2) + "\n"
+
+        def write() -> None:
+            check_there(self._run_dir)
+            self._kept.save(checkpoint.iteration, checkpoint.state, {RECORD_FILE: text})
+
+        patiently(write)
 
     def keep_best_weights(self, weights: Weights) -> None:
-        save_tensors(self._best_weights, {"version": torch.tensor(weights.version), **weights.tensors})
+        """Raises StorageFailed as `save`."""
+        self._keep_best(WEIGHTS_FILE, {"version": torch.tensor(weights.version), **weights.tensors})
 
     def best_weights(self) -> PolicyWeights:
-        """The averaged weights that were best in golden on the dev prompts."""
-        tensors = load_tensors(self._best_weights)
+        """The averaged weights that were best in golden on the dev prompts.
+
+        Raises:
+            NothingWhole: they are broken.
+        """
+        tensors = self._read_best(WEIGHTS_FILE)
         return PolicyWeights(version=int(tensors.pop("version")), tensors=tensors)
 
     def keep_best_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Keep the learner's whole state as that of the best measurement."""
-        save_tensors(self._best_state, state)
+        """Keep the learner's whole state as that of the best measurement. Raises StorageFailed as `save`."""
+        self._keep_best(STATE_FILE, state)
 
     def best_state(self) -> dict[str, torch.Tensor]:
-        return load_tensors(self._best_state)
+        """Raises NothingWhole where it is broken."""
+        return self._read_best(STATE_FILE)
 
-    def _directories(self) -> list[Path]:
-        """Oldest first. Before version 0.2 they were called step_*."""
-        found = [*self._root.glob("iteration_*/state.json"), *self._root.glob("step_*/state.json")]
-        return sorted((file.parent for file in found), key=_iteration)
+    def _keep_best(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """A process that is killed between the file and its sum goes on from before both, and writes them again."""
+
+        def write() -> None:
+            check_there(self._run_dir)
+            remove_leftovers(self._best, name)
+            digest = save_tensors(self._best / name, tensors, lasting=True)
+            write_sums(self._best, {**read_sums(self._best), name: digest})
+
+        patiently(write)
+
+    def _read_best(self, name: str) -> dict[str, torch.Tensor]:
+        try:
+            check_sums(self._best, [name])
+            return load_tensors(self._best / name)
+        except (OSError, ValueError, SafetensorError) as error:
+            why = " ".join(str(error).split())
+            raise NothingWhole(f"{self._best / name} is broken ({why}), and there is no other") from error
 
 
-def _iteration(directory: Path) -> int:
-    """How many iterations are behind a checkpoint."""
-    return int(directory.name.rpartition("_")[2])
+def _checkpoint(directory: Path) -> Checkpoint:
+    record = _record(directory)
+    state = load_tensors(directory / STATE_FILE)
+    return Checkpoint(iteration=number_of(directory), state=state, history=record["history"], seconds=record["seconds"])
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(read_text(directory / RECORD_FILE))
+    return record
+
+
+def _history(directory: Path) -> list[Entry]:
+    entries: list[Entry] = _record(directory)["history"]
+    return entries

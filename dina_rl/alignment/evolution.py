@@ -25,7 +25,7 @@ class Evolution:
         self._directory = run_dir / "evolution"
         self._picture = run_dir / "evolution.png"
         self._start = run.start.partition(" ")[0]
-        self._spacing = spacing(run.iterations, run.golden.every)
+        self._spacing = spacing(run.iterations, run.golden.every, COLUMNS)
 
     def restore(self, done: int) -> None:
         """Forget what was seen after `done` iterations: it is about to be seen again."""
@@ -40,7 +40,7 @@ class Evolution:
         """
         shown = list(dict.fromkeys(prompts))[:ROWS]
         chosen = images[[prompts.index(prompt) for prompt in shown]]
-        save_tensors(self._directory / f"iteration_{done:06d}.safetensors", {"images": thumbnails(chosen)})
+        save_tensors(self._directory / f"iteration_{done:06d}.safetensors", {"images": thumbnails(chosen, THUMBNAIL)})
         for iteration, file in self._files().items():
             if iteration % self._spacing and iteration != done:
                 file.unlink()
@@ -52,18 +52,21 @@ class Evolution:
         return {int(file.stem.rpartition("_")[2]): file for file in self._directory.glob("iteration_*.safetensors")}
 
 
-def spacing(iterations: int, every: int) -> int:
-    """Iterations between columns: `every`, doubled until those of a run fit; a longer run's are some of the same."""
+def spacing(iterations: int, every: int, most: int) -> int:
+    """Iterations between what is kept of measurements: `every`, doubled until no more than `most` of a run are.
+
+    A longer run's are some of the same.
+    """
     space = every
-    while 1 + -(-iterations // space) > COLUMNS:
+    while 1 + -(-iterations // space) > most:
         space *= 2
     return space
 
 
-def thumbnails(images: torch.Tensor) -> torch.Tensor:
-    """`images` [B, 3, H, W] uint8, made smaller where they are larger than `THUMBNAIL`."""
+def thumbnails(images: torch.Tensor, side: int) -> torch.Tensor:
+    """`images` [B, 3, H, W] uint8, made smaller where they are higher or wider than `side`."""
     height, width = images.shape[2:]
-    scale = THUMBNAIL / max(height, width)
+    scale = side / max(height, width)
     if scale >= 1:
         return images
     size = max(1, round(scale * height)), max(1, round(scale * width))

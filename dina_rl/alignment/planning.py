@@ -8,6 +8,7 @@ from typing import TypeVar
 from dina_rl.alignment.algorithms.base import Work
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.costs import Costs, count_costs
+from dina_rl.alignment.disk import disk_use
 from dina_rl.alignment.footprint import FP32, learner_footprint
 from dina_rl.alignment.layout import Kind, Layout, layout_of
 from dina_rl.alignment.occupancy import ActorFootprint, GPUMemory, actor_footprints, gpu_memory
@@ -161,6 +162,7 @@ def _counted(run: AlignRun, work: Work) -> list[Row]:
             learner = learner_footprint(local, models.backbone)
             actors = actor_footprints(local, models, learner)
             shape = models.backbone.latent_shape(*image_size(run.pipeline, models.backbone))
+            disk = disk_use(local, models.backbone)
     except (OSError, ValueError) as error:
         return [("memory", f"unknown: {error}")]
     passes = count_passes(run, work)
@@ -182,6 +184,7 @@ def _counted(run: AlignRun, work: Work) -> list[Row]:
         ),
         ("", ", ".join(f"{name} {shown_bytes(actors[kind].total)}" for kind, name in ACTORS.items() if kind in actors)),
         *_memory(run, layout, actors),
+        ("disk", disk.words),
     ]
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dina_rl.alignment.advantage import Advantages
 from dina_rl.alignment.board import SHOWN_IMAGES, Board
 from dina_rl.alignment.checkpoints import Checkpoint, Checkpoints
-from dina_rl.alignment.evolution import Evolution
+from dina_rl.alignment.evolution import Evolution, spacing
 from dina_rl.alignment.history import History, gain, read_seconds, write_seconds
 from dina_rl.alignment.measurement import Measurement
 from dina_rl.alignment.result import exported, keep_length, note_finished
@@ -22,11 +22,14 @@ from dina_rl.checkpoint import load_tensors, save_tensors, write_json
 from dina_rl.config import AlignRun
 from dina_rl.report import plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
+from dina_rl.storage import check_there, patiently
 from dina_rl.textfiles import read_text
 from dina_rl.types import Weights
 
 WORKING = ("rollout", "update", "publish")
 """Stages of training; the others are for those who look on."""
+PICTURES = 100
+"""Measurements at most whose samples TensorBoard has; it shows ten of them, and days of a run would fill a disk."""
 
 
 class Recorder:
@@ -41,10 +44,11 @@ class Recorder:
         self.dir = run_dir
         self.history = History()
         self.watch = DivergenceWatch(run.watch, self.history)
-        self.checkpoints = Checkpoints(run_dir)
+        self.checkpoints = Checkpoints(run_dir, keep=run.checkpoint_keep)
         self.seconds: dict[str, float] = defaultdict(float)
         self._export = export
         self._evolution = Evolution(run, run_dir)
+        self._pictured = spacing(run.iterations, run.golden.every, PICTURES)
         self._worked: dict[int, float] = {}
         self._bar: tqdm[int] | None = None
         self._opened: Board | None = None
@@ -128,7 +132,11 @@ class Recorder:
         """A point of the proxy and golden curves after `done` iterations (dev prompts, averaged weights).
 
         They are kept if they are the best in golden so far, and the divergence watch looks at the curves.
+
+        Raises:
+            StorageFailed: storage has no room, or stays away.
         """
+        patiently(lambda: check_there(self.dir))
         self.history.add(
             "measurement",
             done,
@@ -171,8 +179,10 @@ class Recorder:
         )
         if point is first:
             self._board.prompts("dev", measurement.prompts, done)
-        self._board.images("samples/dev", measurement.images, measurement.prompts, done)
-        self._board.picture("evolution", self._evolution.add(done, measurement.images, measurement.prompts), done)
+        strip = self._evolution.add(done, measurement.images, measurement.prompts)
+        if done % self._pictured == 0 or done == self.run.iterations:
+            self._board.images("samples/dev", measurement.images, measurement.prompts, done)
+            self._board.picture("evolution", strip, done)
         self._worked[done] = sum(self.seconds.get(stage, 0.0) for stage in WORKING)
         write_seconds(self.dir, self._worked)
         self.history.save(self.dir)

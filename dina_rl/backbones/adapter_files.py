@@ -20,6 +20,7 @@ from torch import nn
 from dina_rl.backbones.lora import LORA_FILE
 from dina_rl.backbones.trained import trained_parameters
 from dina_rl.config import PolicyLoRAConfig
+from dina_rl.sums import check_sums
 from dina_rl.textfiles import read_text
 
 PREFIXES = ("transformer.", "base_model.model.")  # diffusers', peft's
@@ -101,6 +102,10 @@ def read_adapter(file: Path, convert: Convert) -> dict[str, LoRALayer]:
             tensors, header = {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"learner.lora.init: {file} is no safetensors file ({error})") from error
+    try:
+        check_sums(file.parent, [file.name])
+    except ValueError as error:
+        raise ValueError(f"learner.lora.init: {file.parent} is broken: {error}") from error
     if not all(name.startswith(PREFIXES) for name in tensors):
         tensors = _converted(file, tensors, convert)
     parts = _parts(file, tensors)

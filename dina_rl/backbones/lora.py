@@ -14,6 +14,7 @@ from torch import nn
 
 from dina_rl.checkpoint import replaced_file
 from dina_rl.seeding import derive_seed
+from dina_rl.sums import read_sums, sha256, write_sums
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -80,6 +81,8 @@ def export_adapter(
 ) -> Path:
     """Write a transformer's `lora_state` as the file that stock `load_lora_weights` reads; whole or not at all.
 
+    Its sum is written beside it.
+
     The scale alpha / rank is multiplied into B, for many readers ignore the header and take it to be 1.
 
     Args:
@@ -89,13 +92,14 @@ def export_adapter(
         The file in `directory`, which is made if need be.
     """
     folded = {name: tensor * (alpha / rank) if ".lora_B." in name else tensor for name, tensor in state.items()}
-    with replaced_file(directory / LORA_FILE) as temporary:
+    with replaced_file(directory / LORA_FILE, lasting=True) as temporary:
         save_lora_weights(
             temporary.parent,
             transformer_lora_layers=folded,
             weight_name=temporary.name,
             transformer_lora_adapter_metadata={"r": rank, "lora_alpha": rank, "target_modules": list(targets)},
         )
+    write_sums(directory, {**read_sums(directory), LORA_FILE: sha256(directory / LORA_FILE)})
     return directory / LORA_FILE
 
 

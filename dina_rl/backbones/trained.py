@@ -14,6 +14,7 @@ from torch import nn
 from dina_rl.backbones.lora import add_lora
 from dina_rl.checkpoint import replaced_directory
 from dina_rl.config import PolicyLoRAConfig
+from dina_rl.sums import sum_files
 
 ADAPTER = "default"  # peft's name of the only adapter, left out of saved names
 
@@ -97,6 +98,7 @@ def save_transformer(transformer: ModelMixin, directory: Path, state: dict[str, 
     The directory appears whole or not at all.
     """
     load_trained_state(transformer, state)
-    with replaced_directory(directory) as fresh:
+    with replaced_directory(directory, lasting=True) as fresh:
         transformer.save_pretrained(fresh)
+        sum_files(fresh)
     return directory

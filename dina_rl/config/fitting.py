@@ -188,6 +188,8 @@ class FitConfig(Section):
     """recompute the backbone's blocks in the backward pass: memory of one block instead of all, a third more work"""
     checkpoint_every: Annotated[Positive, Mark.PROCESS] = 500
     """steps between checkpoints"""
+    checkpoint_keep: Annotated[Positive, Mark.PROCESS] = 2
+    """last checkpoints that stay; with 1 nothing is left to go on from where it turns out broken"""
     evaluate_every: Annotated[NonNegative, Mark.REPORT] = 0
     """steps between evaluations on the held-out sets; the best weights so far are kept too; 0: only at the end"""
     held_out: Annotated[Directories, Mark.REPORT] = {}

@@ -65,6 +65,9 @@ class AlignRun(_Run):
     """rollouts, each followed by its updates"""
     checkpoint_every: Annotated[Positive, Mark.PROCESS] = 10
     """iterations between checkpoints"""
+    checkpoint_keep: Annotated[Positive, Mark.PROCESS] = 2
+    """last checkpoints that stay; while one is written there are as many and that one. With 1 nothing is left to go on
+    from where it turns out broken"""
     prompts: PromptsConfig = PromptsConfig()
     rewards: RewardsConfig = RewardsConfig()
     rollout: RolloutConfig = RolloutConfig()

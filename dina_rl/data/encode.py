@@ -8,6 +8,7 @@ run_dir/retention.json    what became of every pair: in = kept + dropped
 """
 
 import json
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -35,7 +36,9 @@ from dina_rl.data.stores.files import write_lines
 from dina_rl.data.stores.latents import SPLITS, LatentStore, StoreInfo
 from dina_rl.data.stores.prompts import PromptsInfo, PromptStore
 from dina_rl.fingerprint import pipeline_fingerprint, pipeline_parts, records_parts
+from dina_rl.loading import LARGE, shown_bytes
 from dina_rl.runtime import sized
+from dina_rl.storage import free_bytes
 
 LATENTS = "latents"
 PLAN_FILE = "plan.sqlite"
@@ -124,8 +127,18 @@ def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeW
     With `dataset.prompt_embeddings` its prompts are encoded last, those of the pairs that are left.
 
     Raises:
-        ValueError: no such dataset, too many unusable records, or the directory holds latents of something else.
+        ValueError: no such dataset, too many unusable records, the directory holds latents of something else, or its
+            plan is broken.
+        StorageFailed: storage refuses; what is encoded stays.
     """
+    try:
+        return _encode_dataset(run, run_dir, backbone, work)
+    except sqlite3.DatabaseError as error:
+        file = run_dir / PLAN_FILE
+        raise ValueError(f"{file} is broken ({error}); begin another run") from error
+
+
+def _encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeWork) -> LatentStore:
     dataset = run.dataset
     sizes = bucketing(dataset, run.pipeline)
     plan = EncodePlan(run_dir / PLAN_FILE, made_of=_ingredients(run))
@@ -138,6 +151,7 @@ def encode_dataset(run: FitRun, run_dir: Path, backbone: Backbone, work: EncodeW
             raise
         store = _open_store(run, run_dir, plan, sizes, backbone)
         missing = store.missing_shards()
+        _say_room(store, missing)
         if missing and dataset.kind == "preprocessed":
             copy_latents(PreprocessedSet(dataset.location), store, missing)
         elif missing:
@@ -271,6 +285,16 @@ def _open_store(run: FitRun, run_dir: Path, plan: EncodePlan, sizes: Bucketing, 
         pictures=None if run.dataset.kind == "preprocessed" else READING,
     )
     return LatentStore.create(run_dir / LATENTS, info, plan.row_images())
+
+
+def _say_room(store: LatentStore, missing: Sequence[int]) -> None:
+    """How large the latents become, where that is more than a little, and whether there is room for them."""
+    need = store.info.latent_bytes * len(missing) // max(1, store.info.num_shards)
+    room = free_bytes(store.directory)
+    if need < LARGE or room is None:
+        return
+    warning = "" if need < room else "; warning: they may not fit"
+    print(f"latents of up to {shown_bytes(need)}, {shown_bytes(room)} free in {store.directory}{warning}", flush=True)
 
 
 def _finish(plan: EncodePlan, store: LatentStore, run_dir: Path, dataset: DatasetConfig) -> None:

@@ -32,6 +32,7 @@ from dina_rl.data.sets.records import (
 )
 from dina_rl.data.stores.latents import StoredPair
 from dina_rl.seeding import derive_seed
+from dina_rl.storage import StorageFailed, writing
 
 CHUNK = 512
 """Images whose sizes are read together."""
@@ -92,20 +93,26 @@ class EncodePlan:
     """
 
     def __init__(self, file: Path, made_of: Mapping[str, object]) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()  # with the mode that the umask leaves; SQLite's own leaves the group out
+        self._file = file
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()  # with the mode that the umask leaves; SQLite's own leaves the group out
         # One process has the run directory, and file locks do not work on many shared file systems.
         self._db = sqlite3.connect(f"{file.absolute().as_uri()}?nolock=1", uri=True, isolation_level=None)
         wanted = json.dumps(made_of, sort_keys=True)
         try:
             self._db.execute("PRAGMA cache_size = -65536")  # KiB
             if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                self._db.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
+                with writing(file):
+                    self._db.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
             with self._transaction():
                 self._db.execute("INSERT OR IGNORE INTO facts VALUES ('made of', ?)", (wanted,))
         except sqlite3.DatabaseError as error:
             self.close()
-            raise ValueError(f"{file} is not an encoding plan: {error}") from error
+            raise ValueError(f"{file} is not an encoding plan, or broken: {error}") from error
+        except StorageFailed:
+            self.close()
+            raise
         if _placeless(self._fact("made of")) != _placeless(wanted):
             self.close()
             raise ValueError(f"{file.parent} holds latents of another dataset or encoder; choose a new run_dir")
@@ -115,13 +122,16 @@ class EncodePlan:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        """All of the block or nothing. Raises StorageFailed where there is no room."""
+        with writing(self._file):
+            self._db.execute("BEGIN")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # SQLite itself goes back where a disk is full
+                    self._db.execute("ROLLBACK")
+                raise
 
     # read
 

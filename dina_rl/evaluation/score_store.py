@@ -3,7 +3,8 @@
     sizes/SET.json                            (height, width) of every image, where buckets are asked for
     latents/KEY/                              LatentStore of a set's images for one pipeline
     scores/KEY/task.json                      what KEY is the digest of: all that decides the numbers
-    scores/KEY/part-00000.safetensors         `scores` [draws, images] of consecutive records; metadata: problems
+    scores/KEY/part-00000.safetensors         `scores` [draws, images] of consecutive records; metadata: problems,
+                                              and the sha256 of both
 
 Of a judge `scores` are verdicts, see `judging`. What a server failed to answer is asked again by the next run.
 KEY is a digest of the scorer's weights, its pipeline, the set's records, noise, levels and batch geometry: another
@@ -13,12 +14,13 @@ table over the same cache finds its scores. Image files are trusted not to chang
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -33,11 +35,12 @@ from dina_rl.evaluation.judging import asked, width
 from dina_rl.evaluation.layout import Layout, lay_out, needs_sizes
 from dina_rl.evaluation.requests import PLAIN, EncodeRequest, Problem, ScoreRequest, View, Workers
 from dina_rl.evaluation.sets import EvaluationSet
+from dina_rl.loading import say
 from dina_rl.runtime import open_pipeline
 from dina_rl.textfiles import read_text
 
 Value = TypeVar("Value")
-PROBLEMS = "problems"
+PROBLEMS, SUM = "problems", "sha256"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +114,12 @@ class ScoreStore:
         self._tasks: dict[tuple[PictureScorerConfig, Bucketing | None, str, View], str] = {}
 
     def missing(self, jobs: Sequence[ScoringJob]) -> list[MissingPart]:
-        """The scores of `jobs` that are not there yet, in the jobs' order; those that a server failed to give too."""
+        """The scores of `jobs` that are not there yet, or broken, in the jobs' order; those that a server failed to give too."""
         parts = []
         for job in jobs:
             for number, records in enumerate(self._parts(job.data)):
                 files = {view: self._part(job, view, number) for view in job.views}
-                absent = {view: file for view, file in files.items() if not file.exists()}
+                absent = {view: file for view, file in files.items() if not _is_whole(file)}
                 known = None if absent or not job.served else _unanswered(files[PLAIN], job, records)
                 if absent or known is not None:
                     parts.append(MissingPart(job=job, records=records, files=absent or files, known=known))
@@ -349,11 +352,37 @@ def _size(source: PreferenceSet, image: str) -> Size | str:
 
 
 def _write_part(file: Path, scores: torch.Tensor, problems: Mapping[int, Problem]) -> None:
-    metadata = {PROBLEMS: json.dumps({str(place): asdict(problem) for place, problem in problems.items()})}
-    write_bytes(file, save({"scores": scores.contiguous()}, metadata))
+    told = json.dumps({str(place): asdict(problem) for place, problem in problems.items()})
+    scores = scores.contiguous()
+    write_bytes(file, save({"scores": scores}, {PROBLEMS: told, SUM: _sum(scores, told)}))
 
 
 def _read_part(file: Path) -> tuple[torch.Tensor, dict[int, Problem]]:
+    scores, told, _ = _content(file)
+    return scores, {int(place): Problem(**problem) for place, problem in json.loads(told).items()}
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a part is there and holds what was written; of one that does not a line tells, and it is done again."""
+    if not file.exists():
+        return False
+    try:
+        scores, told, digest = _content(file)
+        if digest in (None, _sum(scores, told)):  # versions before 0.2 wrote none
+            return True
+        why = "it does not hold what was written"
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+    say(f"scores {file} are broken ({why}) and computed again")
+    return False
+
+
+def _content(file: Path) -> tuple[torch.Tensor, str, str | None]:
+    """(scores, problems as JSON, digest of the two)."""
     with safe_open(file, "pt") as content:
-        problems = json.loads(content.metadata()[PROBLEMS])
-        return content.get_tensor("scores"), {int(place): Problem(**problem) for place, problem in problems.items()}
+        metadata = content.metadata()
+        return content.get_tensor("scores"), metadata[PROBLEMS], metadata.get(SUM)
+
+
+def _sum(scores: torch.Tensor, problems: str) -> str:
+    return sha256(scores.numpy().tobytes() + problems.encode()).hexdigest()

@@ -4,6 +4,7 @@
     backbone_lora/adapter_config.json                peft's own; both files absent for a frozen backbone
     backbone_lora/adapter_model.safetensors          base_model.model.transformer_blocks.{i}....lora_A.weight, fp32
     head.safetensors                                 RewardHead, fp32
+    SHA256SUMS                                       of the weights; absent in directories of earlier versions
 
 A fit saves its averaged weights (EMA) here, and nothing else: raw weights, averages, optimizer moments and the step,
 which only the fit itself needs, stay in the checkpoints of its run directory. The adapter's key names and the head's
@@ -33,6 +34,7 @@ from dina_rl.reward.card import (
     save_adapter,
 )
 from dina_rl.reward.model import LatentRewardModel
+from dina_rl.sums import check_all_sums, sum_files
 from dina_rl.textfiles import read_text
 
 HEAD_FILE = "head.safetensors"
@@ -53,12 +55,13 @@ def save_reward(
         buckets: sizes of the images of the fit; None: all were stretched to the pipeline's. Recorded likewise.
         pictures: how they were read; None: unknown. Recorded likewise.
     """
-    with replaced_directory(directory) as fresh:
+    with replaced_directory(directory, lasting=True) as fresh:
         (fresh / CARD_FILE).write_text(make_card(model, pipeline, buckets, pictures).model_dump_json(indent=2) + "\n")
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in model.head.state_dict().items()}
         save_file(head, fresh / HEAD_FILE)
         if model.config.lora is not None:
             save_adapter(model, fresh / LORA_DIRECTORY, targets=model.backbone.lora_targets)
+        sum_files(fresh)
 
 
 def read_card(directory: str | Path) -> RewardCard:
@@ -123,6 +126,7 @@ def _load_weights(model: LatentRewardModel, directory: Path) -> None:
         head = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    check_all_sums(directory)
     check_tensors(head, model.head.state_dict(), file)
     model.head.load_state_dict(head)
     if model.config.lora is not None:

@@ -27,6 +27,8 @@ from dina_rl.data.stores.latents import LatentStore, PairStore
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import evaluation_batches
 from dina_rl.data.stores.units import TrainingBatch
+from dina_rl.errors import RunStopped
+from dina_rl.eventfile import EventFile
 from dina_rl.markdown import grid, settings
 from dina_rl.reward.checkpoint import save_reward
 from dina_rl.reward.fit import REWARD, RewardFit, StepReport, fit
@@ -34,6 +36,7 @@ from dina_rl.reward.held_out import pairwise_accuracy, score_pairs, store_ceilin
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.outcome import LOG_FILE, Accuracies, FitResult, Outcome
 from dina_rl.runtime import image_size
+from dina_rl.storage import writing
 from dina_rl.textfiles import read_text
 
 TENSORBOARD = "tensorboard"
@@ -88,22 +91,23 @@ def run_fit(
     Args:
         batches, forward, no_sync: see `fit`.
         store: of the training pairs.
-        save_checkpoint: called by all ranks every `fit.checkpoint_every` steps.
+        save_checkpoint: called by the first rank every `fit.checkpoint_every` steps.
         on_step: called by this rank after every step.
 
     Raises:
-        RunStopped: a gradient is not finite; every rank raises it.
+        RunStopped: a gradient is not finite, or storage refuses what the first rank writes; every rank raises it.
     """
     config = run.fit
     ranks = OneRank() if ranks is None else ranks
     sets = HeldOutSets(store, config.held_out)
     sizes = None if store.buckets == (image_size(run.pipeline, progress.model.backbone),) else store.buckets
     pictures = store.info.pictures if isinstance(store, LatentStore) else None
-    log = FitLog(run, run_dir, first_step=progress.step, ranks=ranks)
+    writer = FirstRank(ranks)
+    log = FitLog(run, run_dir, first_step=progress.step, writer=writer)
 
     def save(model: LatentRewardModel, name: str) -> None:
-        if ranks.rank == 0:
-            save_reward(model, run_dir / name, pipeline=run.pipeline, buckets=sizes, pictures=pictures)
+        place = run_dir / name
+        writer.write(lambda: save_reward(model, place, pipeline=run.pipeline, buckets=sizes, pictures=pictures))
 
     def evaluate() -> Accuracies:
         """Accuracies of the averaged weights now; the best so far, by the first set's single level, are saved."""
@@ -130,13 +134,15 @@ def run_fit(
             evaluate()
             evaluating += perf_counter() - since
         if progress.step % config.checkpoint_every == 0:  # after the evaluation: its best belongs to the state
-            save_checkpoint(progress)
+            writer.write(lambda: save_checkpoint(progress))
+            writer.agree()
     assert progress.step == config.steps, f"the data ended at step {progress.step} of {config.steps}"
     fit_seconds = perf_counter() - begin - evaluating
     with progress.averaged_weights() as model:
         save(model, REWARD)
     held_out = evaluate()
     log.close(held_out)
+    writer.agree()
     return Outcome(
         held_out=held_out,
         best_step=progress.best_step if config.evaluate_every else None,
@@ -205,25 +211,69 @@ class HeldOutSets:
         return accuracies
 
 
+class FirstRank:
+    """Writes on the first rank. The others wait for it in collectives, so what stops it is told in one."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._stopped: RunStopped | None = None
+
+    def write(self, action: Callable[[], None]) -> None:
+        """Do it on the first rank, unless something has stopped that already."""
+        if self.ranks.rank or self._stopped is not None:
+            return
+        try:
+            action()
+        except RunStopped as stopped:
+            self._stopped = stopped
+
+    def agree(self) -> None:
+        """Called by all ranks: it is a collective.
+
+        Raises:
+            RunStopped: the first rank was stopped.
+        """
+        self.check(float(self.ranks.mean(torch.tensor(self.trouble))))
+
+    @property
+    def trouble(self) -> float:
+        """What ranks share with their means: 0 as long as nothing has stopped this one."""
+        return float(self._stopped is not None)
+
+    def check(self, trouble: float) -> None:
+        """Raises RunStopped where the ranks' mean `trouble` says so."""
+        if self._stopped is not None:
+            raise self._stopped
+        if trouble:
+            raise RunStopped("the first rank cannot write")
+
+
 class FitLog:
     """Means over ranks and over `LOG_EVERY` steps: TensorBoard scalars and lines of `fit.jsonl`, written by rank 0."""
 
-    def __init__(self, run: FitRun, run_dir: Path, *, first_step: int, ranks: Ranks) -> None:
+    def __init__(self, run: FitRun, run_dir: Path, *, first_step: int, writer: FirstRank) -> None:
         self._steps = run.fit.steps
-        self._ranks = ranks
+        self._writer = writer
         self._file = run_dir / LOG_FILE
         self._reports: list[StepReport] = []
         self._since = perf_counter()
-        self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step + 1) if ranks.rank == 0 else None
+        self._page: EventFile | None = None
+        writer.write(lambda: self._open(run_dir / TENSORBOARD, first_step + 1))
         self._text("config", settings(run), first_step)
 
     def add(self, report: StepReport) -> None:
-        """Called by all ranks after every step: it is a collective."""
+        """Called by all ranks after every step: it is a collective.
+
+        Raises:
+            RunStopped: something has stopped the first rank.
+        """
         self._reports.append(report)
         if report.step % LOG_EVERY and report.step != self._steps:
             return
         means = torch.tensor([[r.loss, r.accuracy] for r in self._reports]).mean(0)
-        loss, accuracy = self._ranks.mean(means).tolist()
+        shared = torch.cat([means, torch.tensor([self._writer.trouble])])
+        loss, accuracy, trouble = self._writer.ranks.mean(shared).tolist()
+        self._writer.check(trouble)
         now = perf_counter()
         scalars = {
             "loss": loss,
@@ -244,17 +294,26 @@ class FitLog:
         kinds = list(next(iter(result.values())))
         rows = [[name, *(f"{values[kind]:.4f}" for kind in kinds)] for name, values in result.items()]
         self._text("result", grid(["held-out set", *kinds], rows), self._steps)
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.write(lambda: self._with_page(EventFile.close))
+
+    def _open(self, directory: Path, purge_step: int) -> None:
+        self._page = EventFile(directory, purge_step)
+
+    def _with_page(self, act: Callable[[EventFile], None]) -> None:
+        assert self._page is not None, "the first rank opens it, and writes nothing after it could not"
+        act(self._page)
 
     def _text(self, tag: str, text: str, step: int) -> None:
-        if self._writer is not None:
-            self._writer.add_text(tag, text, step)
+        self._writer.write(lambda: self._with_page(lambda page: page.write(lambda to: to.add_text(tag, text, step))))
 
     def _write(self, step: int, scalars: dict[str, float], line: Mapping[str, object]) -> None:
-        if self._writer is None:
-            return
-        for name, value in scalars.items():
-            self._writer.add_scalar(f"reward/{name}", value, step)
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+        def add(to: SummaryWriter) -> None:
+            for name, value in scalars.items():
+                to.add_scalar(f"reward/{name}", value, step)
+
+        def write(page: EventFile) -> None:
+            page.write(add)
+            with writing(self._file), self._file.open("a") as file:
+                file.write(json.dumps({"step": step, **line}) + "\n")
+
+        self._writer.write(lambda: self._with_page(write))

@@ -15,8 +15,6 @@ Beside HPDv3's files lie `golden.json` (golden score of every image, for the cei
 import argparse
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dina_rl.checkpoint import replaced_directory
 from dina_rl.seeding import generator
 from dina_rl.shapes.foreign import foreign_crawl
 from dina_rl.shapes.golden import golden_score
@@ -36,6 +35,7 @@ from dina_rl.shapes.grammar import PromptSplit, prompts, spec_tensor
 from dina_rl.shapes.pipeline import SHIPPED_PIPELINE
 from dina_rl.shapes.render import crawl
 from dina_rl.shapes.sampling import Studio, draw, open_studio
+from dina_rl.storage import remove_leftovers
 
 GROUP = 4  # images of one prompt
 Domain = Literal["in", "out"]
@@ -101,6 +101,7 @@ def write_preferences(
         domain: the crawl's defects and the usual settings, or others.
 
     Raises:
+        StorageFailed: storage refuses; nothing is left of it.
         ValueError: `out_dir` is in use, a number is out of range, or there is no pipeline at `pipeline_dir`.
     """
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -114,28 +115,27 @@ def write_preferences(
         )
     started = time.monotonic()
     studio = open_studio(pipeline_dir)
-    unfinished = out_dir.with_name(f".{out_dir.name}.writing")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_leftovers(out_dir.parent, out_dir.name)
     plan: tuple[tuple[PromptSplit, int, tuple[tuple[int, int], ...]], ...] = (
         ("train", train_groups, TRAIN_PAIRS),
         ("test", test_groups, TEST_PAIRS),
     )
     stats: dict[str, SplitStats] = {}
     golden: dict[str, float] = {}
-    with tqdm(total=GROUP * (train_groups + test_groups), desc="preferences", disable=not progress) as bar:
-        for split, groups, pairs in plan:
-            pictures = _picture_groups(studio, split, groups, seed, generator_fraction, domain, bar)
-            paths = _write_images(unfinished, split, pictures.pixels)
-            scores = golden_score(pictures.pixels.float() / 255, pictures.captions).score
-            records, stats[split] = _label(pictures, paths, scores, pairs, thurstone_tau, seed, split)
-            _write_json(unfinished / f"{split}.json", records)
-            golden |= dict(zip(paths, scores.tolist(), strict=True))
-    result = PreferenceStats(
-        **stats, domain=domain, seed=seed, thurstone_tau=thurstone_tau, seconds=round(time.monotonic() - started, 1)
-    )
-    _write_json(unfinished / "golden.json", golden)
-    _write_json(unfinished / "stats.json", asdict(result))
-    os.replace(unfinished, out_dir)
+    with replaced_directory(out_dir) as unfinished:
+        with tqdm(total=GROUP * (train_groups + test_groups), desc="preferences", disable=not progress) as bar:
+            for split, groups, pairs in plan:
+                pictures = _picture_groups(studio, split, groups, seed, generator_fraction, domain, bar)
+                paths = _write_images(unfinished, split, pictures.pixels)
+                scores = golden_score(pictures.pixels.float() / 255, pictures.captions).score
+                records, stats[split] = _label(pictures, paths, scores, pairs, thurstone_tau, seed, split)
+                _write_json(unfinished / f"{split}.json", records)
+                golden |= dict(zip(paths, scores.tolist(), strict=True))
+        result = PreferenceStats(
+            **stats, domain=domain, seed=seed, thurstone_tau=thurstone_tau, seconds=round(time.monotonic() - started, 1)
+        )
+        _write_json(unfinished / "golden.json", golden)
+        _write_json(unfinished / "stats.json", asdict(result))
     return result
 
 

@@ -82,8 +82,7 @@ def finished(
     killed = []
 
     def kill_after_the_first_checkpoint() -> None:
-        snapshot = run.run_dir / training.TRAIN / training.RAY_SNAPSHOT
-        while not snapshot.exists():
+        while not list((run.run_dir / training.TRAIN).glob("step_*")):
             time.sleep(0.02)
         victim = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in title_of(p))
         victim.kill()

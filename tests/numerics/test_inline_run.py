@@ -11,6 +11,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dina_rl.alignment.comparison import read_runs
+from dina_rl.alignment.disk import disk_use
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import ScoredGroup, align, plan
 from dina_rl.alignment.planning import describe
@@ -18,6 +19,7 @@ from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.alignment.result import finished as is_finished
 from dina_rl.checkpoint import load_tensors, open_run_dir
+from dina_rl.runtime import open_pipeline
 from jobs.align import exporter, opened, preflight
 from jobs.export import main as export
 from tests.tensors import assert_same_tensors
@@ -66,6 +68,16 @@ def test_everything_a_user_looks_for_is_there(finished, tiny_pipeline):
     StableDiffusion3Pipeline.from_pretrained(tiny_pipeline).load_lora_weights(run.run_dir / "adapter")
 
 
+def test_a_checkpoint_takes_what_the_plan_says(finished):
+    run, recorder = finished
+    use = disk_use(run, open_pipeline(run.pipeline))
+    counters = {"version", "ema_updates", "optimizer/step"}
+    state = recorder.checkpoints.last().state
+    assert use.checkpoint == sum(tensor.nbytes for name, tensor in state.items() if name not in counters)
+    assert use.result == sum(tensor.nbytes for tensor in adapter_of(run).values())
+    assert f"checkpoints {3 * use.checkpoint / 2**20:.1f} MiB" in use.words
+
+
 class Killed(Exception):
     pass
 
@@ -88,6 +100,7 @@ class DiesAt:
 def as_version_01_left_it(run_dir):
     """Rename in a run directory what was called a step before version 0.2."""
     for directory in (run_dir / "checkpoints").iterdir():
+        (directory / "SHA256SUMS").unlink()
         file = directory / "state.json"
         file.write_text(file.read_text().replace('"iteration": ', '"step": '))
         directory.rename(directory.with_name(directory.name.replace("iteration", "step")))
@@ -97,7 +110,7 @@ def as_version_01_left_it(run_dir):
     config.write_text(re.sub(r"^nft:\n( .*\n)+", "", saved, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("version", ["today's", "0.1's"])
+@pytest.mark.parametrize("version", ["today's", "0.1's", "today's, with a broken checkpoint"])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_reward, finished, version):
     whole, recorder = finished
     run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner=RATES)
@@ -106,6 +119,9 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, tiny_pipeline, tiny_
         perform(run, DiesAt(run, iteration=2))
     if version == "0.1's":
         as_version_01_left_it(tmp_path)
+    if version.endswith("broken checkpoint"):
+        newest = tmp_path / "checkpoints" / "iteration_000002" / "state.safetensors"
+        newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     open_run_dir(run, run.run_dir, resume=True)
     resumed = perform(run)
     assert_same_tensors(adapter_of(run), adapter_of(whole))

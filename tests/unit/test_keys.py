@@ -51,13 +51,13 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     },
     FitConfig: {
         Mark.PROCESS: "num_workers cpus_per_worker gpus_per_worker threads_per_worker max_failures checkpoint_every "
-        "micro_batch_size gradient_checkpointing evaluation_batch_size",
+        "checkpoint_keep micro_batch_size gradient_checkpointing evaluation_batch_size",
         Mark.REPORT: "evaluate_every held_out",
         DECIDES: "steps batch_of batch_size bucket_batch learning_rate weight_decay warmup_steps decay_start "
         "max_grad_norm ema_decay autocast",
     },
     AlignRun: {
-        Mark.PROCESS: "plan_tflops plan_gib inline checkpoint_every workers",
+        Mark.PROCESS: "plan_tflops plan_gib inline checkpoint_every checkpoint_keep workers",
         Mark.PLACE: "run_dir resume",
         DECIDES: "seed algorithm plan iterations",
     },

@@ -41,6 +41,7 @@ class Work:
     trained_passes: int  # forwards with a backward pass of one sample in one epoch
     reward_passes: int  # times that the learner differentiates the reward of one sample in one epoch
     latents_kept: int  # latents of one sample that travel from rollout to learner
+    copies_kept: int  # of the trained weights that the objective's own state holds, in checkpoints
     charts: Mapping[str, str]  # what to look at of the learner's metrics: title -> metric
 
 

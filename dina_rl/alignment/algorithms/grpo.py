@@ -91,6 +91,7 @@ class FlowGRPO:
             trained_passes=rollout.window_steps,
             reward_passes=0,
             latents_kept=rollout.window_steps + 2,
+            copies_kept=0,
             charts={
                 "mean policy ratio": "ratio_mean",
                 "|ratio - 1| before any update, at most": "first_ratio_gap",

@@ -95,6 +95,7 @@ class DiffusionNFT:
             trained_passes=levels,
             reward_passes=0,
             latents_kept=1,
+            copies_kept=1,
             charts={"squared distance from the copy that samples": "distance_from_old"},
         )
 

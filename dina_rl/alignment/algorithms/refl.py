@@ -82,6 +82,7 @@ class ReFL:
             trained_passes=2 if refl.pretraining_weight else 1,
             reward_passes=1 if refl.reward_gradient == "learner" else 0,
             latents_kept=3,  # stopped, predicted, gradient
+            copies_kept=0,
             charts={
                 "norm of the reward's gradient": "reward_gradient_norm",
                 "distance of the learner's prediction from the rollout's before any update": "first_prediction_gap",

@@ -1,6 +1,7 @@
-"""Files that are written piece by piece and appear whole or not at all."""
+"""Files that are written piece by piece and appear whole or not at all; tables with a checksum of every page."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -20,11 +21,28 @@ def write_table(path: Path, batches: Iterable[pyarrow.RecordBatch], schema: pyar
         options: of `pyarrow.parquet.ParquetWriter`.
     """
     with (
-        replaced_file(path) as temporary,
-        parquet.ParquetWriter(temporary, schema, compression="zstd", **options) as writer,
+        replaced_file(path, lasting=True) as temporary,
+        parquet.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True, **options) as writer,
     ):
         for batch in batches:
             writer.write_batch(batch)
+
+
+@contextmanager
+def open_table(path: Path) -> Iterator[parquet.ParquetFile]:
+    """A table of `write_table` for the time of a block that reads of it.
+
+    Raises:
+        ValueError: what is read is not what was written.
+    """
+    try:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} is broken ({why}); delete it, and jobs.encode --resume makes it again") from error
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -6,11 +6,13 @@
     pairs-train.parquet, -test      {pair_id, chosen, rejected, prompt}; written last: with them the store is complete
     prompts/                        embeddings of the pairs' prompts, where they were asked for (`prompt_store.py`)
 
-Rows are ordered by bucket. Every file is zstd-compressed and appears whole or not at all. Row groups of a shard are
-small, so that a row costs little to read. A row whose image could not be read holds zeros, and no pair refers to it.
+Rows are ordered by bucket. Every file is zstd-compressed, has a checksum of every page, and appears whole or not at
+all. Row groups of a shard are small, so that a row costs little to read. A row whose image could not be read holds
+zeros, and no pair refers to it.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -21,12 +23,11 @@ from typing import Literal, Protocol, get_args
 import numpy
 import pyarrow
 import torch
-from pyarrow import parquet
 
 from dina_rl.checkpoint import write_json
 from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Size
-from dina_rl.data.stores.files import chunked, write_table
+from dina_rl.data.stores.files import chunked, open_table, write_table
 from dina_rl.fingerprint import same_part
 from dina_rl.textfiles import read_text
 
@@ -76,6 +77,12 @@ class StoreInfo:
     @property
     def num_rows(self) -> int:
         return sum(self.rows)
+
+    @property
+    def latent_bytes(self) -> int:
+        """Of all latents, before they are compressed."""
+        shapes = zip(self.rows, self.latent_shapes, strict=True)
+        return _BYTES[self.dtype] * sum(rows * math.prod(shape) for rows, shape in shapes)
 
     @property
     def num_shards(self) -> int:
@@ -252,14 +259,14 @@ class LatentStore:
 
     def iter_images(self) -> Iterator[str]:
         """Image of every row, read as they are asked for."""
-        with parquet.ParquetFile(self.directory / ROWS_FILE) as file:
+        with open_table(self.directory / ROWS_FILE) as file:
             for batch in file.iter_batches(columns=["image"]):
                 yield from batch.column(0).to_pylist()
 
     def images_of(self, rows: range) -> list[str]:
         """Images of consecutive rows."""
         groups = range(rows.start // INDEX_GROUP, (rows.stop - 1) // INDEX_GROUP + 1)
-        with parquet.ParquetFile(self.directory / ROWS_FILE) as file:
+        with open_table(self.directory / ROWS_FILE) as file:
             column = file.read_row_groups(list(groups), columns=["image"]).column(0)
         images: list[str] = column.slice(rows.start - groups.start * INDEX_GROUP, len(rows)).to_pylist()
         return images
@@ -298,7 +305,7 @@ class LatentStore:
         """Row -> reason of every image that could not be read; needs all shards."""
         reasons: dict[int, str] = {}
         for number in range(self.info.num_shards):
-            with parquet.ParquetFile(self._shard(number)) as file:
+            with open_table(self._shard(number)) as file:
                 problems = file.read(columns=["problem"]).column(0).to_pylist()
             rows = self.info.shard(number)[1]
             reasons |= {row: problem for row, problem in zip(rows, problems, strict=True) if problem is not None}
@@ -328,7 +335,8 @@ class LatentStore:
 
     def pairs(self, split: Split) -> PairTable:
         """A split's usable pairs."""
-        table = parquet.read_table(self._pairs(split))
+        with open_table(self._pairs(split)) as file:
+            table = file.read()
         prompts = table.column("prompt").dictionary_encode().combine_chunks()
         numbers = {name: torch.tensor(table.column(name).to_numpy()) for name in ("pair_id", "chosen", "rejected")}
         return PairTable(
@@ -358,7 +366,7 @@ class LatentStore:
     def _read_group(self, shard: int, group: int) -> torch.Tensor:
         """Latents [n, C, h, w] of one row group, as stored."""
         bucket, _ = self.info.shard(shard)
-        with parquet.ParquetFile(self._shard(shard)) as file:
+        with open_table(self._shard(shard)) as file:
             column = file.read_row_group(group, columns=["latent"]).column(0).combine_chunks()
         content = numpy.frombuffer(column.buffers()[1], numpy.uint8, offset=column.offset * self._width(bucket))
         flat = torch.from_numpy(content[: len(column) * self._width(bucket)].copy())

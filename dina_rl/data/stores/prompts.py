@@ -25,7 +25,7 @@ from pyarrow import parquet
 from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.checkpoint import write_json
 from dina_rl.config import PipelineConfig
-from dina_rl.data.stores.files import chunked, write_table
+from dina_rl.data.stores.files import chunked, open_table, write_table
 from dina_rl.data.stores.latents import CACHE_BYTES, INDEX_GROUP, ROW_GROUP_BYTES
 from dina_rl.fingerprint import pipeline_fingerprint, same_part
 from dina_rl.textfiles import read_text
@@ -129,7 +129,7 @@ class PromptStore:
 
     def iter_prompts(self) -> Iterator[str]:
         """Prompt of every row, read as they are asked for."""
-        with parquet.ParquetFile(self.directory / INDEX_FILE) as file:
+        with open_table(self.directory / INDEX_FILE) as file:
             for batch in file.iter_batches():
                 yield from batch.column(0).to_pylist()
 
@@ -169,7 +169,7 @@ class PromptStore:
         return self._group(shard, group).select(slice(offset, offset + 1))
 
     def _read_group(self, shard: int, group: int) -> PromptEmbeds:
-        with parquet.ParquetFile(self._shard(shard)) as file:
+        with open_table(self._shard(shard)) as file:
             table = file.read_row_group(group).combine_chunks()
         column, lengths = (table.column(name).chunk(0) for name in ("embedding", "length"))
         content = numpy.frombuffer(column.buffers()[1], numpy.uint8, offset=column.offset * self._width)
@@ -184,7 +184,7 @@ class PromptStore:
 
     def _prompts_of(self, rows: range) -> list[str]:
         groups = range(rows.start // INDEX_GROUP, (rows.stop - 1) // INDEX_GROUP + 1)
-        with parquet.ParquetFile(self.directory / INDEX_FILE) as file:
+        with open_table(self.directory / INDEX_FILE) as file:
             column = file.read_row_groups(list(groups)).column(0)
         prompts: list[str] = column.slice(rows.start - groups.start * INDEX_GROUP, len(rows)).to_pylist()
         return prompts

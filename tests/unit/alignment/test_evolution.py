@@ -40,11 +40,11 @@ def test_columns_are_even_few_and_end_with_the_newest(tmp_path):
 
 @pytest.mark.parametrize(("iterations", "every"), [(1, 1), (9, 1), (10, 1), (150, 7), (10_000, 3), (3, 10)])
 def test_all_that_stay_fit(iterations, every):
-    space = spacing(iterations, every)
+    space = spacing(iterations, every, COLUMNS)
     stay = {*range(0, iterations + 1, space), iterations}
     assert len(stay) <= COLUMNS
     assert space == every or len({*range(0, iterations + 1, space // 2), iterations}) > COLUMNS
-    assert spacing(2 * iterations, every) % space == 0, "a longer run's are some of the same"
+    assert spacing(2 * iterations, every, COLUMNS) % space == 0, "a longer run's are some of the same"
 
 
 def test_a_resumed_and_a_longer_run_have_the_strip_of_the_whole_one(tmp_path):
@@ -81,8 +81,8 @@ def test_a_row_is_a_prompt_and_a_column_an_iteration(tmp_path):
 
 def test_what_is_kept_is_small(tmp_path):
     large = torch.randint(256, (ROWS + 2, 3, 256, 512), dtype=torch.uint8)
-    assert thumbnails(large).shape == (ROWS + 2, 3, THUMBNAIL // 2, THUMBNAIL)
-    assert torch.equal(thumbnails(images(3)), images(3))
+    assert thumbnails(large, THUMBNAIL).shape == (ROWS + 2, 3, THUMBNAIL // 2, THUMBNAIL)
+    assert torch.equal(thumbnails(images(3), THUMBNAIL), images(3))
     strip = evolution(tmp_path, 1)
     strip.add(0, large, [f"prompt {number}" for number in range(ROWS + 2)])
     (file,) = (tmp_path / "evolution").iterdir()

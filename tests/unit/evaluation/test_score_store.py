@@ -91,6 +91,21 @@ def test_nothing_is_scored_twice(tmp_path, dataset, dina) -> None:
     assert again.missing([job]) == []
 
 
+def test_broken_scores_are_told_and_computed_again(tmp_path, dataset, dina, capsys) -> None:
+    run = evaluation(tmp_path, dataset)
+    store, job = scored(run, dina, SINGLE)
+    parts = sorted((tmp_path / "scores").glob("*/part-*.safetensors"))
+    content = [part.read_bytes() for part in parts]
+    parts[0].write_bytes(content[0][:-1] + bytes([content[0][-1] ^ 64]))  # another number
+    parts[1].write_bytes(content[1][:-3])
+    missing = store.missing([job])
+    assert [record.index for part in missing for record in part.records] == [0, 1, 2, 3]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "broken" in line]
+    assert [str(part) in line for part, line in zip(parts, lines, strict=False)] == [True, True]
+    store.fill(missing, InlineWorkers())
+    assert [part.read_bytes() for part in parts] == content
+
+
 def test_what_decides_the_numbers_decides_the_cache(tmp_path, dataset, dina, tiny_reward) -> None:
     run = evaluation(tmp_path, dataset)
     _, job = scored(run, dina, SINGLE)

@@ -11,12 +11,14 @@ from dina_rl.config import FitRun
 from dina_rl.data.images import READING
 from dina_rl.data.stores.open import open_store
 from dina_rl.reward.checkpoint import read_card
+from dina_rl.reward.checkpoints import FitCheckpoints
 from dina_rl.reward.fit import REWARD, RewardFit
-from dina_rl.reward.inline import training_batches
+from dina_rl.reward.inline import TrainingHere, training_batches
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.outcome import LOG_FILE, Outcome
 from dina_rl.reward.session import REWARD_BEST, TENSORBOARD, run_fit
 from dina_rl.runtime import open_pipeline
+from tests.tensors import assert_same_tensors
 from tests.tiny_preprocessed import write_part
 from tests.tiny_reward import TINY_REWARD, write_store
 
@@ -88,3 +90,23 @@ def test_without_periodic_evaluation_only_the_last_weights_are_kept(
     assert card.pictures == READING
     assert "upright" in READING
     assert "transparency on white" in READING
+
+
+def test_a_fit_goes_on_from_its_last_whole_checkpoint(tiny_pipeline: Path, tmp_path: Path, capsys) -> None:
+    """In this process; its last checkpoint is broken, so that a step more is done again."""
+    store = write_store(tmp_path / "store", str(tiny_pipeline), train=(6, 6), test=(2, 1))
+    fit = {"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "ema_decay": 0.5, "checkpoint_every": 1}
+    run = FitRun(run_dir=tmp_path, pipeline={"path": str(tiny_pipeline)}, reward=TINY_REWARD, fit=fit)
+    training = TrainingHere(open_pipeline(run.pipeline))
+    whole = training.train(run, store.directory, tmp_path)
+    weights = load_file(tmp_path / REWARD / "head.safetensors")
+    kept = sorted((tmp_path / "train").iterdir())
+    assert [each.name for each in kept] == ["step_00000003", "step_00000004"]
+    state = kept[1] / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"?")
+    capsys.readouterr()
+    resumed = training.train(run, store.directory, tmp_path)
+    assert f"{kept[1]} is broken (state.safetensors does not hold what was written)" in capsys.readouterr().err
+    assert resumed.held_out == whole.held_out
+    assert_same_tensors(load_file(tmp_path / REWARD / "head.safetensors"), weights)
+    assert FitCheckpoints(tmp_path, keep=2).last_step() == 4
