@@ -114,7 +114,7 @@ class ScoreStore:
         self._tasks: dict[tuple[PictureScorerConfig, Bucketing | None, str, View], str] = {}
 
     def missing(self, jobs: Sequence[ScoringJob]) -> list[MissingPart]:
-        """The scores of `jobs` that are not there yet, or broken, in the jobs' order; those that a server failed to give too."""
+        """The scores of `jobs` that are not there, are broken, or that a server failed to give, in the jobs' order."""
         parts = []
         for job in jobs:
             for number, records in enumerate(self._parts(job.data)):
