@@ -98,6 +98,8 @@ def _scorer(
         held += [models.reward.truncated, models.reward.head]
         blocks = models.reward.taps[-1] if with_gradient else 1
         working = blocks * learner.block * batch * len(run.rewards.dina.levels)
+    if run.rewards.grid is not None:
+        held.append(models.vae)  # its own; the crops that it decodes are small beside a picture
     if models.pixel_rewards:
         held.append(models.vae)
         # A backward keeps about as much of each of the decoder's four resolutions.

@@ -60,7 +60,9 @@ def loads(run: AlignRun) -> dict[str, Sizes]:
     return {
         **({f"{texts} text workers": of_pipeline(TEXT)} if texts else {}),
         f"{workers.rollout_workers} rollout workers": of_pipeline(TRANSFORMER, *own, VAE) | metric,
-        f"{workers.scorers} scorers": _reward_loads(run) | of_pipeline(*([VAE] if pixels else [])) | pixels,
+        f"{workers.scorers} scorers": _reward_loads(run)
+        | of_pipeline(*([VAE] if pixels or run.rewards.grid else []))
+        | pixels,
         f"{workers.learner_ranks} learner ranks": of_pipeline(TRANSFORMER),
     }
 

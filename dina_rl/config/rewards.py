@@ -235,10 +235,23 @@ IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
 
+class GridConfig(ScorerConfig):
+    """A penalty on the grid that a generator leaves in its pictures: minus what their spectrum has of it, on decoded
+    crops. A reward beside others; the latent ones cannot see a grid."""
+
+    free: Annotated[float, Field(ge=0)] = 0.5
+    """what is not punished, in nats of power: single pictures scatter by some tenths around 0 without any grid"""
+    crops: Positive = 1
+    """crops of each sample that are decoded and averaged, of 4 tokens to a side (64 pixels for SD3.5)"""
+    context: NonNegative = 4
+    """latents around a crop that are decoded with it"""
+
+
 class RewardsConfig(Section):
     """The optimised reward (the proxy): a weighted sum of the scorers that are not None."""
 
     dina: DiNaScorerConfig | None = DiNaScorerConfig()
+    grid: GridConfig | None = None
     pickscore: PickScoreConfig | None = None
     clip_score: CLIPScoreConfig | None = None
     hpsv2: HPSv2Config | None = None
@@ -257,14 +270,15 @@ class RewardsConfig(Section):
 
     @model_validator(mode="after")
     def _something_is_rewarded(self) -> Self:
-        if not self.scorers:
+        if not self.scorers.keys() - {"grid"}:
             raise ValueError(f"no scorer is switched on: set one of dina, {', '.join(IMAGE_SCORERS)}")
         return self
 
     @property
     def scorers(self) -> dict[str, ScorerConfig]:
         """The scorers that take part, by name, in a fixed order."""
-        latent: dict[str, ScorerConfig] = {} if self.dina is None else {"dina": self.dina}
+        given: dict[str, ScorerConfig | None] = {"dina": self.dina, "grid": self.grid}
+        latent = {name: scorer for name, scorer in given.items() if scorer is not None}
         return {**latent, **{scorer.name: scorer for scorer in self.of_images}}
 
     @property
