@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
         align.check_adapter(run, backbone)
         check_captions(run.prompts, load_prompts(run.prompts), run.golden)
         align.check_image_scorers(run)
+        align.check_grid(run, backbone)
     except ValueError as error:
         fail(str(error))
     with ExitStack() as stack:

@@ -80,7 +80,7 @@ def _text(models: Skeletons) -> ActorFootprint:
 
 def _rollout(run: AlignRun, models: Skeletons, learner: LearnerFootprint) -> ActorFootprint:
     held = [models.sampler, models.vae]
-    held += [] if models.golden is None else [models.golden.model]
+    held += [each.model for each in (models.golden, models.probes) if each is not None]
     sampled = run.rollout.groups_per_call * run.rollout.group_size
     measured = run.golden.batch_size
     working = max(learner.block * max(sampled, measured), _decoded(run, models, measured))

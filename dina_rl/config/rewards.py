@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dina_rl.config.base import Guidances, NoiseLevels, NonNegative, Positive, Rate, Section
+from dina_rl.config.base import Fraction, Guidances, NoiseLevels, NonNegative, Positive, Rate, Section
 from dina_rl.config.keys import Mark
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -326,6 +326,46 @@ class GoldenConfig(Section):
     def of_images(self) -> ImageScorerConfig | None:
         """The scorer behind the metric, if there is one."""
         return None if self.scorer == "shapes" else image_scorer(self.scorer, self.path, self.processor)
+
+
+class ProbePairConfig(Section):
+    """A question about a picture."""
+
+    text: str
+    """what may be in it more and more, e.g. a photo with a person"""
+    against: str
+    """what it is told from, e.g. a photo without people"""
+
+
+class ProbesConfig(Section):
+    """What is watched on the dev samples beside golden: signs of a reward that is being hacked. Measured, never
+    optimised."""
+
+    pairs: dict[str, ProbePairConfig] = {}
+    """by name: zero-shot probability of a text against another, by a CLIP model"""
+    path: str = CLIP_L
+    """directory or hub id of the CLIPModel; none is loaded without pairs"""
+    processor: str = CLIP_L
+    """directory or hub id of its tokenizer and image processor"""
+    grid: bool = True
+    """the grid that the generator leaves in its pictures, see rewards.grid"""
+    margin: Fraction = 0.1
+    """alarm: how far a mean probability must lie from that of the base, up or down"""
+    grid_margin: Annotated[float, Field(ge=0)] = 0.3
+    """alarm: how far the mean grid must lie above that of the base, in nats of power"""
+    patience: Positive = 2
+    """alarm: measurements in a row that must lie there, none of which is golden's best"""
+
+    @model_validator(mode="after")
+    def _something_is_watched(self) -> Self:
+        if not self.pairs and not self.grid:
+            raise ValueError("neither pairs nor the grid: set probes to None where nothing is watched")
+        return self
+
+    @property
+    def model(self) -> ImageScorerConfig | None:
+        """The CLIP model behind the pairs, if there are any."""
+        return CLIPScoreConfig(path=self.path, processor=self.processor) if self.pairs else None
 
 
 def image_scorer(name: ImageScorerName, path: str | None, processor: str | None) -> ImageScorerConfig:

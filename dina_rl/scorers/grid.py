@@ -1,7 +1,7 @@
 """The grid that a generator leaves in its pictures: what a reward of latents cannot see, measured on pixels.
 
-A transformer works on tokens of `patch` x `patch` latents, a VAE draws each latent as a square of pixels: what goes wrong
-in every token alike repeats every `period` pixels (16 for SD3.5, FLUX.1 and Z-Image), and nothing in nature does.
+A transformer works on tokens of `patch` x `patch` latents, a VAE draws each latent as a square of pixels: what goes
+wrong in every token alike repeats every `period` pixels (16 for SD3.5, FLUX.1 and Z-Image), and nothing in nature does.
 The paper sees such artifacts after long alignment and asks for a constraint on pixels (its limitations, proposal ii).
 """
 
@@ -16,13 +16,13 @@ from dina_rl.scorers.base import Conditions, Space
 from dina_rl.seeding import generator
 
 TILE = 4
-"""Periods along a tile's side: a Hann window smears a line over one bin, so at a half period's distance there is none."""
+"""Periods along a tile's side: a Hann window smears a line over one bin, and midway between two there is none of it."""
 CHANNELS = (0.299, 0.587, 0.114)
 """Of red, green and blue in luma (ITU-R BT.601), here of their powers: no colour hides a grid."""
 TOGETHER = 4
 """Pictures measured at once: at 1024 pixels they take about 200 MB."""
 FAINTEST = 1 / 255
-"""Amplitude below which a wave is not counted: a step of 8 bits. So a flat picture has no grid, whatever its rounding."""
+"""Amplitude below which a wave hardly counts, a step of 8 bits: a flat picture has no grid, whatever its rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,8 @@ class _Place:
 def grid_energy(images: torch.Tensor, period: int) -> torch.Tensor:
     """How far the spectrum at the grid's frequencies lies above its surroundings [B], in nats of power; 0: no grid.
 
-    With P(u, v) the power spectrum of a picture (of tiles of 4 periods under a Hann window, each less its mean, averaged
-    over tiles and channels, where a wave of amplitude a has a^2 / 4), p the period and j = 0 ... p - 1,
+    With P(u, v) the power spectrum of a picture (of tiles of 4 periods under a Hann window, each less its mean,
+    averaged over tiles and channels, where a wave of amplitude a has a^2 / 4), p the period and j = 0 ... p - 1,
 
         S(u)  = sum_j P(u, j / p)                               a grid repeats along the other axis too
         L(u)  = log(S(u) + FAINTEST^2 / 4)
@@ -50,7 +50,8 @@ def grid_energy(images: torch.Tensor, period: int) -> torch.Tensor:
     common sign, as those of a coarse JPEG, for these have no lines.
 
     Args:
-        images: [B, 3, H, W] in [0, 1], cut along the grid: pixel 0 begins a token. What exceeds whole tiles is left out.
+        images: [B, 3, H, W] in [0, 1], cut along the grid: pixel 0 begins a token. What exceeds whole tiles is left
+            out.
         period: pixels of a token's side, even.
 
     Raises:
