@@ -33,18 +33,21 @@ def diverged(golden: Sequence[float], proxy: Sequence[float], *, patience: int, 
 def drifted(values: Sequence[float], golden: Sequence[float], *, patience: int, margin: float, rising: bool) -> bool:
     """Whether the last `patience` measurements of a probe lie off the base's while golden has nothing to show for it.
 
+    How far it had moved when golden was at its best is not held against it: it must have left that behind too.
+
     Args:
         values: means of the probe, one per measurement, in order; the first is the base's.
         golden: means of the held-out metric, likewise.
         patience: measurements that must lie there, on the same side; if one of them is golden's best, it rises.
-        margin: how far from the base's, in the probe's units.
+        margin: how far from both, in the probe's units.
         rising: only upwards.
     """
     best = max(range(len(golden)), key=golden.__getitem__)
     if len(golden) - 1 - best < patience:
         return False
-    moved = [value - values[0] for value in values[-patience:]]
-    return all(move > margin for move in moved) or (not rising and all(move < -margin for move in moved))
+    low, high = sorted((values[0], values[best]))
+    late = values[-patience:]
+    return min(late) > high + margin or (not rising and max(late) < low - margin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

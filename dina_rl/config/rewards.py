@@ -350,9 +350,9 @@ class ProbesConfig(Section):
     grid: bool = True
     """the grid that the generator leaves in its pictures, see rewards.grid"""
     margin: Fraction = 0.1
-    """alarm: how far a mean probability must lie from that of the base, up or down"""
+    """alarm: how far a mean probability must lie from that of the base, and of golden's best, up or down"""
     grid_margin: Annotated[float, Field(ge=0)] = 0.3
-    """alarm: how far the mean grid must lie above that of the base, in nats of power"""
+    """alarm: how far the mean grid must lie above that of the base, and of golden's best, in nats of power"""
     patience: Positive = 2
     """alarm: measurements in a row that must lie there, none of which is golden's best"""
 

@@ -17,6 +17,7 @@ from dina_rl.scorers.clip_input import CLIPInput
 from dina_rl.scorers.grid import grid_energy
 from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.types import ProbeReadings
+from jobs.align import check_grid
 from tests.tiny_clip import save_tiny_clip
 
 WORDS = ("a small red circle on blue", "a large green ring on black", "a large white cross on red")
@@ -69,8 +70,10 @@ def test_no_reward_is_made_of_readings():
 FALLING, RISING = [0.4, 0.5, 0.48, 0.45], [0.4, 0.5, 0.6, 0.7]
 DRIFTS = {
     "up": ([0.2, 0.25, 0.4, 0.5], FALLING, False, True),
-    "down": ([0.6, 0.5, 0.4, 0.3], FALLING, False, True),
-    "down where only up counts": ([0.6, 0.5, 0.4, 0.3], FALLING, True, False),
+    "down": ([0.6, 0.55, 0.4, 0.3], FALLING, False, True),
+    "down where only up counts": ([0.6, 0.55, 0.4, 0.3], FALLING, True, False),
+    "it moved while golden rose": ([0.2, 0.5, 0.52, 0.5], FALLING, False, False),
+    "it comes back to the base's": ([0.2, 0.5, 0.2, 0.25], FALLING, False, False),
     "golden rises with it": ([0.2, 0.25, 0.4, 0.5], RISING, False, False),
     "golden's best is the last but one": ([0.2, 0.25, 0.4, 0.5], [0.4, 0.5, 0.6, 0.5], False, False),
     "to and fro": ([0.4, 0.4, 0.6, 0.2], FALLING, False, False),
@@ -97,7 +100,7 @@ def test_an_alarm_is_given_once_and_a_resumed_run_remembers_it():
         assert DriftWatch(ProbesConfig(grid_margin=0.2), resumed).look() == said
         return said
 
-    assert [measure(*point) for point in ((0, 0.4, 0.0), (5, 0.5, 0.4), (10, 0.45, 0.5))] == [[], [], []]
+    assert [measure(*point) for point in ((0, 0.4, 0.0), (5, 0.5, 0.1), (10, 0.45, 0.5))] == [[], [], []]
     assert measure(15, 0.45, 0.6) == ["guard/grid drifts while golden does not rise: 0.000 at the base, 0.600 now"]
     assert measure(20, 0.44, 0.7) == []
     assert DriftWatch(ProbesConfig(), history).drifts == {"guard/grid": 15}
@@ -111,3 +114,12 @@ def test_pairs_are_named_on_the_command_line_too(capsys):
     with pytest.raises(SystemExit):
         load(AlignRun, ["--probes.no-grid"], program="x")
     assert "neither pairs nor the grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asks", [{"probes": {}}, {"rewards": {"grid": {}}}])
+def test_pictures_too_small_for_their_grid_are_refused(tiny_pipeline, asks):
+    values = {"pipeline": {"path": str(tiny_pipeline), "height": 32, "width": 24}, **asks}
+    run = AlignRun.model_validate(values)
+    with pytest.raises(ValueError, match="grid needs pictures of 32 pixels to a side, these have 32x24"):
+        check_grid(run, open_pipeline(run.pipeline))
+    check_grid(run.model_copy(update={"probes": None, "rewards": AlignRun().rewards}), open_pipeline(run.pipeline))
