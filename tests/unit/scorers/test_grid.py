@@ -58,11 +58,11 @@ def test_a_grid_raises_it_the_more_the_stronger_it_is(rendered, pattern):
     assert measured[-1] > measured[0] + 0.15
 
 
-@pytest.mark.parametrize("exponent", [0.0, 0.7, 1.0, 1.5])
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
 def test_pictures_without_a_grid_have_none_however_sharp_they_are(exponent):
-    natural = grid_energy(pink(128, exponent), PERIOD).mean()
+    natural = grid_energy(pink(64, exponent), PERIOD).mean()
     assert abs(natural) < 0.15
-    assert grid_energy(pink(128, exponent) + 0.08 * lines(128), PERIOD).mean() > natural + 0.1
+    assert grid_energy(pink(64, exponent) + 0.08 * lines(64), PERIOD).mean() > natural + 0.1
 
 
 def test_renders_lie_near_none(rendered):
@@ -100,15 +100,8 @@ def test_its_gradient_is_that_of_finite_differences(rendered):
     assert torch.autograd.gradcheck(lambda x: grid_energy(x, PERIOD), images, fast_mode=True)
 
 
-class Enlarging:
-    """A codec of pictures that are their latents, enlarged."""
-
-    def decode(self, latents):
-        return torch.nn.functional.interpolate(latents[:, :3], scale_factor=8, mode="bilinear")
-
-
 class Drawing:
-    """A codec that draws a bright row where a latent is 1, on faint noise."""
+    """A codec that draws a row as bright as its latent, on faint noise."""
 
     def __init__(self):
         self.decoded = []
@@ -116,7 +109,7 @@ class Drawing:
     def decode(self, latents):
         self.decoded.append(latents)
         enlarged = latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
-        noise = torch.rand(enlarged.shape, dtype=enlarged.dtype, generator=torch.Generator().manual_seed(2))
+        noise = torch.rand(enlarged.shape[1:], dtype=enlarged.dtype, generator=torch.Generator().manual_seed(2))
         return 0.3 * enlarged * (torch.arange(enlarged.shape[2]) % 8 == 0).double()[:, None] + 0.1 * noise
 
 
@@ -140,12 +133,13 @@ def test_crops_begin_at_tokens_and_are_decoded_with_their_surroundings():
 
 def test_a_samples_score_is_its_own():
     """Whatever else is scored with it; the free part is not punished."""
-    latents = (torch.rand(3, 16, 20, 20) > 0.5).double()
-    scorer = GridScorer(GridConfig(free=0.0), Enlarging(), SD35)
+    latents = torch.zeros(3, 16, 20, 20, dtype=torch.float64)
+    latents[:, :, ::2] = torch.tensor([0.5, 1.0, 2.0]).double()[:, None, None, None]  # lines at tokens' upper edges
+    scorer = GridScorer(GridConfig(free=0.0), Drawing(), SD35)
     together = scorer(latents, of_prompts("a", "b", "c"))
-    assert together.unique().numel() > 1
+    assert together[0] > together[1] > together[2]
     torch.testing.assert_close(scorer(latents[1:2], of_prompts("b")), together[1:2])
-    forgiving = GridScorer(GridConfig(free=50.0), Enlarging(), SD35)
+    forgiving = GridScorer(GridConfig(free=50.0), Drawing(), SD35)
     assert (forgiving(latents, of_prompts("a", "b", "c")) == 0).all()
     with pytest.raises(ValueError, match="a latent of 6 to a side is smaller than the 8"):
         scorer(torch.rand(1, 16, 6, 20), of_prompts("a"))
