@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
         align.check_room(run)
         check_captions(run.prompts, load_prompts(run.prompts), run.golden)
         align.check_image_scorers(run)
+        align.check_grid(run, backbone)
     except ValueError as error:
         fail(str(error))
     with interruptible(run.run_dir), ExitStack() as stack:

@@ -5,7 +5,7 @@ Shape legend: P prompts, G samples of one prompt (the group), B samples, C H W l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypedDict, TypeVar
+from typing import Generic, NotRequired, Protocol, TypedDict, TypeVar
 
 import torch
 
@@ -150,6 +150,17 @@ class GoldenScores:
     parts: dict[str, tuple[float, ...]]  # named components, e.g. shape_right
 
 
+GRID_TAG = "guard/grid"
+"""Of the curve of the grid in the pictures; those of zero-shot probabilities are `probes/NAME`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeReadings:
+    """What was seen in a batch of images beside golden. Plain numbers and not a tensor, for the same reason."""
+
+    values: dict[str, tuple[float, ...]]  # one per image, by the tag of its curve
+
+
 class Point(TypedDict):
     """A measurement on the dev prompts: one point of the proxy and golden curves."""
 
@@ -161,3 +172,4 @@ class Point(TypedDict):
     parts: dict[str, float]
     proxy_parts: dict[str, float]
     samples: int
+    probes: NotRequired[dict[str, float]]  # means by tag, where probes are on

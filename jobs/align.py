@@ -28,6 +28,7 @@ from dina_rl.loading import say
 from dina_rl.reward.home import check_home
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, image_size, open_pipeline, sized
+from dina_rl.scorers.grid import TILE
 from dina_rl.scorers.registry import check_image_scorer
 from jobs.submitted import check_results
 
@@ -58,6 +59,8 @@ def main(argv: Sequence[str]) -> None:
             f"diverged  at iteration {recorder.watch.diverged_at}, {outcome} iteration {best['iteration']} "
             f"({best['golden']:.3f})"
         )
+    for probe, iteration in recorder.drift_watch.drifts.items():
+        print(f"drifted   {probe} at iteration {iteration}, while golden did not rise")
     print(f"{recorder.exported.name:<11} {recorder.exported}\ncurves      {run_dir / 'curves.png'}")
     print(f"look at     tensorboard --logdir {run_dir}")
 
@@ -94,6 +97,7 @@ def preflight(run: AlignRun) -> Prompts:
     check_adapter(run, backbone)
     notes = () if run.rewards.dina is None else check_home(run.rewards.dina, run.pipeline, backbone)
     check_image_scorers(run)
+    check_grid(run, backbone)
     open_algorithm(run).check(latent_shape)
     prompts = load_prompts(run.prompts)
     check_captions(run.prompts, prompts, run.golden)
@@ -128,10 +132,19 @@ def check_room(run: AlignRun) -> None:
 
 
 def check_image_scorers(run: AlignRun) -> None:
-    """Raises ValueError where a model of the rewards or of the golden metric cannot be read."""
-    for scorer in (run.golden.of_images, *run.rewards.of_images):
+    """Raises ValueError where a model of the rewards, of the golden metric or of the probes cannot be read."""
+    for scorer in (run.golden.of_images, run.probe_model, *run.rewards.of_images):
         if scorer is not None:
             check_image_scorer(scorer)
+
+
+def check_grid(run: AlignRun, backbone: Backbone) -> None:
+    """Raises ValueError where the grid of the pictures is asked for, and they are smaller than it is measured on."""
+    side, edges = TILE * backbone.grid.period, image_size(run.pipeline, backbone)
+    asked = {"rewards.grid": run.rewards.grid is not None, "probes.grid": run.probes is not None and run.probes.grid}
+    for key, is_on in asked.items():
+        if is_on and min(edges) < side:
+            raise ValueError(f"{key} needs pictures of {side} pixels to a side, these have {edges[0]}x{edges[1]}")
 
 
 def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:

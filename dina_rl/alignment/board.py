@@ -3,7 +3,8 @@
 TensorBoard colours by run, so golden and proxy are runs of their own beside the one that everything else is in: the two
 curves called `gain` share a chart and differ in colour, in Time Series, Scalars and Custom Scalars alike.
 
-    tensorboard/           train/ update/ learner/ scorers/ seconds/ watch/, pictures with their prompts, texts
+    tensorboard/           train/ update/ learner/ scorers/ seconds/ watch/, probes/ and guard/ where they are on,
+                           pictures with their prompts, texts
     tensorboard/golden/    gain, golden/, golden_parts/
     tensorboard/proxy/     gain, proxy/, proxy_parts/
 """

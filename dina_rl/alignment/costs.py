@@ -14,8 +14,9 @@ from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.footprint import FlashAttention, empty_inputs
 from dina_rl.alignment.skeletons import EmptyReward, Skeletons
 from dina_rl.backbones.base import Backbone
-from dina_rl.config import AlignRun
+from dina_rl.config import AlignRun, GridConfig
 from dina_rl.scorers.base import EmptyImageScorer
+from dina_rl.scorers.grid import crop_latents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,8 @@ def _sampled(run: AlignRun, models: Skeletons) -> int:
 def _score(run: AlignRun, models: Skeletons, *, with_gradient: bool) -> int:
     """All rewards of one sample. A backward through pictures' models costs what the forward does."""
     total = _seen(run, models, models.pixel_rewards) * (2 if with_gradient else 1) if models.pixel_rewards else 0
+    if run.rewards.grid is not None:
+        total += _cropped(run.rewards.grid, models) * (2 if with_gradient else 1)
     dina, reward = run.rewards.dina, models.reward
     if dina is not None and reward is not None:
         total += dina.draws * _latent_score(run, models, reward, len(dina.levels), with_gradient=with_gradient)
@@ -96,6 +99,15 @@ def _seen(run: AlignRun, models: Skeletons, scorers: Sequence[EmptyImageScorer])
     with operations() as counter:
         models.vae.decode(latents.to(models.backbone.dtype))
     return counter.get_total_flops() + sum(map(_looked, scorers))
+
+
+def _cropped(config: GridConfig, models: Skeletons) -> int:
+    """The crops of one sample decoded; their spectrum is next to nothing."""
+    grid = models.backbone.grid
+    side = crop_latents(grid) + 2 * config.context
+    with operations() as counter, torch.device("meta"):
+        models.vae.decode(torch.empty(config.crops, grid.channels, side, side, dtype=models.backbone.dtype))
+    return counter.get_total_flops()
 
 
 @cache

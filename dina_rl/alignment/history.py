@@ -15,7 +15,7 @@ from dina_rl.types import Point
 FILE, SECONDS_FILE = "history.jsonl", "seconds.json"
 
 Entry = dict[str, object]
-"""`kind` (iteration, measurement, diverged), `iteration` (how many are done), and what there is to say."""
+"""`kind` (iteration, measurement, diverged, drifted), `iteration` (how many are done), and what there is to say."""
 
 
 class History:
@@ -51,6 +51,10 @@ class History:
     def alarms(self) -> list[int]:
         """The iterations at which the watch called the run diverged and acted on it."""
         return [cast(int, entry["iteration"]) for entry in self._of("diverged")]
+
+    def drifts(self) -> dict[str, int]:
+        """The iteration at which each probe was called drifted, by its tag."""
+        return {cast(str, entry["probe"]): cast(int, entry["iteration"]) for entry in self._of("drifted")}
 
     def save(self, run_dir: Path) -> None:
         write_text(run_dir / FILE, "".join(json.dumps(entry) + "\n" for entry in self.entries))

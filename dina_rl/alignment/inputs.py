@@ -35,6 +35,8 @@ def align_inputs(run: AlignRun, prompts: Prompts) -> list[Input]:
     sections = {f"rewards.{each.name}": each for each in run.rewards.of_images}
     if run.golden.of_images is not None:
         sections["golden"] = run.golden.of_images
+    if run.probe_model is not None:
+        sections["probes"] = run.probe_model
     for section, scorer in sections.items():
         inputs += [replace(each, key=f"{section}.{each.key}") for each in image_scorer_inputs(scorer)]
     return inputs

@@ -10,7 +10,7 @@ import torch
 from dina_rl.config import RewardsConfig
 from dina_rl.errors import RunStopped
 from dina_rl.scorers.mixture import weighted_sum
-from dina_rl.types import GoldenScores, PromptEmbeds
+from dina_rl.types import GoldenScores, ProbeReadings, PromptEmbeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,7 @@ class EvaluationSamples:
     latents: torch.Tensor  # [B, C, H, W]
     prompt: PromptEmbeds  # B rows
     images: torch.Tensor  # [B, 3, H, W] uint8
+    probes: ProbeReadings | None = None  # where they are on, and only of dev samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class Measurement:
     proxy_parts: dict[str, float]  # mean score by scorer, and a judge's position bias
     images: torch.Tensor  # [B, 3, H, W] uint8
     prompts: tuple[str, ...]  # [B]
+    probes: dict[str, float] = field(default_factory=dict)  # means by tag, where probes are on
 
     @property
     def golden_mean(self) -> float:
@@ -112,7 +114,8 @@ def combine(
     whole = {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
     golden = [value for batch in samples for value in batch.golden.values]
     proxy = weighted_sum(rewards, {name: whole[name] for name in rewards.scorers}).tolist()
-    for name, values in (("golden", golden), ("reward", proxy)):
+    probes = _probed([batch.probes for batch in samples if batch.probes is not None])
+    for name, values in (("golden", golden), ("reward", proxy), *probes.items()):
         if not _finite(values):
             raise RunStopped(f"none of the {len(values)} samples of a measurement has a finite {name} score")
     parts = {name: [v for b in samples for v in b.golden.parts[name]] for name in samples[0].golden.parts}
@@ -124,7 +127,14 @@ def combine(
         proxy_parts={name: s[s.isfinite()].mean().item() for name, s in whole.items() if s.isfinite().any()},
         images=torch.cat([batch.images for batch in samples]),
         prompts=tuple(prompt for batch in samples for prompt in batch.item.prompts),
+        probes={tag: _mean(values) for tag, values in probes.items()},
     )
+
+
+def _probed(readings: Sequence[ProbeReadings]) -> dict[str, list[float]]:
+    """By tag, one value per sample."""
+    tags = readings[0].values if readings else {}
+    return {tag: [value for batch in readings for value in batch.values[tag]] for tag in tags}
 
 
 def _finite(values: Sequence[float]) -> list[float]:

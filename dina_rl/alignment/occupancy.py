@@ -80,7 +80,7 @@ def _text(models: Skeletons) -> ActorFootprint:
 
 def _rollout(run: AlignRun, models: Skeletons, learner: LearnerFootprint) -> ActorFootprint:
     held = [models.sampler, models.vae]
-    held += [] if models.golden is None else [models.golden.model]
+    held += [each.model for each in (models.golden, models.probes) if each is not None]
     sampled = run.rollout.groups_per_call * run.rollout.group_size
     measured = run.golden.batch_size
     working = max(learner.block * max(sampled, measured), _decoded(run, models, measured))
@@ -98,6 +98,8 @@ def _scorer(
         held += [models.reward.truncated, models.reward.head]
         blocks = models.reward.taps[-1] if with_gradient else 1
         working = blocks * learner.block * batch * len(run.rewards.dina.levels)
+    if run.rewards.grid is not None:
+        held.append(models.vae)  # its own; the crops that it decodes are small beside a picture
     if models.pixel_rewards:
         held.append(models.vae)
         # A backward keeps about as much of each of the decoder's four resolutions.

@@ -53,15 +53,18 @@ def loads(run: AlignRun) -> dict[str, Sizes]:
         ValueError: there is no such reward model.
     """
     of_pipeline = partial(sizes, run.pipeline.location, variant=run.pipeline.variant)
-    workers, golden = run.workers, run.golden.of_images
+    workers, golden, probe = run.workers, run.golden.of_images, run.probe_model
     metric = {} if golden is None else {golden.name: image_scorer_bytes(golden)}
+    metric |= {} if probe is None else {"probes": image_scorer_bytes(probe)}
     pixels = {each.name: image_scorer_bytes(each) for each in run.rewards.of_images}
     texts = workers.text_workers
     own = [] if texts else [TEXT]
     return {
         **({f"{texts} text workers": of_pipeline(TEXT)} if texts else {}),
         f"{workers.rollout_workers} rollout workers": of_pipeline(TRANSFORMER, *own, VAE) | metric,
-        f"{workers.scorers} scorers": _reward_loads(run) | of_pipeline(*([VAE] if pixels else [])) | pixels,
+        f"{workers.scorers} scorers": _reward_loads(run)
+        | of_pipeline(*([VAE] if pixels or run.rewards.grid else []))
+        | pixels,
         f"{workers.learner_ranks} learner ranks": of_pipeline(TRANSFORMER),
     }
 

@@ -17,7 +17,7 @@ from dina_rl.alignment.evolution import Evolution, spacing
 from dina_rl.alignment.history import History, gain, read_seconds, write_seconds
 from dina_rl.alignment.measurement import Measurement
 from dina_rl.alignment.result import exported, keep_length, note_finished
-from dina_rl.alignment.watch import DivergenceWatch
+from dina_rl.alignment.watch import DivergenceWatch, DriftWatch
 from dina_rl.checkpoint import load_tensors, save_tensors, write_json
 from dina_rl.config import AlignRun
 from dina_rl.report import plot_curves, plot_samples
@@ -44,6 +44,7 @@ class Recorder:
         self.dir = run_dir
         self.history = History()
         self.watch = DivergenceWatch(run.watch, self.history)
+        self.drift_watch = DriftWatch(run.probes, self.history)
         self.checkpoints = Checkpoints(run_dir, keep=run.checkpoint_keep)
         self.seconds: dict[str, float] = defaultdict(float)
         self._export = export
@@ -148,6 +149,7 @@ class Recorder:
                 "parts": measurement.parts,
                 "proxy_parts": measurement.proxy_parts,
                 "samples": measurement.measured,
+                **({"probes": measurement.probes} if measurement.probes else {}),
             },
         )
         failed = len(measurement.golden) - measurement.measured
@@ -163,7 +165,11 @@ class Recorder:
         if verdict.alarm is not None:
             self._board.text("warnings", verdict.alarm, done)
             tqdm.write(f"  iteration {done:4d}  diverged, {verdict.alarm} (watch.action {self.run.watch.action})")
+        for alarm in self.drift_watch.look():
+            self._board.text("warnings", alarm, done)
+            tqdm.write(f"  iteration {done:4d}  {alarm}")
         self._board.scalars(done, {"watch/diverged": float(verdict.diverged), "watch/kl_scale": self.watch.kl_scale})
+        self._board.scalars(done, measurement.probes)
         self._board.curves(
             done,
             golden={

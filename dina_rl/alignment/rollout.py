@@ -7,6 +7,7 @@ import torch
 from dina_rl.alignment.algorithms.registry import merges, open_algorithm
 from dina_rl.alignment.golden import open_metric
 from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
+from dina_rl.alignment.probes import open_probes
 from dina_rl.alignment.sampler import PolicySampler
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import AlignRun
@@ -22,6 +23,7 @@ class RolloutWorker:
         self._sample = open_algorithm(run).sampling(self._sampler)
         self._codec = self._sampler.backbone.load_codec()
         self._metric = open_metric(run.golden)
+        self._probes = None if run.probes is None else open_probes(run.probes, self._sampler.backbone)
 
     def load_weights(self, weights: PolicyWeights) -> int:
         """See `PolicySampler.load_weights`."""
@@ -52,6 +54,7 @@ class RolloutWorker:
             latents=latents.cpu(),
             prompt=prompt.to("cpu"),
             images=(images * 255).round().to(torch.uint8),
+            probes=self._probes(images) if self._probes is not None and item.split == "dev" else None,
         )
 
 

@@ -47,6 +47,7 @@ class Skeletons:
     reward: EmptyReward | None
     pixel_rewards: tuple[EmptyImageScorer, ...]
     golden: EmptyImageScorer | None
+    probes: EmptyImageScorer | None
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def _skeletons(run: AlignRun, paper: RewardModelConfig | None) -> Skeletons:
     reward = _empty_reward(run, backbone, transformer, paper)
     make_trainable(transformer, run.learner.lora, targets=backbone.lora_targets, seed=run.seed)
     sampler = backbone.empty_transformer() if merges(run) else transformer
-    golden = run.golden.of_images
+    golden, probe = run.golden.of_images, run.probe_model
     with torch.device("meta"):
         config = AutoencoderKL.load_config(source.path, **source.config("vae"))
         vae: AutoencoderKL = AutoencoderKL.from_config(config).to(backbone.dtype).requires_grad_(False)
@@ -88,6 +89,7 @@ def _skeletons(run: AlignRun, paper: RewardModelConfig | None) -> Skeletons:
         reward=reward,
         pixel_rewards=tuple(empty_image_scorer(each) for each in run.rewards.of_images),
         golden=None if golden is None else empty_image_scorer(golden),
+        probes=None if probe is None else empty_image_scorer(probe),
     )
 
 

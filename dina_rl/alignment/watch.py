@@ -1,11 +1,14 @@
-"""The divergence watch: does golden fall while proxy rises? It looks at curves, and never touches a loss."""
+"""What is read off the curves: does golden fall while proxy rises, does a probe drift while golden does not rise?
+
+It looks at curves, and never touches a loss.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dina_rl.alignment.history import History
-from dina_rl.config import WatchConfig
-from dina_rl.types import Point
+from dina_rl.config import ProbesConfig, WatchConfig
+from dina_rl.types import GRID_TAG, Point
 
 ACTS_AGAIN = ("raise_kl", "roll_back")
 """Actions after which the run goes on and may diverge once more."""
@@ -25,6 +28,26 @@ def diverged(golden: Sequence[float], proxy: Sequence[float], *, patience: int, 
         return False
     late = range(len(golden) - patience, len(golden))
     return all(golden[i] < golden[best] - margin and proxy[i] > proxy[best] for i in late)
+
+
+def drifted(values: Sequence[float], golden: Sequence[float], *, patience: int, margin: float, rising: bool) -> bool:
+    """Whether the last `patience` measurements of a probe lie off the base's while golden has nothing to show for it.
+
+    How far it had moved when golden was at its best is not held against it: it must have left that behind too.
+
+    Args:
+        values: means of the probe, one per measurement, in order; the first is the base's.
+        golden: means of the held-out metric, likewise.
+        patience: measurements that must lie there, on the same side; if one of them is golden's best, it rises.
+        margin: how far from both, in the probe's units.
+        rising: only upwards.
+    """
+    best = max(range(len(golden)), key=golden.__getitem__)
+    if len(golden) - 1 - best < patience:
+        return False
+    low, high = sorted((values[0], values[best]))
+    late = values[-patience:]
+    return min(late) > high + margin or (not rising and max(late) < low - margin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,3 +122,40 @@ class DivergenceWatch:
             return points
         best = self.best["iteration"]
         return [point for point in points if point["iteration"] == best or point["iteration"] > alarms[-1]]
+
+
+class DriftWatch:
+    """Calls a probe drifted, once, from a run's history alone. It marks the run and does nothing else to it."""
+
+    def __init__(self, config: ProbesConfig | None, history: History) -> None:
+        self._config = config
+        self._history = history
+
+    def look(self) -> list[str]:
+        """Judge the probes after a new measurement; what is to be said of those that have drifted since the last one.
+
+        It goes into the history.
+        """
+        if self._config is None:
+            return []
+        points = self._history.points()
+        golden = [point["golden"] for point in points]
+        said = []
+        for tag in points[0].get("probes", {}):
+            values = [point.get("probes", {})[tag] for point in points]
+            if tag not in self.drifts and self._drifted(tag, values, golden):
+                self._history.add("drifted", points[-1]["iteration"], {"probe": tag})
+                moved = f"{values[0]:.3f} at the base, {values[-1]:.3f} now"
+                said.append(f"{tag} drifts while golden does not rise: {moved}")
+        return said
+
+    @property
+    def drifts(self) -> dict[str, int]:
+        """The iteration at which each probe was called drifted, by its tag."""
+        return self._history.drifts()
+
+    def _drifted(self, tag: str, values: Sequence[float], golden: Sequence[float]) -> bool:
+        assert self._config is not None
+        grid = tag == GRID_TAG
+        margin = self._config.grid_margin if grid else self._config.margin
+        return drifted(values, golden, patience=self._config.patience, margin=margin, rising=grid)

@@ -13,6 +13,7 @@ import torch
 from diffusers.models import ModelMixin
 from torch import nn
 
+from dina_rl.backbones.codec import LatentGrid
 from dina_rl.backbones.files import Need
 from dina_rl.backbones.text import CACHED_PROMPTS
 from dina_rl.types import PromptEmbeds
@@ -55,6 +56,7 @@ class Backbone(Protocol):
     time_width: int  # width of the timestep embedding that modulates the blocks
     prompt_shape: tuple[int, int, int]  # text tokens, their width, and that of the pooled embedding
     max_sequence_length: int  # text tokens per prompt, as asked for or else the pipeline's own
+    grid: LatentGrid  # of pixels, latents and tokens
     image_size: tuple[int, int]  # height and width that the stock pipeline makes unless told otherwise
     lora_targets: tuple[str, ...]  # module-name suffixes of the attention projections
 

@@ -72,6 +72,11 @@ class LatentGrid:
     pixels: int  # image pixels per latent and side
     largest: int | None = None  # latents per side that the transformer's positions cover; None: any number
 
+    @property
+    def period(self) -> int:
+        """Image pixels per token and side: what goes wrong in every token repeats after so many."""
+        return self.pixels * self.patch
+
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latent of an image of `height` x `width` pixels.
 

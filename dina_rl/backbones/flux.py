@@ -116,7 +116,7 @@ class Flux:
         self._generator_guidance = DISTILLED_GUIDANCE if given is None else given
         pixels = pixels_per_latent(source)
         self.image_size = (DEFAULT_LATENTS * pixels,) * 2
-        self._grid = LatentGrid(path=self.path, channels=config["in_channels"] // 4, patch=2, pixels=pixels)
+        self.grid = LatentGrid(path=self.path, channels=config["in_channels"] // 4, patch=2, pixels=pixels)
 
     def check(self, *needs: Need) -> None:
         check_files(self._source, *needs, text=TEXT_PARTS)
@@ -152,10 +152,10 @@ class Flux:
         return load_kl_codec(self._source, self._options)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return self._grid.shape(height, width)
+        return self.grid.shape(height, width)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        return shifted_sigmas(self._source, num_steps, self._grid.tokens(height, width))
+        return shifted_sigmas(self._source, num_steps, self.grid.tokens(height, width))
 
     def velocity(
         self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds

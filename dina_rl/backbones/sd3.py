@@ -102,7 +102,7 @@ class SD3:
         self.prompt_shape = clip_tokens + self.max_sequence_length, text_width, pooled_width
         pixels = pixels_per_latent(source)
         self.image_size = (config["sample_size"] * pixels,) * 2
-        self._grid = LatentGrid(
+        self.grid = LatentGrid(
             path=self.path,
             channels=config["in_channels"],
             patch=config["patch_size"],
@@ -156,10 +156,10 @@ class SD3:
         return load_kl_codec(self._source, self._options)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return self._grid.shape(height, width)
+        return self.grid.shape(height, width)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        return scheduled_sigmas(self._source, num_steps, self._grid.tokens(height, width))
+        return scheduled_sigmas(self._source, num_steps, self.grid.tokens(height, width))
 
     def velocity(
         self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds

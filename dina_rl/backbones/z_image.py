@@ -150,7 +150,7 @@ class ZImage:
                 f"max_sequence_length {self.max_sequence_length} is beyond the {positions} positions of {self.path}"
             )
         self.image_size = DEFAULT_SIZE
-        self._grid = LatentGrid(
+        self.grid = LatentGrid(
             path=self.path,
             channels=config["in_channels"],
             patch=PATCH,
@@ -209,10 +209,10 @@ class ZImage:
         return load_kl_codec(self._source, self._options)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return self._grid.shape(height, width)
+        return self.grid.shape(height, width)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        return shifted_sigmas(self._source, num_steps, self._grid.tokens(height, width))
+        return shifted_sigmas(self._source, num_steps, self.grid.tokens(height, width))
 
     def velocity(
         self, transformer: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt: PromptEmbeds

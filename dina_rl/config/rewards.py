@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dina_rl.config.base import Guidances, NoiseLevels, NonNegative, Positive, Rate, Section
+from dina_rl.config.base import Fraction, Guidances, NoiseLevels, NonNegative, Positive, Rate, Section
 from dina_rl.config.keys import Mark
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -269,10 +269,23 @@ IMAGE_SCORERS: dict[ImageScorerName, type[ImageScorerConfig]] = {
 """Scorers of decoded images: each a section of `RewardsConfig`, a `golden.scorer` and a `kind` to score with."""
 
 
+class GridConfig(ScorerConfig):
+    """A penalty on the grid that a generator leaves in its pictures: minus what their spectrum has of it, on decoded
+    crops. A reward beside others; the latent ones cannot see a grid."""
+
+    free: Annotated[float, Field(ge=0)] = 0.5
+    """what is not punished, in nats of power: single pictures scatter by some tenths around 0 without any grid"""
+    crops: Positive = 1
+    """crops of each sample that are decoded and averaged, of 4 tokens to a side (64 pixels for SD3.5)"""
+    context: NonNegative = 4
+    """latents around a crop that are decoded with it"""
+
+
 class RewardsConfig(Section):
     """The optimised reward (the proxy): a weighted sum of the scorers that are not None."""
 
     dina: DiNaScorerConfig | None = DiNaScorerConfig()
+    grid: GridConfig | None = None
     pickscore: PickScoreConfig | None = None
     clip_score: CLIPScoreConfig | None = None
     hpsv2: HPSv2Config | None = None
@@ -292,14 +305,15 @@ class RewardsConfig(Section):
 
     @model_validator(mode="after")
     def _something_is_rewarded(self) -> Self:
-        if not self.scorers:
+        if not self.scorers.keys() - {"grid"}:
             raise ValueError(f"no scorer is switched on: set one of dina, {', '.join(IMAGE_SCORERS)}")
         return self
 
     @property
     def scorers(self) -> dict[str, ScorerConfig]:
         """The scorers that take part, by name, in a fixed order."""
-        latent: dict[str, ScorerConfig] = {} if self.dina is None else {"dina": self.dina}
+        given: dict[str, ScorerConfig | None] = {"dina": self.dina, "grid": self.grid}
+        latent = {name: scorer for name, scorer in given.items() if scorer is not None}
         return {**latent, **{scorer.name: scorer for scorer in self.of_images}}
 
     @property
@@ -350,6 +364,46 @@ class GoldenConfig(Section):
     def of_images(self) -> ImageScorerConfig | None:
         """The scorer behind the metric, if there is one."""
         return None if self.scorer == "shapes" else image_scorer(self.scorer, self.path, self.processor, self.server)
+
+
+class ProbePairConfig(Section):
+    """A question about a picture."""
+
+    text: str
+    """what may be in it more and more, e.g. a photo with a person"""
+    against: str
+    """what it is told from, e.g. a photo without people"""
+
+
+class ProbesConfig(Section):
+    """What is watched on the dev samples beside golden: signs of a reward that is being hacked. Measured, never
+    optimised."""
+
+    pairs: dict[str, ProbePairConfig] = {}
+    """by name: zero-shot probability of a text against another, by a CLIP model"""
+    path: str = CLIP_L
+    """directory or hub id of the CLIPModel; none is loaded without pairs"""
+    processor: str = CLIP_L
+    """directory or hub id of its tokenizer and image processor"""
+    grid: bool = True
+    """the grid that the generator leaves in its pictures, see rewards.grid"""
+    margin: Fraction = 0.1
+    """alarm: how far a mean probability must lie from that of the base, and of golden's best, up or down"""
+    grid_margin: Annotated[float, Field(ge=0)] = 0.3
+    """alarm: how far the mean grid must lie above that of the base, and of golden's best, in nats of power"""
+    patience: Positive = 2
+    """alarm: measurements in a row that must lie there, none of which is golden's best"""
+
+    @model_validator(mode="after")
+    def _something_is_watched(self) -> Self:
+        if not self.pairs and not self.grid:
+            raise ValueError("neither pairs nor the grid: set probes to None where nothing is watched")
+        return self
+
+    @property
+    def model(self) -> ImageScorerConfig | None:
+        """The CLIP model behind the pairs, if there are any."""
+        return CLIPScoreConfig(path=self.path, processor=self.processor) if self.pairs else None
 
 
 def image_scorer(

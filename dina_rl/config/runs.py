@@ -16,7 +16,7 @@ from dina_rl.config.alignment import (
 from dina_rl.config.base import PipelineConfig, Positive, Rate, Section
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig
 from dina_rl.config.keys import Mark
-from dina_rl.config.rewards import GoldenConfig, RewardsConfig
+from dina_rl.config.rewards import GoldenConfig, ImageScorerConfig, ProbesConfig, RewardsConfig
 
 
 class _Run(Section):
@@ -76,6 +76,7 @@ class AlignRun(_Run):
     nft: NFTConfig = NFTConfig()
     learner: LearnerConfig = LearnerConfig()
     golden: GoldenConfig = GoldenConfig()
+    probes: ProbesConfig | None = None
     watch: WatchConfig = WatchConfig()
     workers: Annotated[WorkersConfig, Mark.PROCESS] = WorkersConfig()
 
@@ -164,6 +165,11 @@ class AlignRun(_Run):
         """What the run starts from, and what its measurements called base are of: the base, or an adapter on it."""
         lora = self.learner.lora
         return "base" if lora is None or lora.init is None else f"start ({lora.init})"
+
+    @property
+    def probe_model(self) -> ImageScorerConfig | None:
+        """The CLIP model of the probes, if they need one."""
+        return None if self.probes is None else self.probes.model
 
     @property
     def kl_weight(self) -> float:

@@ -1,5 +1,6 @@
-"""Rewards on CLIP's two towers: PickScore (Kirstain et al., 2023) and CLIPScore (Hessel et al., 2021)."""
+"""CLIP's two towers: PickScore (Kirstain et al., 2023), CLIPScore (Hessel et al., 2021), zero-shot probabilities."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -109,6 +110,36 @@ class CLIPScorer:
         tokens = self._given.tokens(texts, text_length(self._model))
         encoded: torch.Tensor = self._model.get_text_features(**tokens).pooler_output
         return encoded[rows]
+
+
+class ZeroShot:
+    """Which of two texts a picture looks more like: the softmax over both of the model's own scale times cosine.
+
+    Args:
+        model: frozen, on the device of `given`.
+        pairs: texts, and what each is told from; encoded once.
+    """
+
+    def __init__(self, model: CLIPModel, given: CLIPInput, pairs: Sequence[tuple[str, str]]) -> None:
+        self._model, self._given = model, given
+        words = [text for pair in pairs for text in pair]
+        with torch.no_grad():
+            read = model.get_text_features(**given.tokens(words, text_length(model))).pooler_output
+        self._texts = functional.normalize(read, dim=-1).unflatten(0, (-1, 2))  # [pairs, 2, width]
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Probabilities [B, pairs] of the first text of each pair, of images [B, 3, H, W] in [0, 1]."""
+        seen = self._model.get_image_features(pixel_values=self._given.pixels(images)).pooler_output
+        cosine = torch.einsum("bw,ptw->bpt", functional.normalize(seen, dim=-1), self._texts)
+        return (self._model.logit_scale.exp() * cosine).softmax(-1)[..., 0]
+
+
+def open_zero_shot(config: ImageScorerConfig, pairs: Sequence[tuple[str, str]], *, device: str) -> ZeroShot:
+    """Raises ValueError where the model cannot be read from its directory or hub id."""
+    check_clip(config.path, config.processor)
+    given = CLIPInput(config.processor, device=device)
+    return ZeroShot(load_clip(config.path, device), given, pairs)
 
 
 def open_clip_scorer(config: ImageScorerConfig, *, learned_scale: bool, device: str) -> CLIPScorer:

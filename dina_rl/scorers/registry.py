@@ -9,6 +9,7 @@ from dina_rl.scorers.aesthetic import AESTHETIC
 from dina_rl.scorers.base import EmptyImageScorer, ImageKind, ImageScorer, Judge, Scorer
 from dina_rl.scorers.clip import CLIP_SCORE, PICKSCORE
 from dina_rl.scorers.dina import open_dina_beside
+from dina_rl.scorers.grid import open_grid
 from dina_rl.scorers.hpsv2 import HPSV2, HPSV2_1
 from dina_rl.scorers.hpsv3 import HPSV3
 from dina_rl.scorers.imagereward import IMAGEREWARD
@@ -48,6 +49,8 @@ def open_scorers(rewards: RewardsConfig, generator: PipelineConfig, backbone: Ba
     scorers: dict[str, Scorer] = {}
     if rewards.dina is not None:
         scorers["dina"] = open_dina_beside(rewards.dina, generator, backbone)
+    if rewards.grid is not None:
+        scorers["grid"] = open_grid(rewards.grid, backbone)
     for config in rewards.of_images:
         if not config.pairwise:
             scorers[config.name] = open_image_scorer(config, device=backbone.device)

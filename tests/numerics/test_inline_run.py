@@ -78,6 +78,21 @@ def test_a_checkpoint_takes_what_the_plan_says(finished):
     assert f"checkpoints {3 * use.checkpoint / 2**20:.1f} MiB" in use.words
 
 
+def test_a_run_with_probes_is_the_one_without_to_the_last_bit(finished, tmp_path, tiny_pipeline, tiny_reward):
+    whole, recorder = finished
+    run = tiny_run(tmp_path, tiny_pipeline, tiny_reward, learner=RATES, probes={"grid_margin": 0.0, "patience": 1})
+    probed = perform(run)
+    assert_same_tensors(adapter_of(run), adapter_of(whole))
+    readings = [point.pop("probes") for point in probed.history.points()]
+    assert [list(each) for each in readings] == [["guard/grid"]] * 3
+    drifts = [entry for entry in probed.history.entries if entry["kind"] == "drifted"]
+    assert [e for e in probed.history.entries if e not in drifts] == recorder.history.entries
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("guard/grid")] == pytest.approx(
+        [each["guard/grid"] for each in readings]
+    )
+
+
 class Killed(Exception):
     pass
 

@@ -6,12 +6,12 @@ import torch
 from dina_rl.alignment.measurement import EvaluationSamples, combine, evaluation_items
 from dina_rl.config import RewardsConfig
 from dina_rl.errors import RunStopped
-from dina_rl.types import GoldenScores, PromptEmbeds
+from dina_rl.types import GoldenScores, ProbeReadings, PromptEmbeds
 
 NAN = float("nan")
 
 
-def measured(golden, proxy):
+def measured(golden, proxy, probes=None):
     rewards = RewardsConfig(dina=None, clip_score={})
     (item,) = evaluation_items("dev", ["a"], len(golden), 1.0, len(golden))
     samples = EvaluationSamples(
@@ -20,6 +20,7 @@ def measured(golden, proxy):
         latents=torch.empty(len(golden), 0),
         prompt=PromptEmbeds(embeds=torch.empty(len(golden), 0, 0), pooled=torch.empty(len(golden), 0)),
         images=torch.empty(len(golden), 3, 1, 1, dtype=torch.uint8),
+        probes=None if probes is None else ProbeReadings(values=probes),
     )
     return combine([samples], [{"clip_score": torch.tensor(proxy)}], rewards)
 
@@ -30,6 +31,12 @@ def test_samples_without_a_score_are_in_no_mean():
     assert found.proxy_parts == {"clip_score": 3.0}
     assert found.golden_std == pytest.approx((1 / 6) ** 0.5)
     assert len(found.golden) == len(found.proxy) == 4
+
+
+def test_probes_are_means_too_and_absent_where_they_are_off():
+    found = measured([0.5, 0.5], [1.0, 1.0], {"probes/x": (0.25, NAN), "guard/grid": (1.0, 2.0)})
+    assert found.probes == {"probes/x": 0.25, "guard/grid": 1.5}
+    assert measured([0.5], [1.0]).probes == {}
 
 
 @pytest.mark.parametrize(("golden", "proxy", "which"), [([NAN], [1.0], "golden"), ([1.0], [NAN], "reward")])
