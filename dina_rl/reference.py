@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
+from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LabelRun, LocalRun, ScoreRun
 from dina_rl.config.keys import NAME, can_be_off, is_named, section_of
 
 
@@ -31,6 +31,7 @@ COMMANDS = (
     Command(call="python -m jobs.compare RUN RUN ...", run=CompareRuns),
     Command(call="python -m jobs.evaluate", run=EvaluateRun),
     Command(call="python -m jobs.score", run=ScoreRun),
+    Command(call="python -m jobs.label", run=LabelRun),
 )
 
 

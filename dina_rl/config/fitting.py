@@ -166,8 +166,8 @@ class FitConfig(Section):
     steps: Positive = 12500
     """optimizer steps (HPDv3's 0.8M pairs at batch 64: one epoch)"""
     labels: Labels = "hard"
-    """hard: y = 1, the preferred image is the better one; soft: y is the pair's own probability (`jobs.label`), in Eq. 9 as
-    it stands; soft_matched: the same y, in the loss that is least where the model says y"""
+    """hard: y = 1, the preferred image is the better one; soft: y is the pair's own probability (jobs.label), in Eq. 9
+    as it stands; soft_matched: the same y in the loss that is least where the model says y"""
     batch_of: BatchOf = "pairs"
     """groups: pairs of a prompt that share images share noise too, and each image goes through the model once a step"""
     batch_size: Positive = 64

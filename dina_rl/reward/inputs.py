@@ -97,8 +97,8 @@ def check_labels(directory: Path, pairs: PairTable, run: FitRun) -> None:
     missing = len(pairs) if pairs.probability is None else int(pairs.probability.isnan().sum())
     if missing:
         raise ValueError(
-            f"fit.labels {run.fit.labels}: {missing} of {len(pairs)} training pairs in {directory} have no probability; "
-            "label them with jobs.label, or fit on hard labels"
+            f"fit.labels {run.fit.labels}: {missing} of {len(pairs)} training pairs in {directory} have no "
+            "probability; label them with jobs.label, or fit on hard labels"
         )
 
 

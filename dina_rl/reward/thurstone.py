@@ -44,10 +44,10 @@ def fidelity_loss(margin: torch.Tensor, variance: torch.Tensor, label: torch.Ten
 
 
 def matched_fidelity_loss(margin: torch.Tensor, variance: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """1 - sqrt(y p) - sqrt((1 - y)(1 - p)) per pair [B]: the fidelity loss of Tsai et al. (FRank, 2007), the paper's [36].
+    """1 - sqrt(y p) - sqrt((1 - y)(1 - p)) per pair [B]: the fidelity loss of Tsai et al. (FRank), the paper's [36].
 
-    For y of 0 or 1 it is `fidelity_loss`. Between them it has its minimum, 0, where p = y; Eq. 9 as the paper writes it has
-    none there: it falls with p for every y above 1/2. Arguments as `fidelity_loss`.
+    For y of 0 or 1 it is `fidelity_loss`. Between them it has its minimum, 0, where p = y. Eq. 9 as the paper writes it
+    has none there: it falls with p for every y above 1/2. Arguments as `fidelity_loss`.
     """
     first = preference_probability(margin, variance).clamp_min(PROBABILITY_FLOOR)
     second = preference_probability(-margin, variance).clamp_min(PROBABILITY_FLOOR)

@@ -14,6 +14,7 @@ from dina_rl.config import (
     ExportRun,
     FitConfig,
     FitRun,
+    LabelRun,
     LearnerConfig,
     LocalRun,
     PipelineConfig,
@@ -25,8 +26,18 @@ from dina_rl.config import (
 from dina_rl.config.base import Section
 from dina_rl.config.evaluation import BootstrapConfig, SetConfig
 from dina_rl.config.keys import Mark, covers, dump_without, marked, section_of
+from dina_rl.config.labelling import ValidationConfig
 
-RUNS: tuple[type[BaseModel], ...] = (FitRun, AlignRun, LocalRun, EvaluateRun, ScoreRun, ExportRun, CompareRuns)
+RUNS: tuple[type[BaseModel], ...] = (
+    FitRun,
+    AlignRun,
+    LocalRun,
+    EvaluateRun,
+    ScoreRun,
+    ExportRun,
+    CompareRuns,
+    LabelRun,
+)
 DECIDES = None
 PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     FitRun: {Mark.PROCESS: "inline", Mark.PLACE: "run_dir resume", DECIDES: "seed latents"},
@@ -40,7 +51,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         "micro_batch_size gradient_checkpointing evaluation_batch_size",
         Mark.REPORT: "evaluate_every held_out",
         DECIDES: "steps batch_of batch_size bucket_batch learning_rate weight_decay warmup_steps decay_start "
-        "max_grad_norm ema_decay autocast",
+        "max_grad_norm ema_decay autocast labels",
     },
     AlignRun: {
         Mark.PROCESS: "plan_tflops plan_gib inline checkpoint_every workers",
@@ -82,6 +93,12 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         Mark.PROCESS: "num_workers cpus_per_actor gpus_per_actor threads_per_actor start_timeout_s call_timeout_s "
         "max_restarts"
     },
+    LabelRun: {
+        Mark.PROCESS: "inline max_broken workers",
+        Mark.PLACE: "run_dir resume",
+        DECIDES: "seed plan split scale median_confidence batch_size encode_batch_size records_per_part",
+    },
+    ValidationConfig: {Mark.PROCESS: "max_pixels", DECIDES: "kind path split max_records"},
     BootstrapConfig: {Mark.REPORT: "resamples confidence"},
 }
 """The settings of every section that has a mark or lies under one: a new one there is a decision to be made here.

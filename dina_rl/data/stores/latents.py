@@ -3,7 +3,8 @@
     store.json                      StoreInfo: what is encoded at which sizes, and how rows map to shards
     rows.parquet                    {image}: the image of every row, the index of the store
     shard-00000.parquet             {latent, problem}: normalised latents of rows of one bucket, as bytes
-    pairs-train.parquet, -test      {pair_id, chosen, rejected, prompt, probability}; written last: with them the store is complete
+    pairs-train.parquet, -test      {pair_id, chosen, rejected, prompt, probability}; written last: with
+                                    them the store is complete
     prompts/                        embeddings of the pairs' prompts, where they were asked for (`prompt_store.py`)
 
 Rows are ordered by bucket. Every file is zstd-compressed and appears whole or not at all. Row groups of a shard are

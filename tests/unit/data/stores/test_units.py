@@ -92,7 +92,10 @@ def test_probabilities_stay_with_their_pairs() -> None:
     by_position = [tuple(told.probability[units.pairs_of(number)].tolist()) for number in (1, 0)]
     assert [each.probability for each in layouts] == by_position
     batch = training_batch(
-        [replace(unit(n, 3, *((0, 1) for _ in each.chosen)), probability=each.probability) for n, each in enumerate(layouts)],
+        [
+            replace(unit(n, 3, *((0, 1) for _ in each.chosen)), probability=each.probability)
+            for n, each in enumerate(layouts)
+        ],
         step_pairs=5,
     )
     assert batch.probability is not None
