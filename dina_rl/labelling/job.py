@@ -9,18 +9,15 @@ run_dir/teacher.json    the card: who labelled, by which scale, and what came of
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from dina_rl.checkpoint import Input, replaced_file, write_bytes, write_json, write_text
+from dina_rl.checkpoint import Input, write_json
 from dina_rl.config import EvaluateRun, LabelRun, SetConfig
-from dina_rl.data.images import suffixes
-from dina_rl.data.sets.records import PreferenceSet
 from dina_rl.data.sets.registry import open_set, prompts_of
 from dina_rl.evaluation.calibration import calibrate
 from dina_rl.evaluation.identity import Identities
@@ -28,22 +25,21 @@ from dina_rl.evaluation.inputs import evaluation_inputs
 from dina_rl.evaluation.layout import needs_sizes
 from dina_rl.evaluation.named_scorers import NamedScorer, named_scorer
 from dina_rl.evaluation.requests import Workers
-from dina_rl.evaluation.score_store import ScoreStore, ScoringJob
+from dina_rl.evaluation.score_store import ScoreStore
 from dina_rl.evaluation.sets import EvaluationSet, check_malformed, evaluation_set, read_set
 from dina_rl.fingerprint import pipeline_parts, records_parts
 from dina_rl.labelling.pairs import Pair, ToLabel, to_label
-from dina_rl.labelling.samples import IMAGES, draw_samples, sample_records
+from dina_rl.labelling.samples import draw_samples, sample_records
 from dina_rl.labelling.scale import likeliest_scale, median_scale, soft_label
+from dina_rl.labelling.teacher import Scores, teacher_scores
+from dina_rl.labelling.written import copy_pictures, write_dropped, write_records
 from dina_rl.runtime import open_pipeline, sized
-from dina_rl.scorers.mixture import normalised_sum
 
 CARD_FILE = "teacher.json"
 DROPPED_FILE = "dropped.jsonl"
 CALIBRATION_BINS = 10
 
 OpenWorkers = Callable[[EvaluateRun], AbstractContextManager[Workers]]
-Scores = dict[tuple[int, str], float]
-"""(`PreferenceRecord.index`, image) -> the teacher's score, of pictures that have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +94,7 @@ def label_inputs(run: LabelRun) -> LabelInputs:
         source = None
         backbone = open_pipeline(run.pipeline)
         run = run.model_copy(update={"pipeline": sized(run.pipeline, backbone).absolute()})
-        backbone.latent_shape(*backbone.image_size if run.pipeline.height is None else run.pipeline.size)
+        backbone.latent_shape(*run.pipeline.size)
         backbone.check("transformer", "vae", "text")
         prompt_set = open_set("prompts", run.prompts.location)
         prompts, skipped = prompts_of(prompt_set, run.prompts.split)
@@ -144,9 +140,9 @@ def label(inputs: LabelInputs, run_dir: Path, open_workers: OpenWorkers) -> dict
     if missing:
         with open_workers(run.evaluation) as workers:
             store.fill(missing, workers)
-    scores, reasons = teacher_scores(store, inputs, data)
+    scores, reasons = teacher_scores(store, inputs.scorers, run.scorers, data)
     failed = [pair for pair in work.pairs if any((pair.group, image) not in scores for image in pair.images)]
-    _write_dropped(run_dir / DROPPED_FILE, inputs.malformed, failed, reasons)
+    write_dropped(run_dir / DROPPED_FILE, inputs.malformed, failed, reasons)
     if len(failed) > run.max_broken * len(work.pairs):
         raise ValueError(
             f"{len(failed)} of {len(work.pairs)} pairs have no score, more than max_broken = {run.max_broken:g} "
@@ -156,11 +152,11 @@ def label(inputs: LabelInputs, run_dir: Path, open_workers: OpenWorkers) -> dict
     pairs = [pair for pair in work.pairs if pair not in lost]
     margins = torch.tensor([_margin(scores, pair) for pair in pairs], dtype=torch.float64)
     scale, found = _scale(store, inputs, margins)
-    untied = [(pair, probability) for pair, probability in zip(pairs, soft_label(margins, scale).tolist(), strict=True)
-              if _margin(scores, pair)]  # fmt: skip
+    labels = zip(pairs, soft_label(margins, scale).tolist(), margins.tolist(), strict=True)
+    untied = [(pair, probability) for pair, probability, margin in labels if margin]
     source = None if inputs.source is None else inputs.source.source
-    names = {} if source is None else _copy_pictures(source, [pair for pair, _ in untied], run_dir)
-    _write_records(run_dir / f"{run.split}.json", untied, scores, names)
+    names = {} if source is None else copy_pictures(source, [pair for pair, _ in untied], run_dir)
+    write_records(run_dir / f"{run.split}.json", untied, scores, names)
     card = {
         "scorers": {
             name: each.model_dump(mode="json", exclude_none=True) | {"identity": Identities().of_scorer(named.config)}
@@ -181,32 +177,7 @@ def label(inputs: LabelInputs, run_dir: Path, open_workers: OpenWorkers) -> dict
     return card
 
 
-def teacher_scores(store: ScoreStore, inputs: LabelInputs, data: EvaluationSet) -> tuple[Scores, dict[str, str]]:
-    """(the weighted sum for every picture that all scorers have a finite score of, image -> why another has none)."""
-    by_scorer: dict[str, Scores] = {}
-    reasons: dict[str, str] = {}
-    for scorer in inputs.scorers:
-        job: ScoringJob = scorer.job(data, (scorer.main,))
-        kept = store.read(job, scorer.main)
-        reasons |= {each.image: f"{scorer.name}: {each.problem.reason}" for each in kept.dropped}
-        by_scorer[scorer.name] = found = {}
-        for record in kept.records:
-            values = kept.scores[record.index][0].tolist()
-            found |= {(record.index, image): value for image, value in zip(record.images, values, strict=True)}
-            reasons |= {
-                image: f"{scorer.name}: its score is {value}"
-                for image, value in zip(record.images, values, strict=True)
-                if value - value != 0
-            }
-    keys = [key for key in next(iter(by_scorer.values())) if all(key in found for found in by_scorer.values())]
-    columns = {
-        name: torch.tensor([found[key] for key in keys], dtype=torch.float64) for name, found in by_scorer.items()
-    }
-    total = normalised_sum(inputs.run.scorers, columns).tolist()
-    return {key: value for key, value in zip(keys, total, strict=True) if value - value == 0}, reasons
-
-
-def _margin(scores: Mapping[tuple[int, str], float], pair: Pair) -> float:
+def _margin(scores: Scores, pair: Pair) -> float:
     one, other = (scores[pair.group, image] for image in pair.images)
     return one - other
 
@@ -219,7 +190,7 @@ def _scale(store: ScoreStore, inputs: LabelInputs, margins: torch.Tensor) -> tup
     if inputs.validation is None:
         scale = median_scale(margins, run.median_confidence)
         return scale, {"scale_from": f"median margin at probability {run.median_confidence:g}"}
-    scores, _ = teacher_scores(store, inputs, inputs.validation)
+    scores, _ = teacher_scores(store, inputs.scorers, run.scorers, inputs.validation)
     labelled = [
         scores[record.index, record.images[better]] - scores[record.index, record.images[worse]]
         for record in inputs.validation.records
@@ -240,56 +211,3 @@ def _scale(store: ScoreStore, inputs: LabelInputs, margins: torch.Tensor) -> tup
         "brier": reliability.brier,
     }
     return scale, {"scale_from": "likelihood of validation's labels", "validation": found}
-
-
-def _write_dropped(file: Path, malformed: Sequence[str], failed: Sequence[Pair], reasons: Mapping[str, str]) -> None:
-    """List what gets no label, and say so."""
-    lines = list(malformed)
-    for pair in failed:
-        why = "; ".join(f"{image}: {reasons[image]}" for image in pair.images if image in reasons)
-        lines.append(json.dumps({"prompt": pair.prompt, "images": pair.images, "reason": why or "no score"}))
-    if lines:
-        write_text(file, "\n".join(lines) + "\n")
-        print(f"{len(malformed)} malformed records and {len(failed)} pairs without a score: {file}", flush=True)
-    else:
-        file.unlink(missing_ok=True)
-
-
-def _copy_pictures(source: PreferenceSet, pairs: Sequence[Pair], run_dir: Path) -> dict[str, str]:
-    """Copy the set's pictures, as they are, to where the labelled set may name them; returns key -> path."""
-    names: dict[str, str] = {}
-    for key in dict.fromkeys(image for pair in pairs for image in pair.images):
-        suffix = Path(key).suffix.lower()
-        number = len(names)
-        names[key] = f"{IMAGES}/{number // 1000:04d}/{number:07d}{suffix if suffix in suffixes() else ''}"
-    for key, name in tqdm(names.items(), desc="copy", unit="img"):
-        if not (run_dir / name).is_file():
-            write_bytes(run_dir / name, source.image(key))
-    return names
-
-
-def _write_records(
-    file: Path, pairs: Sequence[tuple[Pair, float]], scores: Mapping[tuple[int, str], float], names: Mapping[str, str]
-) -> None:
-    def lines() -> Iterator[str]:
-        for pair, probability in pairs:
-            order = (0, 1) if probability >= 0.5 else (1, 0)
-            first, second = (pair.images[side] for side in order)
-            record: dict[str, object] = {
-                "prompt": pair.prompt,
-                "path1": names.get(first, first),
-                "path2": names.get(second, second),
-                "choice_dist": None,
-                "confidence": None,
-                "probability": max(probability, 1 - probability),
-                "score1": scores[pair.group, first],
-                "score2": scores[pair.group, second],
-            }
-            if pair.models is not None:
-                record |= {"model1": pair.models[order[0]], "model2": pair.models[order[1]]}
-            yield json.dumps(record)
-
-    with replaced_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        for number, line in enumerate(lines()):
-            stream.write(("[\n" if number == 0 else ",\n") + line)
-        stream.write("\n]\n" if pairs else "[]\n")

@@ -13,7 +13,7 @@ import dina_rl
 from benchmarks import forward, layouts, loop, ray_overhead, reward_step
 from benchmarks.gpu import settings as gpu
 from dina_rl.cli import NAME, known_keys
-from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
+from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LabelRun, LocalRun, ScoreRun
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -31,6 +31,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "jobs.export": ExportRun,
     "jobs.compare": CompareRuns,
     "jobs.score": ScoreRun,
+    "jobs.label": LabelRun,
     "benchmarks.forward": forward.BenchmarkRun,
     "benchmarks.layouts": layouts.BenchmarkRun,
     "benchmarks.loop": loop.BenchmarkRun,
