@@ -10,7 +10,7 @@ import torch
 
 from dina_rl.reward.thurstone import preference_probability
 
-BISECTIONS = 200
+BISECTIONS = 60  # of an interval that a doubling found: to the last digit
 
 
 def soft_label(margins: torch.Tensor, scale: float) -> torch.Tensor:

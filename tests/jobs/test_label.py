@@ -67,14 +67,14 @@ def test_a_set_is_labelled_anew(teacher, preferences, tmp_path, capsys) -> None:
         assert record.probability == pytest.approx(expected.item(), rel=1e-5)
         sizes = [HPDv3(out).size(image) for image in record.images]
         assert sizes == [(32, 32), (32, 32)]
-    pixel = open_scorer(scorer_of(teacher, "pixel"))
-    latent = open_scorer(scorer_of(teacher, "latent"))
     first = records_of(out)[0]
-    given = [pixel.sample(HPDv3(out).image(image)) for image in first.images]
-    assert {Path(image).suffix for image in first.images} == {".png"}
+    pictures = [HPDv3(out).image(image) for image in first.images]
     keys = [NoiseKey(group=("hpdv3", "train", 0, 0), member=member) for member in range(2)]
-    prompts = [first.prompt] * 2
-    total = -2 * (pixel.score_samples(given, prompts, keys) - 1) / 4 + latent.score_samples(given, prompts, keys)
+    pixel, latent = (
+        scorer.score_samples([scorer.sample(picture) for picture in pictures], [first.prompt] * 2, keys)
+        for scorer in (open_scorer(scorer_of(teacher, "pixel")), open_scorer(scorer_of(teacher, "latent")))
+    )
+    total = -2 * (pixel - 1) / 4 + latent
     torch.testing.assert_close(total, torch.tensor([raw[0]["score1"], raw[0]["score2"]]), rtol=1e-4, atol=1e-4)
 
     before = (out / "train.json").stat().st_mtime_ns
@@ -113,6 +113,10 @@ def test_samples_are_the_same_after_an_interruption(teacher, tiny_pipeline, tmp_
 
 
 def test_the_scale_may_come_of_labels(teacher, preferences, tmp_path, capsys) -> None:
+    file = preferences / "test.json"
+    labels = json.loads(file.read_text())
+    labels[0]["path1"], labels[0]["path2"] = labels[0]["path2"], labels[0]["path1"]  # one that the teacher denies
+    file.write_text(json.dumps(labels))
     only = [*teacher[:6], "--dataset.path", preferences, "--dataset.split", "train"]
     label(*only, "--validation.path", preferences, "--validation.split", "test", "--run-dir", tmp_path / "labels")
     card = card_of(tmp_path / "labels")

@@ -17,12 +17,12 @@ def test_a_label_is_equation_5() -> None:
     torch.testing.assert_close(soft_label(margins, 0.1), expected)
 
 
-@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("unit", [1e-3, 1e4])
 def test_the_likeliest_scale_is_the_annotators_noise(unit: float) -> None:
     """Whatever unit the scores have: judges whose doubt about each picture has deviation 0.3 label by Eq. 5."""
     draws = generator("scale")
-    margins = torch.randn(20_000, generator=draws, dtype=torch.float64)
-    doubt = 0.3 * torch.randn(2, 20_000, generator=draws, dtype=torch.float64)
+    margins = torch.randn(5000, generator=draws, dtype=torch.float64)
+    doubt = 0.3 * torch.randn(2, 5000, generator=draws, dtype=torch.float64)
     preferred = torch.where(margins + doubt[0] - doubt[1] > 0, margins, -margins) * unit
     scale = likeliest_scale(preferred)
     assert scale == pytest.approx(0.3 * unit, rel=0.05)
