@@ -337,7 +337,6 @@ class LatentStore:
         prompts = table.column("prompt").dictionary_encode().combine_chunks()
         numbers = {name: torch.tensor(table.column(name).to_numpy()) for name in ("pair_id", "chosen", "rejected")}
         soft = table.column("probability") if "probability" in table.column_names else None
-        told = soft is not None and soft.null_count < len(soft)
         return PairTable(
             pair_ids=numbers["pair_id"],
             chosen=numbers["chosen"],
@@ -345,7 +344,9 @@ class LatentStore:
             bucket=self.info.bucket_of(numbers["chosen"]),
             prompt=torch.tensor(prompts.indices.to_numpy(), dtype=torch.int64),
             prompts=tuple(prompts.dictionary.to_pylist()),
-            probability=torch.tensor(soft.to_numpy(), dtype=torch.float64) if told else None,
+            probability=None
+            if soft is None or soft.null_count == len(soft)
+            else torch.tensor(soft.to_numpy(), dtype=torch.float64),
         )
 
     def complete(self) -> bool:
