@@ -54,12 +54,13 @@ def median_scale(margins: torch.Tensor, confidence: float) -> float:
     Raises:
         ValueError: the median is 0.
     """
-    median = margins.double().abs().median().item()
+    median: float = margins.double().abs().median().item()
     if not median:
         raise ValueError(
             "half the pairs or more have equal scores: their median margin is 0 and gives no scale; give one"
         )
-    return median / (math.sqrt(2) * torch.special.ndtri(torch.tensor(confidence, dtype=torch.float64)).item())
+    deviate: float = torch.special.ndtri(torch.tensor(confidence, dtype=torch.float64)).item()
+    return median / (math.sqrt(2) * deviate)
 
 
 def _slope(margins: torch.Tensor, b: float) -> float:
