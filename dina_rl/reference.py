@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun, ServeRun
+from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LabelRun, LocalRun, ScoreRun, ServeRun
 from dina_rl.config.keys import NAME, can_be_off, is_named, section_of
 
 
@@ -32,6 +32,7 @@ COMMANDS = (
     Command(call="python -m jobs.evaluate", run=EvaluateRun),
     Command(call="python -m jobs.score", run=ScoreRun),
     Command(call="python -m dina_rl.serve", run=ServeRun),
+    Command(call="python -m jobs.label", run=LabelRun),
 )
 
 

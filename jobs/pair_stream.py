@@ -39,12 +39,13 @@ _PLAN = pyarrow.schema(
         ("rows", _PLACES),
         ("chosen", _PLACES),
         ("rejected", _PLACES),
+        ("probability", pyarrow.list_(pyarrow.float64())),
     ]
 )
 
 
 def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
-    """Rows {step, share, step_pairs, key, prompt, latents, shape, chosen, rejected} of the steps from `first_step` on.
+    """Rows {step, share, step_pairs, key, prompt, latents, shape, chosen, rejected, probability}, from `first_step` on.
 
     `share` is how many rows of its step a rank gets, `step_pairs` how many pairs all ranks get.
 
@@ -151,4 +152,5 @@ def _unit(row: dict[str, Any], prompts: Sequence[str]) -> Unit:
         latents=torch.from_numpy(latents.copy()),
         chosen=tuple(row["chosen"]),
         rejected=tuple(row["rejected"]),
+        probability=None if row["probability"] is None else tuple(row["probability"]),
     )

@@ -24,6 +24,7 @@ from dina_rl.config.fitting import (
     ThurstoneConfig,
     TimestepConfig,
 )
+from dina_rl.config.labelling import LabelRun
 from dina_rl.config.rewards import (
     IMAGE_SCORERS,
     LRM_RELEASE,
@@ -72,6 +73,7 @@ __all__ = [
     "LearnerConfig",
     "NFTConfig",
     "LRMSD15Config",
+    "LabelRun",
     "LRMSDXLConfig",
     "LRM_RELEASE",
     "LoRAConfig",

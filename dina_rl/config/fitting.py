@@ -24,6 +24,9 @@ from dina_rl.config.keys import Mark
 OWN_TEST = "test"
 """Among a fit's held-out sets, the test pairs of the store that it trains on."""
 
+Labels = Literal["hard", "soft", "soft_matched"]
+"""What y of a pair is in Eq. 9."""
+
 BatchOf = Literal["pairs", "groups"]
 """What a training step is made of."""
 
@@ -162,6 +165,9 @@ class FitConfig(Section):
 
     steps: Positive = 12500
     """optimizer steps (HPDv3's 0.8M pairs at batch 64: one epoch)"""
+    labels: Labels = "hard"
+    """hard: y = 1, the preferred image is the better one; soft: y is the pair's own probability (jobs.label), in Eq. 9
+    as it stands; soft_matched: the same y in the loss that is least where the model says y"""
     batch_of: BatchOf = "pairs"
     """groups: pairs of a prompt that share images share noise too, and each image goes through the model once a step"""
     batch_size: Positive = 64

@@ -61,6 +61,8 @@ CREATE TABLE listed (
     UNIQUE (split, file, record, reason)
 );
 """
+_SOFT = "CREATE TABLE IF NOT EXISTS soft (position INTEGER PRIMARY KEY, probability REAL NOT NULL)"
+"""Of the pairs that have a probability: beside `pairs`, whose plans of before have no column for it."""
 _NO, _YES, _DECODING = 0, 1, 2  # `listed.broken`: whether the record cannot be used, and was found out by decoding
 _USABLE = """
 FROM pairs JOIN latents a ON a.image = chosen AND a.bucket = pairs.bucket
@@ -106,6 +108,7 @@ class EncodePlan:
                 with writing(file):
                     self._db.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
             with self._transaction():
+                self._db.execute(_SOFT)
                 self._db.execute("INSERT OR IGNORE INTO facts VALUES ('made of', ?)", (wanted,))
         except sqlite3.DatabaseError as error:
             self.close()
@@ -199,10 +202,12 @@ class EncodePlan:
                 return "duplicate"
         draw = derive_seed(seed, "pairs of a prompt", split, pair.index)
         values = (split, pair.index, record.file, record.index, prompt, chosen, rejected, draw)
-        self._db.execute(
+        position = self._db.execute(
             "INSERT INTO pairs (split, id, file, record, prompt, chosen, rejected, draw) VALUES (?,?,?,?,?,?,?,?)",
             values,
-        )
+        ).lastrowid
+        if pair.probability is not None:
+            self._db.execute("INSERT INTO soft VALUES (?, ?)", (position, pair.probability))
         return None
 
     def _id(self, table: str, column: str, value: str) -> int:
@@ -321,9 +326,12 @@ class EncodePlan:
 
     def stored_pairs(self, split: Split) -> Iterator[StoredPair]:
         """The pairs of a split that can be used, in the order of its files."""
-        query = f"SELECT pairs.id, a.id, b.id, text {_USABLE} AND split = ? ORDER BY position"
-        for pair, chosen, rejected, prompt in self._db.execute(query, (split,)):
-            yield StoredPair(pair_id=pair, chosen=chosen - 1, rejected=rejected - 1, prompt=prompt)
+        soft = "(SELECT probability FROM soft WHERE soft.position = pairs.position)"
+        query = f"SELECT pairs.id, a.id, b.id, text, {soft} {_USABLE} AND split = ? ORDER BY position"
+        for pair, chosen, rejected, prompt, probability in self._db.execute(query, (split,)):
+            yield StoredPair(
+                pair_id=pair, chosen=chosen - 1, rejected=rejected - 1, prompt=prompt, probability=probability
+            )
 
     def prompts(self) -> Iterator[str]:
         """The distinct prompts of the pairs that can be used, in order of appearance."""

@@ -50,7 +50,7 @@ class EvaluationSet:
             chosen.append(position)
             count += len(self.records[position].ordered_pairs())
         records = [self.records[position] for position in sorted(chosen)]
-        sample = _evaluation_set(self.name, self.config, records, self.skipped, usable=self.usable)
+        sample = evaluation_set(self.name, self.config, records, self.skipped, usable=self.usable)
         return replace(sample, parent=self.whole, unlabelled=self.unlabelled)
 
 
@@ -94,7 +94,7 @@ def read_set(name: str, config: SetConfig, *, seed: int) -> EvaluationSet:
     if config.max_records is not None and config.max_records < len(records):
         order = torch.randperm(len(records), generator=generator(seed, "records-of-set", config.split))
         records = [records[position] for position in sorted(order[: config.max_records].tolist())]
-    data = _evaluation_set(name, config, records, tuple(skipped), usable=usable)
+    data = evaluation_set(name, config, records, tuple(skipped), usable=usable)
     return replace(data, unlabelled=unlabelled)
 
 
@@ -111,9 +111,10 @@ def check_malformed(data: EvaluationSet, max_broken: float) -> None:
         )
 
 
-def _evaluation_set(
+def evaluation_set(
     name: str, config: SetConfig, records: list[PreferenceRecord], skipped: tuple[SkippedRecord, ...], *, usable: int
 ) -> EvaluationSet:
+    """Given records of a set, whoever chose or made them; `skipped` and `usable` are of its whole split."""
     digest = blake2b(f"{config.kind}\n{config.path}\n{config.split}\n".encode(), digest_size=16)
     for record in records:
         digest.update(json.dumps([record.index, record.prompt, record.images, record.ranks]).encode())

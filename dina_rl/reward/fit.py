@@ -22,7 +22,7 @@ from dina_rl.config import FitConfig, TimestepConfig
 from dina_rl.data.stores.units import TrainingBatch
 from dina_rl.errors import RunStopped
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.reward.thurstone import comparison_variance, fidelity_loss
+from dina_rl.reward.thurstone import comparison_variance, fidelity_loss, matched_fidelity_loss
 from dina_rl.reward.timesteps import draw_timestep
 from dina_rl.seeding import generator
 
@@ -190,7 +190,11 @@ def _forward(
     chosen = batch.chosen.to(device)
     margin = scores[chosen] - scores[batch.rejected.to(device)]
     variance = comparison_variance(t[unit[chosen]], model.config.thurstone)
-    return margin, fidelity_loss(margin, variance, torch.ones_like(margin)).mean()  # y = 1: chosen is preferred
+    if config.labels == "hard":
+        return margin, fidelity_loss(margin, variance, torch.ones_like(margin)).mean()  # y = 1: chosen is preferred
+    assert batch.probability is not None, "soft labels are there, as `inputs.check_labels` has seen"
+    loss = matched_fidelity_loss if config.labels == "soft_matched" else fidelity_loss
+    return margin, loss(margin, variance, batch.probability.to(margin)).mean()
 
 
 def micro_batches(batch: TrainingBatch, config: FitConfig, *, world_size: int) -> list[TrainingBatch]:

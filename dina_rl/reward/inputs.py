@@ -7,7 +7,9 @@ from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.checkpoint import Input
 from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, EncodeWork, check_inputs, encode_dataset, encode_inputs
-from dina_rl.data.stores.latents import SPLITS, LatentStore, PairStore, Split
+from dina_rl.data.sets.records import PreferenceRecord
+from dina_rl.data.sets.registry import open_set
+from dina_rl.data.stores.latents import SPLITS, LatentStore, PairStore, PairTable, Split
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.preprocessed import PreprocessedStore
@@ -41,6 +43,8 @@ def check_fit_inputs(run: FitRun, backbone: Backbone) -> FitRun:
         check_store(latents, needed, run, backbone)
     for directory in held_out.values():
         check_store(Path(directory), ("test",), run, backbone)
+    if run.fit.labels != "hard" and run.latents is None:
+        check_first_label(run)
     if run.latents is None or any(find_prompts(each, run.pipeline) is None for each in _stores(run, run.latents)):
         backbone.check("text")
     return run
@@ -78,9 +82,36 @@ def check_store(directory: Path, splits: Sequence[Split], run: FitRun, backbone:
                 f"{run.pipeline.path} makes {backbone.latent_shape(height, width)}"
             )
     for split in splits:
-        if not len(store.pairs(split)):
+        pairs = store.pairs(split)
+        if not len(pairs):
             raise ValueError(f"latent store {directory} has no {split} pairs")
+        if split == "train":
+            check_labels(directory, pairs, run)
     find_prompts(directory, run.pipeline)
+
+
+def check_labels(directory: Path, pairs: PairTable, run: FitRun) -> None:
+    """Raises ValueError if the fit needs a probability of every training pair and some have none."""
+    if run.fit.labels == "hard":
+        return
+    missing = len(pairs) if pairs.probability is None else int(pairs.probability.isnan().sum())
+    if missing:
+        raise ValueError(
+            f"fit.labels {run.fit.labels}: {missing} of {len(pairs)} training pairs in {directory} have no "
+            "probability; label them with jobs.label, or fit on hard labels"
+        )
+
+
+def check_first_label(run: FitRun) -> None:
+    """The same of a set that is yet to be encoded, by its first record: mistakes are told before hours of encoding."""
+    dataset = run.dataset
+    records = open_set(dataset.kind, dataset.location).records(dataset.splits["train"])
+    first = next((record for record in records if isinstance(record, PreferenceRecord)), None)
+    if first is not None and first.probability is None:
+        raise ValueError(
+            f"fit.labels {run.fit.labels}: record {first.index} of split {dataset.train} of {dataset.location} has no "
+            "probability; label the set with jobs.label, or fit on hard labels"
+        )
 
 
 def training_latents(run: FitRun, run_dir: Path) -> Path:

@@ -26,6 +26,7 @@ from dina_rl.data.stores.units import Units, fit_units
 from dina_rl.reward.fit import rate_factor
 from dina_rl.reward.inputs import (
     check_fit_inputs,
+    check_labels,
     encode_missing,
     fit_inputs,
     training_latents,
@@ -116,6 +117,7 @@ def _fit(run: FitRun, run_dir: Path, backbone: Backbone, work: FitWork, begin: f
     encode_missing(run, run_dir, backbone, encoding)
     latents = training_latents(run, run_dir)
     store = open_store(latents)
+    check_labels(latents, store.pairs("train"), run)
     notes = unseen_pairs(run, store) + without_embeddings(run, latents)
     print("".join(f"{line}\n" for line in notes), end="", flush=True)
     encode_seconds = perf_counter() - begin

@@ -43,6 +43,17 @@ def fidelity_loss(margin: torch.Tensor, variance: torch.Tensor, label: torch.Ten
     return 1 - torch.sqrt((label * first + (1 - label) * second).clamp_min(PROBABILITY_FLOOR))
 
 
+def matched_fidelity_loss(margin: torch.Tensor, variance: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """1 - sqrt(y p) - sqrt((1 - y)(1 - p)) per pair [B]: the fidelity loss of Tsai et al. (FRank), the paper's [36].
+
+    For y of 0 or 1 it is `fidelity_loss`. Between them it has its minimum, 0, where p = y. Eq. 9 as the paper writes it
+    has none there: it falls with p for every y above 1/2. Arguments as `fidelity_loss`.
+    """
+    first = preference_probability(margin, variance).clamp_min(PROBABILITY_FLOOR)
+    second = preference_probability(-margin, variance).clamp_min(PROBABILITY_FLOOR)
+    return 1 - label.sqrt() * first.sqrt() - (1 - label).sqrt() * second.sqrt()
+
+
 def _normal_cdf(z: torch.Tensor) -> torch.Tensor:
     # erfc keeps its relative accuracy in the lower tail, where (1 + erf) / 2 cancels to 0.
     tail: torch.Tensor = torch.special.erfc(-z / math.sqrt(2))

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from dina_rl.config import RewardsConfig
+from dina_rl.config import RewardsConfig, ScorerConfig
 
 EPSILON = 1e-4  # as in flow_grpo: keeps nearly constant groups from exploding
 
@@ -19,7 +19,12 @@ def weighted_sum(rewards: RewardsConfig, scores: Mapping[str, torch.Tensor]) -> 
         ValueError: anything but a tensor per configured scorer; held-out metrics have a type of their own.
     """
     _check(rewards, scores)
-    terms = (each.weight * (scores[name] - each.mean) / each.std for name, each in rewards.scorers.items())
+    return normalised_sum(rewards.scorers, scores)
+
+
+def normalised_sum(parts: Mapping[str, ScorerConfig], scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum itself: `scores` has one tensor of every part."""
+    terms = (each.weight * (scores[name] - each.mean) / each.std for name, each in parts.items())
     return sum(terms, torch.zeros(()))
 
 

@@ -17,8 +17,9 @@ SHORT = {"every": 1, "dev_samples": 2, "test_samples": 2, "guidances": [2.0]}
 
 
 def test_all_jobs_run_where_ray_and_deepspeed_are_not_installed(tmp_path: Path, tiny_pipeline: Path) -> None:
-    """Encode, fit, evaluate, score and align, each on what the one before it made."""
-    data, encoded, fitted, audit, aligned = (tmp_path / name for name in ("data", "encoded", "fit", "audit", "align"))
+    """Encode, fit, evaluate, score, label, fit on the labels and align, each on what the one before it made."""
+    names = ("data", "encoded", "fit", "audit", "labels", "student", "align")
+    data, encoded, fitted, audit, labels, student, aligned = (tmp_path / name for name in names)
     write_preferences(data, train=6, test=3)
     config = tmp_path / "fit.yaml"
     config.write_text(
@@ -47,6 +48,11 @@ def test_all_jobs_run_where_ray_and_deepspeed_are_not_installed(tmp_path: Path, 
                     + ["--levels", "0.4", "--uncertainty", "None", "--run-dir", str(audit)],
                     ["jobs.score", "--scorer.path", str(fitted / "reward"), "--images", str(picture)]
                     + ["--prompt", "a cat", "--out", str(tmp_path / "scores.csv")],
+                    ["jobs.label", "--inline", "--scorers.dina.path", str(fitted / "reward"), "--run-dir", str(labels)]
+                    + ["--dataset.path", str(data), "--dataset.split", "train"],
+                    ["jobs.fit_reward", "--config", str(config), "--run-dir", str(student), "--fit.labels", "soft"]
+                    + ["--dataset.path", str(labels), "--dataset.test", "None"]
+                    + ["--fit.held_out", "people", str(encoded / "latents")],
                     ["jobs.align", "--config", str(tmp_path / "align.yaml")],
                 ]
             ),
@@ -61,7 +67,8 @@ def test_all_jobs_run_where_ray_and_deepspeed_are_not_installed(tmp_path: Path, 
     assert (audit / "report.json").is_file()
     assert (tmp_path / "scores.csv").read_text().count(str(picture.name)) == 1
     assert (aligned / "adapter").is_dir()
-    for run_dir in (encoded, fitted, audit, aligned):
+    assert json.loads((student / "metrics.json").read_text())["train_pairs"] == 6
+    for run_dir in (encoded, fitted, audit, labels, student, aligned):
         versions = json.loads((run_dir / "versions.json").read_text())
         assert (versions["ray"], versions["deepspeed"]) == (None, None)
         assert (versions["torch"], versions["dina_rl"]) == (version("torch"), __version__)

@@ -14,7 +14,7 @@ from benchmarks import forward, layouts, loop, ray_overhead, reward_step, serve,
 from benchmarks.chaos import settings as chaos
 from benchmarks.gpu import settings as gpu
 from dina_rl.cli import NAME, known_keys
-from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun, ServeRun
+from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LabelRun, LocalRun, ScoreRun, ServeRun
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -33,6 +33,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "jobs.compare": CompareRuns,
     "jobs.score": ScoreRun,
     "dina_rl.serve": ServeRun,
+    "jobs.label": LabelRun,
     "benchmarks.forward": forward.BenchmarkRun,
     "benchmarks.layouts": layouts.BenchmarkRun,
     "benchmarks.loop": loop.BenchmarkRun,

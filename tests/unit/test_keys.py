@@ -15,6 +15,7 @@ from dina_rl.config import (
     FitConfig,
     FitRun,
     GoldenConfig,
+    LabelRun,
     LearnerConfig,
     LocalRun,
     PictureScorerConfig,
@@ -30,6 +31,7 @@ from dina_rl.config import (
 from dina_rl.config.base import Section
 from dina_rl.config.evaluation import BootstrapConfig, SetConfig
 from dina_rl.config.keys import Mark, covers, dump_without, marked, section_of
+from dina_rl.config.labelling import ValidationConfig
 
 RUNS: tuple[type[BaseModel], ...] = (
     FitRun,
@@ -40,6 +42,7 @@ RUNS: tuple[type[BaseModel], ...] = (
     ExportRun,
     CompareRuns,
     ServeRun,
+    LabelRun,
 )
 DECIDES = None
 PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
@@ -54,7 +57,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         "checkpoint_keep micro_batch_size gradient_checkpointing evaluation_batch_size",
         Mark.REPORT: "evaluate_every held_out",
         DECIDES: "steps batch_of batch_size bucket_batch learning_rate weight_decay warmup_steps decay_start "
-        "max_grad_norm ema_decay autocast",
+        "max_grad_norm ema_decay autocast labels",
     },
     AlignRun: {
         Mark.PROCESS: "plan_tflops plan_gib inline checkpoint_every checkpoint_keep workers",
@@ -112,6 +115,12 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         Mark.PROCESS: "num_workers cpus_per_actor gpus_per_actor threads_per_actor start_timeout_s call_timeout_s "
         "max_restarts"
     },
+    LabelRun: {
+        Mark.PROCESS: "inline max_broken workers",
+        Mark.PLACE: "run_dir resume",
+        DECIDES: "seed plan split scale median_confidence batch_size encode_batch_size records_per_part",
+    },
+    ValidationConfig: {Mark.PROCESS: "max_pixels", DECIDES: "kind path split max_records"},
     BootstrapConfig: {Mark.REPORT: "resamples confidence"},
 }
 """The settings of every section that has a mark or lies under one: a new one there is a decision to be made here.

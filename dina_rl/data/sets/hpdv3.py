@@ -2,6 +2,7 @@
 
 A file is a JSON array of {prompt, path1, path2, choice_dist, confidence, model1, model2}; paths are relative to the
 directory and path1 is always the preferred image. choice_dist and confidence are null for pairs without annotators.
+`jobs.label` adds {probability}, a teacher's for path1 being the better one; published files have none.
 """
 
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def _record(index: int, raw: Raw) -> PreferenceRecord:
         votes=_votes(raw.get("choice_dist")),
         confidence=share(raw, "confidence"),
         models=pair_of_names(raw, "model1", "model2"),
+        probability=share(raw, "probability"),
     )
 
 

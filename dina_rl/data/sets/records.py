@@ -26,6 +26,7 @@ class PreferenceRecord:
     votes: tuple[int, int] | None = None  # of a pair: people for images[0], for images[1]
     confidence: float | None = None  # the annotators', in [0, 1]
     models: tuple[str, ...] | None = None  # the generator of each image
+    probability: float | None = None  # of a pair: that images[0] is the better one, as a teacher says (`jobs.label`)
     category: str | None = None
     file: str = ""  # that holds it, for what is said about it
 
@@ -107,6 +108,7 @@ class PreferencePair:
     rejected: str
     votes: tuple[int, int] | None  # for chosen, for rejected
     confidence: float | None  # the annotators', in [0, 1]
+    probability: float | None = None  # a teacher's, that chosen is the better one; None: there is none
 
 
 def pair_id(record: int, position: int, num_images: int) -> int:
@@ -127,4 +129,5 @@ def pairs_of(record: PreferenceRecord) -> Iterator[PreferencePair]:
             rejected=record.images[worse],
             votes=None if record.votes is None else (record.votes[better], record.votes[worse]),
             confidence=record.confidence,
+            probability=record.probability if better == 0 or record.probability is None else 1 - record.probability,
         )

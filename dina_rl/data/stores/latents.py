@@ -3,7 +3,8 @@
     store.json                      StoreInfo: what is encoded at which sizes, and how rows map to shards
     rows.parquet                    {image}: the image of every row, the index of the store
     shard-00000.parquet             {latent, problem}: normalised latents of rows of one bucket, as bytes
-    pairs-train.parquet, -test      {pair_id, chosen, rejected, prompt}; written last: with them the store is complete
+    pairs-train.parquet, -test      {pair_id, chosen, rejected, prompt, probability}; written last: with
+                                    them the store is complete
     prompts/                        embeddings of the pairs' prompts, where they were asked for (`prompt_store.py`)
 
 Rows are ordered by bucket. Every file is zstd-compressed, has a checksum of every page, and appears whole or not at
@@ -48,6 +49,7 @@ _PAIRS_SCHEMA = pyarrow.schema(
         ("chosen", pyarrow.int64()),
         ("rejected", pyarrow.int64()),
         ("prompt", pyarrow.string()),
+        ("probability", pyarrow.float64()),  # older stores have none
     ]
 )
 
@@ -124,6 +126,7 @@ class StoredPair:
     chosen: int
     rejected: int
     prompt: str
+    probability: float | None = None  # y of Eq. 9, that chosen is the better one; None: nobody says so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +139,8 @@ class PairTable:
     bucket: torch.Tensor  # [N] int64, index into the store's `buckets`
     prompt: torch.Tensor  # [N] int64, index into `prompts`
     prompts: tuple[str, ...]  # distinct
+    probability: torch.Tensor | None = None  # [N] float64, that chosen is the better one, NaN where nobody says so;
+    # None: it is said of no pair
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -339,6 +344,7 @@ class LatentStore:
             table = file.read()
         prompts = table.column("prompt").dictionary_encode().combine_chunks()
         numbers = {name: torch.tensor(table.column(name).to_numpy()) for name in ("pair_id", "chosen", "rejected")}
+        soft = table.column("probability") if "probability" in table.column_names else None
         return PairTable(
             pair_ids=numbers["pair_id"],
             chosen=numbers["chosen"],
@@ -346,6 +352,9 @@ class LatentStore:
             bucket=self.info.bucket_of(numbers["chosen"]),
             prompt=torch.tensor(prompts.indices.to_numpy(), dtype=torch.int64),
             prompts=tuple(prompts.dictionary.to_pylist()),
+            probability=None
+            if soft is None or soft.null_count == len(soft)
+            else torch.tensor(soft.to_numpy(), dtype=torch.float64),
         )
 
     def complete(self) -> bool:

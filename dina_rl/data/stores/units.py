@@ -95,6 +95,7 @@ class Unit:
     latents: torch.Tensor  # [n, C, H, W], of its images, each once
     chosen: tuple[int, ...]  # of every pair, positions in `latents`
     rejected: tuple[int, ...]
+    probability: tuple[float, ...] | None = None  # of every pair, as in the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,7 @@ class Layout:
     rows: tuple[int, ...]  # of the store, each once
     chosen: tuple[int, ...]  # of every pair, positions in `rows`
     rejected: tuple[int, ...]
+    probability: tuple[float, ...] | None = None  # of every pair, as in the table
 
 
 def layout(table: PairTable, units: Units, unit: int) -> Layout:
@@ -122,6 +124,7 @@ def layout(table: PairTable, units: Units, unit: int) -> Layout:
         rows=tuple(place),
         chosen=tuple(place[row] for row in chosen),
         rejected=tuple(place[row] for row in rejected),
+        probability=None if table.probability is None else tuple(table.probability[pairs].tolist()),
     )
 
 
@@ -139,6 +142,7 @@ class TrainingBatch:
     chosen: torch.Tensor  # [B] int64, of every pair, unit by unit: positions in `latents`
     rejected: torch.Tensor  # [B] int64
     step_pairs: int  # pairs of the step over all ranks
+    probability: torch.Tensor | None = None  # [B] float64, that chosen is the better one; None: the table has none
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -157,6 +161,7 @@ class TrainingBatch:
             latents=self.latents[images],
             chosen=place[self.chosen[pairs]],
             rejected=place[self.rejected[pairs]],
+            probability=None if self.probability is None else self.probability[pairs],
         )
 
 
@@ -174,6 +179,7 @@ def training_batch(units: Sequence[Unit], *, step_pairs: int) -> TrainingBatch:
             ]
         )
 
+    soft = [probability for unit in units for probability in unit.probability or ()]
     return TrainingBatch(
         keys=tuple(unit.key for unit in units),
         prompts=tuple(unit.prompt for unit in units),
@@ -182,6 +188,7 @@ def training_batch(units: Sequence[Unit], *, step_pairs: int) -> TrainingBatch:
         chosen=positions("chosen"),
         rejected=positions("rejected"),
         step_pairs=step_pairs,
+        probability=torch.tensor(soft, dtype=torch.float64) if soft else None,
     )
 
 
@@ -200,6 +207,7 @@ def read_units(store: PairStore, table: PairTable, units: Units, index: torch.Te
                 latents=part,
                 chosen=each.chosen,
                 rejected=each.rejected,
+                probability=each.probability,
             )
             for each, part in zip(layouts, parts, strict=True)
         ],

@@ -170,3 +170,8 @@ def test_pairs_that_nobody_compared_are_a_counted_filter(plan: EncodePlan) -> No
     assert retention.dropped == {"unlabelled": 8}
     assert plan.broken_records() == (0, 9)
     assert list(plan.skipped()) == []
+
+
+def test_a_probability_stays_with_its_pair(plan: EncodePlan) -> None:
+    fill(plan, [record(0, "a", "b"), record(1, "a", "c", probability=0.75), record(2, "a", "a", probability=0.5)])
+    assert [pair.probability for pair in plan.stored_pairs("train")] == [None, 0.75]

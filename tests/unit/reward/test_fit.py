@@ -1,4 +1,5 @@
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -269,3 +270,20 @@ def test_without_averaging_the_saved_weights_are_the_last_ones(backbone, encoder
     progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), CONFIG.model_copy(update={"ema_decay": 0.0}))
     list(fit(progress, (fit_batch(8, step) for step in range(3)), encoder, seed=0))
     assert_same_tensors(progress.averages, progress.parameters)
+
+
+def test_certain_soft_labels_fit_as_hard_ones(backbone, encoder) -> None:
+    """And doubtful ones do not: half the pairs at y = 1/2 change the step."""
+
+    def fitted(labels: str, probability: torch.Tensor) -> dict[str, torch.Tensor]:
+        config = CONFIG.model_copy(update={"labels": labels})
+        progress = RewardFit(LatentRewardModel(backbone, TINY_REWARD, seed=0), config)
+        list(fit(progress, [replace(fit_batch(2, 0), probability=probability)], encoder, seed=0))
+        return progress.state()
+
+    certain = torch.ones(2, dtype=torch.float64)
+    hard = fitted("hard", certain * 0.5)
+    for labels in ("soft", "soft_matched"):
+        assert_same_tensors(fitted(labels, certain), hard)
+    doubtful = fitted("soft", torch.tensor([1.0, 0.5], dtype=torch.float64))
+    assert any(not torch.equal(doubtful[name], value) for name, value in hard.items())

@@ -2,14 +2,16 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dina_rl.config import FitConfig, FitRun
+from dina_rl.data.stores.latents import LatentStore, StoredPair
 from dina_rl.reward.inputs import check_fit_inputs, unseen_pairs
 from dina_rl.runtime import open_pipeline
-from tests.tiny_reward import TINY_REWARD, write_store
+from tests.tiny_reward import TINY_REWARD, write_preferences, write_store
 
 
 @pytest.fixture
@@ -80,3 +82,23 @@ def test_sizes_that_get_no_step_are_named(run: FitRun, tmp_path: Path) -> None:
     lines = ["1 training pairs of size 32x16 are not seen: too few for one of 10 steps"]
     assert unseen_pairs(short, store) == lines
     assert unseen_pairs(run.model_copy(update={"fit": FitConfig(steps=26, batch_size=2)}), store) == []
+
+
+def test_soft_labels_that_are_missing(run: FitRun, tmp_path: Path) -> None:
+    line = "fit.labels soft: {} of 4 training pairs in .*store have no probability; label them with jobs.label"
+    with pytest.raises(ValueError, match=line.format(4)):
+        checked(run, fit={"labels": "soft"})
+    store = LatentStore(tmp_path / "store")
+    pairs = [StoredPair(pair_id=n, chosen=2 * n, rejected=2 * n + 1, prompt="p", probability=0.9) for n in range(4)]
+    store.write_pairs("train", [*pairs[:3], replace(pairs[3], probability=None)])
+    with pytest.raises(ValueError, match=line.format(1)):
+        checked(run, fit={"labels": "soft"})
+    store.write_pairs("train", pairs)
+    checked(run, fit={"labels": "soft"})
+
+
+def test_soft_labels_that_a_set_lacks_are_missed_before_it_is_encoded(tiny_pipeline: Path, tmp_path: Path) -> None:
+    write_preferences(tmp_path / "set", train=2, test=1)
+    run = FitRun(dataset={"path": str(tmp_path / "set")}, pipeline={"path": str(tiny_pipeline)}, reward=TINY_REWARD)
+    with pytest.raises(ValueError, match="record 0 of split train of .*set has no probability; label the set"):
+        checked(run, fit={"labels": "soft"})

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from dina_rl.config import ThurstoneConfig
-from dina_rl.reward.thurstone import PROBABILITY_FLOOR, comparison_variance, fidelity_loss, preference_probability
+from dina_rl.reward.thurstone import (
+    PROBABILITY_FLOOR,
+    comparison_variance,
+    fidelity_loss,
+    matched_fidelity_loss,
+    preference_probability,
+)
 
 
 def test_variance_grows_with_the_noise_level() -> None:
@@ -53,3 +59,41 @@ def test_small_probabilities_keep_their_gradient_in_single_precision() -> None:
     margin = torch.tensor([-6 * math.sqrt(2)], requires_grad=True)
     fidelity_loss(margin, torch.ones(1), torch.ones(1)).backward()
     assert margin.grad.item() < 0
+
+
+MARGINS = torch.tensor([-1.3, -0.2, 0.0, 0.4, 2.0], dtype=torch.float64)
+VARIANCE = torch.tensor([0.3, 0.01, 1.0, 0.5, 2.01], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("y", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_a_soft_label_scales_the_gradient_of_equation_9(y: float) -> None:
+    """d/dm [1 - sqrt(q)] with q = y p + (1 - y)(1 - p) is -(2 y - 1) p' / (2 sqrt(q)): of one sign for every margin."""
+    margin, scale = MARGINS.clone().requires_grad_(), torch.sqrt(2 * VARIANCE)
+    fidelity_loss(margin, VARIANCE, torch.full_like(MARGINS, y)).sum().backward()
+    normal = torch.distributions.Normal(0.0, 1.0)
+    p = normal.cdf(MARGINS / scale)
+    slope = normal.log_prob(MARGINS / scale).exp() / scale
+    expected = -(2 * y - 1) * slope / (2 * torch.sqrt(y * p + (1 - y) * (1 - p)))
+    torch.testing.assert_close(margin.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("y", [0.0, 1.0])
+def test_the_matched_loss_is_equation_9_where_the_label_is_hard(y: float) -> None:
+    label, found = torch.full_like(MARGINS, y), []
+    for loss in (fidelity_loss, matched_fidelity_loss):
+        margin = MARGINS.clone().requires_grad_()
+        value = loss(margin, VARIANCE, label)
+        value.sum().backward()
+        found.append((value.detach(), margin.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("y", [0.2, 0.5, 0.8])
+def test_the_matched_loss_is_least_where_the_model_says_the_label(y: float) -> None:
+    agreed = math.sqrt(2) * torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor([y], dtype=torch.float64))
+    margin, one = agreed.clone().requires_grad_(), torch.ones(1, dtype=torch.float64)
+    loss = matched_fidelity_loss(margin, one, y * one)
+    loss.backward()
+    torch.testing.assert_close(torch.cat([loss.detach(), margin.grad]), torch.zeros(2, dtype=torch.float64))
+    for other in (agreed - 0.1, agreed + 0.1):
+        assert matched_fidelity_loss(other, one, y * one) > 1e-4

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dina_rl.data.sets.hpdv3 import HPDv3
-from dina_rl.data.sets.records import AnyRecord, PreferenceRecord
+from dina_rl.data.sets.records import AnyRecord, PreferenceRecord, SkippedRecord, pairs_of
 
 GOOD = {
     "prompt": "a cat",
@@ -35,6 +35,18 @@ def test_path1_is_the_preferred_image(tmp_path: Path) -> None:
             file="train.json",
         )
     ]
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 1])
+def test_a_probability_is_of_path1(tmp_path: Path, probability: float) -> None:
+    record = read(tmp_path, GOOD | {"probability": probability})[0]
+    assert [pair.probability for pair in pairs_of(record)] == [probability]
+
+
+def test_a_probability_beyond_1_is_malformed(tmp_path: Path) -> None:
+    (record,) = read(tmp_path, GOOD | {"probability": 1.5})
+    assert isinstance(record, SkippedRecord)
+    assert record.reason.startswith("probability must be a number in [0, 1]")
 
 
 @pytest.mark.parametrize("votes", [None, [], [3], [None, None]])

@@ -192,3 +192,22 @@ def test_a_broken_description_names_its_file(tmp_path: Path, content: str) -> No
     (tmp_path / "store.json").write_text(content)
     with pytest.raises(ValueError, match="store.json does not describe a latent store of this format"):
         LatentStore(tmp_path)
+
+
+def test_probabilities_of_pairs_come_back(filled) -> None:
+    store, _ = filled
+    store.write_pairs("train", [pair(0, 0, 1), replace(pair(1, 5, 6), probability=0.75)])
+    store.write_pairs("test", [pair(0, 0, 1)])
+    told = store.pairs("train").probability
+    assert told is not None
+    assert told.isnan().tolist() == [True, False]
+    assert told[1].item() == 0.75
+    assert store.pairs("test").probability is None
+
+
+def test_pairs_of_an_older_store_have_no_probability(filled) -> None:
+    store, _ = filled
+    store.write_pairs("train", [replace(pair(0, 0, 1), probability=0.75)])
+    file = store.directory / "pairs-train.parquet"
+    parquet.write_table(parquet.read_table(file).drop_columns(["probability"]), file)
+    assert store.pairs("train").probability is None

@@ -1,5 +1,7 @@
 """Pairs that share images form groups: every pair in one, every image of a group once, no group too large."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,6 +82,27 @@ def unit(key: int, images: int, *pairs: tuple[int, int]) -> Unit:
 
 
 UNITS = (unit(1, 2, (0, 1)), unit(2, 3, (0, 1), (2, 1)), unit(3, 1, (0, 0)), unit(4, 2, (1, 0)))
+
+
+def test_probabilities_stay_with_their_pairs() -> None:
+    told = replace(table(PAIRS), probability=torch.linspace(0.1, 0.8, len(PAIRS), dtype=torch.float64))
+    units = fit_units(told, "groups")
+    layouts = [layout(told, units, number) for number in (1, 0)]
+    assert told.probability is not None
+    by_position = [tuple(told.probability[units.pairs_of(number)].tolist()) for number in (1, 0)]
+    assert [each.probability for each in layouts] == by_position
+    batch = training_batch(
+        [
+            replace(unit(n, 3, *((0, 1) for _ in each.chosen)), probability=each.probability)
+            for n, each in enumerate(layouts)
+        ],
+        step_pairs=5,
+    )
+    assert batch.probability is not None
+    assert batch.probability.tolist() == [*by_position[0], *by_position[1]]
+    part = batch.part(1, 2).probability
+    assert part is not None
+    assert part.tolist() == list(by_position[1])
 
 
 def test_a_batch_holds_its_units_pairs() -> None:
