@@ -105,6 +105,8 @@ class LabelRun(Section):
         if not self.split.isidentifier():
             raise ValueError(f"split: {self.split!r} must be a name of letters, digits and _")
         for name, scorer in self.scorers.items():
+            if scorer.of_images is not None and scorer.of_images.pairwise:
+                raise ValueError(f"scorers.{name}: {scorer.kind} compares two pictures; a teacher has a score of each")
             if scorer.normalisation != "raw" or scorer.noise != "shared":
                 raise ValueError(
                     f"scorers.{name}: normalisation and noise stay raw and shared; mean and std normalise a teacher"
