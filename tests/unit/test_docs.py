@@ -12,6 +12,8 @@ from pydantic import BaseModel
 import dina_rl
 from benchmarks import forward, layouts, loop, ray_overhead, reward_step
 from benchmarks.gpu import settings as gpu
+from benchmarks.pixel_reward import cost, pretrain
+from benchmarks.pixel_reward import fit as pixel_fit
 from dina_rl.cli import NAME, known_keys
 from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
 
@@ -37,6 +39,10 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "benchmarks.ray_overhead": ray_overhead.BenchmarkRun,
     "benchmarks.reward_step": reward_step.BenchmarkRun,
     "benchmarks.gpu": gpu.BenchmarkRun,
+    "benchmarks.pixel_reward.align": AlignRun,
+    "benchmarks.pixel_reward.cost": cost.CostRun,
+    "benchmarks.pixel_reward.fit": pixel_fit.FitRun,
+    "benchmarks.pixel_reward.pretrain": pretrain.PretrainRun,
 }
 RUNS = set(PROGRAMS.values())
 OTHER_OPTIONS = {
