@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from benchmarks.pixel_reward import fit, pretrain
-from dina_rl.config import PickScoreConfig
+from benchmarks.pixel_reward import cost, fit, pretrain
+from benchmarks.untrained import save_untrained
+from dina_rl.config import PickScoreConfig, PipelineConfig, RewardModelConfig
 from dina_rl.scorers.clip import load_clip, open_clip_scorer
 from dina_rl.seeding import generator
 from dina_rl.shapes.grammar import prompts, spec_tensor
@@ -85,3 +86,11 @@ def test_what_is_fitted_is_loaded_measured_and_counted(
     with pytest.raises(SystemExit, match="2"):
         fit.main(words)
     assert "exists: choose a new directory" in capsys.readouterr().err
+
+
+def test_what_a_score_costs_is_measured_of_both(pretrained: Path, tmp_path: Path) -> None:
+    dina = save_untrained(tmp_path / "dina", PipelineConfig(), RewardModelConfig(taps=(1,), num_heads=4))
+    spent = cost.measure(cost.CostRun(dina=dina, pixel=pretrained, samples=2, repeats=2))
+    assert {len(times) for times in spent.values()} == {2}
+    assert spent[cost.PIXEL + cost.GRADIENT] > spent[cost.PIXEL], "the gradient is on top"
+    assert f"{cost.PIXEL} / {cost.DINA}{cost.GRADIENT}" in cost.table(spent)
