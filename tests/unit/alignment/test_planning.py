@@ -12,8 +12,8 @@ from jobs.align import main
 CONFIGS = Path(__file__).parents[3] / "configs"
 ALGORITHMS = ("grpo", "refl", "nft")
 PRESETS = [file for file in sorted(CONFIGS.glob("*.yaml")) if any(name in file.stem for name in ALGORITHMS)]
-# The mixed recipe has none: the miniature world's golden rules are no scorer that could be mixed in. Nor has HPSv3's run: there
-# the pixel reward is made (docs/results/pixel_reward.md).
+# The mixed recipe has none: the miniature world's golden rules are no scorer that could be mixed in. HPSv3's neither:
+# its miniature is a pixel reward that has to be made first (docs/results/pixel_reward.md).
 WITH_MINIATURE = [
     file
     for file in PRESETS
