@@ -32,6 +32,8 @@ PAPER: dict[str, dict[str, object]] = {
         "algorithm": "refl",
         "pipeline.path": SD35M,
         "rewards.dina.levels": (0.4,),
+        "rewards.dina": None,  # in the run that HPSv3 rewards
+        "rewards.hpsv3.path": "MizzenAI/HPSv3",
         "golden.scorer": "pickscore",
     },
     "C.2": {
@@ -133,6 +135,20 @@ OFFICIAL: dict[str, Values] = {
     "sd35m_refl_official_code": REFL,
 }
 
+# What the paper's Table 8 leaves open.
+TABLE_8: Values = {
+    key: REFL[key]
+    for key in (
+        "pipeline.height",
+        "pipeline.width",
+        "rollout.guidance_scale",
+        "rollout.group_size",
+        "refl.stop_range",
+        "golden.aligned_guidances",
+        "golden.batch_size",
+    )
+}
+
 # flow_grpo's configuration of PickScore on SD3.5-medium, over all steps.
 FLOW_GRPO: Values = {
     "pipeline.path": (SD35M, "configuration"),
@@ -205,14 +221,11 @@ RELEASED: dict[str, Values] = {
     "sd35m_flow_grpo_fast": FAST,
     "sd35m_flow_grpo_fast_1gpu": FAST,
     "sd35m_nft": NFT,
-    "sd35m_refl": {
-        "pipeline.height": REFL["pipeline.height"],
-        "pipeline.width": REFL["pipeline.width"],
-        "rollout.guidance_scale": REFL["rollout.guidance_scale"],
-        "rollout.group_size": REFL["rollout.group_size"],
-        "refl.stop_range": REFL["refl.stop_range"],
-        "golden.aligned_guidances": REFL["golden.aligned_guidances"],
-        "golden.batch_size": REFL["golden.batch_size"],
+    "sd35m_refl": TABLE_8,
+    "sd35m_refl_hpsv3": {
+        **TABLE_8,
+        "rewards.hpsv3.processor": ("Qwen/Qwen2-VL-7B-Instruct", "HPSv3's configuration"),
+        "rewards.hpsv3.std": (10.0, "ReFL scorer: reward[:, 0] / 10"),
     },
     "reward_sd35m": {**FITS, **FOUR_PAIRS, "reward.num_heads": (8, "num_attn_heads")},
     "reward_sd35m_official_code": {

@@ -13,6 +13,8 @@ import dina_rl
 from benchmarks import forward, layouts, loop, ray_overhead, reward_step, serve, two_hosts
 from benchmarks.chaos import settings as chaos
 from benchmarks.gpu import settings as gpu
+from benchmarks.pixel_reward import cost, pretrain
+from benchmarks.pixel_reward import fit as pixel_fit
 from dina_rl.cli import NAME, known_keys
 from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LabelRun, LocalRun, ScoreRun, ServeRun
 
@@ -43,6 +45,10 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "benchmarks.two_hosts": two_hosts.BenchmarkRun,
     "benchmarks.gpu": gpu.BenchmarkRun,
     "benchmarks.chaos": chaos.BenchmarkRun,
+    "benchmarks.pixel_reward.align": AlignRun,
+    "benchmarks.pixel_reward.cost": cost.CostRun,
+    "benchmarks.pixel_reward.fit": pixel_fit.FitRun,
+    "benchmarks.pixel_reward.pretrain": pretrain.PretrainRun,
 }
 RUNS = set(PROGRAMS.values())
 OTHER_OPTIONS = {

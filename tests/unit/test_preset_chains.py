@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from dina_rl.backbones.base import Backbone
 from dina_rl.cli import load
-from dina_rl.config import AlignRun, EvaluateRun, FitRun, LocalRun
+from dina_rl.config import AlignRun, EvaluateRun, FitRun, HPSv3Config, LocalRun
 from dina_rl.data.buckets import PUBLISHED as BUCKETS
 from dina_rl.reward.card import PEFT_PREFIX, make_card
 from dina_rl.reward.checkpoint import read_card
@@ -30,6 +30,7 @@ from dina_rl.types import PromptEmbeds
 from jobs import align, evaluate
 from tests.sources import CONFIGS, PUBLISHED_REWARD, PUBLISHED_TEXT_TOKENS
 from tests.tiny_clip import save_tiny_clip
+from tests.tiny_hpsv3 import save_tiny_hpsv3
 from tests.tiny_reward import write_preferences
 from tests.true_sizes import PUBLISHED, complete, write_pipeline
 
@@ -50,21 +51,22 @@ def named(cell: str) -> list[str]:
     return sorted({file.stem for glob in globs for file in CONFIGS.glob(f"{glob}.yaml")})
 
 
-def chains() -> dict[str, list[str]]:
-    """Preset of a fit -> presets that align with it; those of `dina_rl.local` are both."""
+def rows() -> list[list[str]]:
+    """What fits and what aligns with it, as the guide's table has them."""
     table = GUIDE.partition("| encode and fit | align |\n")[2].partition("\n\n")[0]
-    rows = [line.strip("|").split("|") for line in table.splitlines()[1:]]
-    return {fit: named(cells[1]) for cells in rows for fit in named(cells[0])}
+    return [line.strip("|").split("|") for line in table.splitlines()[1:]]
 
 
-CHAINS = chains()
+CHAINS = {fit: named(cells[1]) for cells in rows() for fit in named(cells[0])}
+"""Preset of a fit -> presets that align with it; those of `dina_rl.local` are both."""
+WITHOUT_FIT = [preset for cells in rows() if not named(cells[0]) for preset in named(cells[1])]
 FITS = [fit for fit in CHAINS if not fit.startswith("local")]
 ALIGNS = [(fit, preset) for fit in FITS for preset in CHAINS[fit]]
 LOCAL = [preset for preset in CHAINS if preset.startswith("local")]
 
 
 def test_every_preset_belongs_to_a_chain() -> None:
-    assert {*CHAINS, *(preset for presets in CHAINS.values() for preset in presets)} == PRESETS
+    assert {*CHAINS, *WITHOUT_FIT, *(preset for presets in CHAINS.values() for preset in presets)} == PRESETS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,7 @@ class Place:
 
     root: Path
     pipelines: Mapping[str, str]
+    hpsv3: HPSv3Config
 
     def pipeline(self, preset: str) -> str:
         """What stands in for the pipeline that a preset names."""
@@ -86,11 +89,12 @@ class Place:
         ]
         return load(FitRun, ["--config", str(CONFIGS / f"{preset}.yaml"), *places], program="test")
 
-    def align(self, preset: str, reward: Path) -> AlignRun:
+    def align(self, preset: str, reward: Path | None) -> AlignRun:
         words = ["--config", str(CONFIGS / f"{preset}.yaml"), "--pipeline.path", self.pipeline(preset)]
-        words += ["--rewards.dina.path", str(reward)]
-        if read_card(reward).fingerprint is None:  # the published one, which names a hub id
-            words += ["--rewards.dina.pipeline", self.pipeline(preset)]
+        if reward is not None:
+            words += ["--rewards.dina.path", str(reward)]
+            if read_card(reward).fingerprint is None:  # the published one, which names a hub id
+                words += ["--rewards.dina.pipeline", self.pipeline(preset)]
         given = load(AlignRun, words, program="test")
         if given.prompts.train != "shapes":
             for split in ("train", "dev", "test"):
@@ -100,6 +104,8 @@ class Place:
         if given.rewards.pickscore is not None:
             clip = str(self.root / "pickscore")
             words += ["--rewards.pickscore.path", clip, "--rewards.pickscore.processor", clip]
+        if given.rewards.hpsv3 is not None:
+            words += ["--rewards.hpsv3.path", self.hpsv3.path, "--rewards.hpsv3.processor", self.hpsv3.processor]
         return load(AlignRun, words, program="test")
 
 
@@ -114,7 +120,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path, tiny_fl
         (root / f"{split}.txt").write_text("".join(f"{split} prompt {number}\n" for number in range(count)))
     for name in ("golden", "pickscore"):
         save_tiny_clip(root / name)
-    return Place(root=root, pipelines={**pipelines, "shapes": "shapes"})
+    hpsv3 = save_tiny_hpsv3(root / "hpsv3")
+    return Place(root=root, pipelines={**pipelines, "shapes": "shapes"}, hpsv3=hpsv3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +182,13 @@ def test_a_preset_can_be_aligned_with_the_reward_that_it_names(
     assert named.path in (str(made), PUBLISHED_REWARD)
     reward = published_reward(place) if named.path == PUBLISHED_REWARD else fitted(fit).reward
     align.preflight(place.align(preset, reward))
+
+
+@pytest.mark.parametrize("preset", WITHOUT_FIT)
+def test_a_preset_can_be_aligned_without_a_fit(place: Place, preset: str) -> None:
+    run = place.align(preset, None)
+    assert run.rewards.dina is None
+    align.preflight(run)
 
 
 @pytest.mark.parametrize("preset", FITS)

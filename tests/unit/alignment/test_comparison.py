@@ -104,6 +104,15 @@ def test_curves_that_do_not_overlap_have_no_band():
     assert (found.x, found.low, found.median, found.high) == ([], [], [], [])
 
 
+def test_a_recorder_counts_the_seconds_of_its_clock(tmp_path):
+    ticks = iter((2.0, 5.0))
+    run = begun(tmp_path / "run")
+    recorder = Recorder(run, tmp_path / "run", lambda directory, tensors: directory, clock=lambda: next(ticks))
+    with recorder.timed("rollout"):
+        pass
+    assert recorder.seconds["rollout"] == 3
+
+
 def test_a_gain_is_in_deviations_of_the_base():
     assert gain(3.0, 1.0, 4.0) == 0.5
     assert gain(1.0, 1.0, 0.0) == 0

@@ -12,11 +12,12 @@ from jobs.align import main
 CONFIGS = Path(__file__).parents[3] / "configs"
 ALGORITHMS = ("grpo", "refl", "nft")
 PRESETS = [file for file in sorted(CONFIGS.glob("*.yaml")) if any(name in file.stem for name in ALGORITHMS)]
-# The mixed recipe has none: the miniature world's golden rules are no scorer that could be mixed in.
+# The mixed recipe has none: the miniature world's golden rules are no scorer that could be mixed in. HPSv3's neither:
+# its miniature is a pixel reward that has to be made first (docs/results/pixel_reward.md).
 WITH_MINIATURE = [
     file
     for file in PRESETS
-    if file.stem.startswith("sd35m") and not file.stem.endswith(("mixed_with_pickscore", "_1gpu"))
+    if file.stem.startswith("sd35m") and not file.stem.endswith(("mixed_with_pickscore", "_1gpu", "_hpsv3"))
 ]
 SMALL = ["--pipeline.path", "shapes", "--pipeline.height", "32", "--pipeline.width", "32"]  # nothing is downloaded
 
