@@ -24,7 +24,6 @@ class InlineExperience:
         self._prompts = PromptEncoder(run)
         self._worker = RolloutWorker(run)
         self._scorer = ScoringWorker(run)
-        self._worker.let_judge(self._scorer.judge)
 
     def collect(self, items: Sequence[WorkItem]) -> list[ScoredGroup[SampledGroup[Rollout]]]:
         scored, texts = [], self._prompts.for_rollout(items)

@@ -95,7 +95,7 @@ def align(
     for iteration in recorder.progress(range(start, start if watch.stopped else run.iterations)):
         with recorder.timed("rollout"):
             groups = experience.collect(plan(run, prompts.train, iteration))
-            scores = {name: torch.stack([group.scores[name] for group in groups]) for name in groups[0].scores}
+            scores = {name: torch.stack([group.scores[name] for group in groups]) for name in run.rewards.scorers}
         advantages = algorithm.weigh(scores)
         if advantages.failed > run.rollout.max_failed * len(groups):
             raise RunStopped(
@@ -114,7 +114,6 @@ def align(
         with recorder.timed("publish"):
             if not measures:  # the average comes first, and then these
                 experience.publish(learner.policy())
-        scores = {name: scores[name] for name in run.rewards.scorers}
         recorder.iteration(iteration, scores, advantages, metrics)
         del groups, handles  # trajectories, or references to them: whoever needs them longer has its own
 

@@ -31,27 +31,9 @@ class ScoringWorker:
         A failed score stays NaN or infinite. With `rewards.dina.noise` shared, the samples of a group meet the same
         noise: what it adds to all of them the centred reward does not see.
         """
-        embeds = PromptEmbeds.cat([group.prompt.repeat(len(group.latents)) for group in rollouts])
-        latents = torch.cat([group.latents for group in rollouts])
-        run, first = self._run, rollouts[0]
-        if run.rollout.finish == 0:
-            scores = {"dina": self.judge(latents, float(first.sigmas[run.rollout.middle]), embeds)}
-        else:
-            with torch.no_grad():
-                scores = self._score(*self.inputs(rollouts))
-        if run.grpo.along_weight:
-            states = torch.cat([group.states for group in rollouts], 1)
-            before = run.grpo.along_kind != "after"
-            for k in range(0 if before else 1, len(states)):
-                level = float(first.sigmas[first.window_start + k])
-                scores[f"along/{k}"] = self.judge(states[k], level, embeds)
+        with torch.no_grad():
+            scores = self._score(*self.inputs(rollouts))
         return {name: score.cpu().view(len(rollouts), -1) for name, score in scores.items()}
-
-    @torch.no_grad()
-    def judge(self, states: torch.Tensor, level: float, embeds: PromptEmbeds) -> torch.Tensor:
-        """DiNa-LRM's scores [B] of states at their own noise level, as they are."""
-        t = torch.full((len(states),), level, device=self._device)
-        return self._scorers["dina"].model.score(states.to(self._device), t, embeds.to(self._device)).float().cpu()
 
     def score_with_gradient(self, groups: Sequence[Rollout]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """(scores [groups, G] by scorer, d reward / d latents [groups, G, C, H, W]) of equal groups (Eq. 18)."""

@@ -7,7 +7,7 @@ import torch
 from dina_rl.alignment.algorithms.registry import merges, open_algorithm
 from dina_rl.alignment.golden import open_metric
 from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
-from dina_rl.alignment.sampler import Judge, PolicySampler
+from dina_rl.alignment.sampler import PolicySampler
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import AlignRun
 from dina_rl.flow.sampler import denoise
@@ -22,9 +22,6 @@ class RolloutWorker:
         self._sample = open_algorithm(run).sampling(self._sampler)
         self._codec = self._sampler.backbone.load_codec()
         self._metric = open_metric(run.golden)
-
-    def let_judge(self, judge: Judge) -> None:
-        self._sampler.judge = judge
 
     def load_weights(self, weights: PolicyWeights) -> int:
         """See `PolicySampler.load_weights`."""

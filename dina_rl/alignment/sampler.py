@@ -1,6 +1,6 @@
 """The policy as a sampler: the transformer under the weights published last. What conditions it is handed in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -15,10 +15,6 @@ from dina_rl.flow.sampler import GuidedVelocity
 from dina_rl.runtime import image_size, open_pipeline
 from dina_rl.seeding import normal
 from dina_rl.types import PolicyWeights, PromptEmbeds, WorkItem
-
-
-Judge = Callable[[torch.Tensor, float, PromptEmbeds], torch.Tensor]
-"""Scores [B] of states [B, C, H, W] at their noise level."""
 
 
 class PolicySampler:
@@ -37,7 +33,6 @@ class PolicySampler:
         self.sigmas = self._table(run.rollout.num_steps)
         self.evaluation_sigmas = self._table(run.golden.num_steps or run.rollout.num_steps)
         self.version = 0
-        self.judge: Judge | None = None
         self.transformer = self.backbone.load_transformer()
         lora, backbone = run.learner.lora, self.backbone
         self._weights: SampledWeights = (

@@ -35,9 +35,6 @@ class GRPOConfig(AlgorithmConfig):
     """standard deviation that divides the centred rewards: of the group, or of the whole batch"""
     advantage_clip: Rate = 5.0
     """bound on |advantage|"""
-    along_weight: float = 0.0
-    """weight of the advantage of the state after a step, beside the finished sample's"""
-    along_kind: Literal["after", "gain", "baseline"] = "after"
     clip_range: Rate = 1e-4
     """bound on |ratio - 1| of the mean log-probability per latent dimension. Released: 1e-4 over all steps, 1e-5 over a
     window, 3e-6 with cps (DiNa-LRM), 2e-6 or 4e-6 with the guard. Ratios of cps and the guard have units of their own:

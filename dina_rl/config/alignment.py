@@ -47,10 +47,6 @@ class RolloutConfig(Section):
     """draw each iteration's window within these steps [first, end) instead of starting it at window_start"""
     window_steps: Positive = 3
     """number of SDE steps, the ones that are trained"""
-    middle: Positive | None = None
-    """step at which states are scored as they are, by DiNa-LRM at their own noise level"""
-    finish: Annotated[int, Field(ge=0, multiple_of=2)] | None = None
-    """samples of each group that go on after `middle`, half of them the best there; 0: none, trained by that score"""
     prompts_per_iteration: Positive = 32
     """prompts (groups) per iteration"""
     group_size: Positive = 18

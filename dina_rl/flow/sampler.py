@@ -63,8 +63,6 @@ def denoise(
     noise_level: float = 0.0,
     window_noise: torch.Tensor | None = None,
     guided_density: bool = False,
-    first: int = 0,
-    end: int | None = None,
 ) -> Denoised:
     """Denoise `latents` [B, C, H, W] at sigma 1 along `sigmas` [N + 1].
 
@@ -78,7 +76,7 @@ def denoise(
         window_noise = latents.new_empty(0, *latents.shape)
     window = len(window_noise)
     states, log_probs = [], []
-    for step in range(first, len(sigmas) - 1 if end is None else end):
+    for step in range(len(sigmas) - 1):
         conditional, followed = velocity(latents, sigmas[step].expand(len(latents)))
         if window_start <= step < window_start + window:
             law = step_law(dynamics, sigmas, step, noise_level)
@@ -90,8 +88,6 @@ def denoise(
             if step == window_start + window:
                 states.append(latents)
             latents = ode_step(latents, followed, sigmas, step)
-    if len(states) == window:
-        states.append(latents)
     return Denoised(
         states=torch.stack(states) if window else latents.new_empty(0),
         log_probs=torch.stack(log_probs) if window else latents.new_empty(0),

@@ -4,18 +4,18 @@ Shapes: G samples of one prompt, N denoising steps, W of them in the window, M s
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from dina_rl.alignment.advantage import Advantages, group_advantages, relative_advantages
+from dina_rl.alignment.advantage import Advantages, relative_advantages
 from dina_rl.alignment.algorithms.base import Sampling, Texts, Work, prompts_alone
 from dina_rl.alignment.algorithms.clipping import clipped_policy_loss, ratio_gate, regulated_log_ratio
 from dina_rl.alignment.objective import Minibatch, PassLoss, PreparedUpdates, SamplesItself, deal
 from dina_rl.alignment.policy import Policy, VelocityInputs
 from dina_rl.alignment.sampler import PolicySampler
-from dina_rl.alignment.selection import Selection, extremes, select
+from dina_rl.alignment.selection import Selection, select
 from dina_rl.backbones.base import TextEncoder
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
@@ -66,11 +66,7 @@ class FlowGRPO:
 
     def weigh(self, scores: Mapping[str, torch.Tensor]) -> Advantages:
         grpo, rewards = self._run.grpo, self._run.rewards
-        final = {name: score for name, score in scores.items() if name in rewards.scorers}
-        found = relative_advantages(rewards, final, std=grpo.advantage_std, clip=grpo.advantage_clip)
-        if not grpo.along_weight:
-            return found
-        return along(found, scores, self._run)
+        return relative_advantages(rewards, scores, std=grpo.advantage_std, clip=grpo.advantage_clip)
 
     def objective(self, policy: Policy) -> "GRPOObjective":
         return GRPOObjective(self._run, policy)
@@ -103,26 +99,6 @@ class FlowGRPO:
                 "share clipped above": "clip_high",
             },
         )
-
-
-def along(final: Advantages, scores: Mapping[str, torch.Tensor], run: AlignRun) -> Advantages:
-    """Every step's own advantages [P, W, G]."""
-    grpo, window = run.grpo, run.rollout.window_steps
-    own = {
-        int(name.removeprefix("along/")): group_advantages(score, std="group", clip=grpo.advantage_clip).values
-        for name, score in scores.items()
-        if name.startswith("along/")
-    }
-    steps = []
-    for k in range(window):
-        if grpo.along_kind == "after":
-            steps.append(final.values + grpo.along_weight * own[k + 1])
-        elif grpo.along_kind == "gain":
-            steps.append(final.values + grpo.along_weight * (own[k + 1] - own[k]))
-        else:
-            slope = (final.values * own[k])[final.kept].mean()  # of final on the state before, in both's deviations
-            steps.append(final.values - grpo.along_weight * slope * own[k])
-    return replace(final, values=torch.stack(steps, 1))
 
 
 def dynamics(run: AlignRun) -> Dynamics:
@@ -159,12 +135,10 @@ def sample_trajectories(
     noise = sampler.noise(items, 1 + rollout.window_steps)
     rows, prompt = sampler.prompts(items, texts)
     start = window_start(run, items[0].iteration)
-    sigmas = sampler.sigmas.to(device)
     result = denoise(
         noise[0].to(device),
-        sigmas,
+        sampler.sigmas.to(device),
         sampler.velocity(prompt, rollout.guidance_scale, texts),
-        end=rollout.middle if rollout.finish is not None else None,
         window_start=start,
         dynamics=dynamics(run),
         noise_level=rollout.noise_level,
@@ -172,18 +146,10 @@ def sample_trajectories(
         guided_density=run.learner.guidance_in_loss,
     )
     negative = sampler.trained_negative(texts)
-    rows_of = torch.arange(len(result.latents)).split([item.group_size for item in items])
-    latents, states, log_probs = result.latents, result.states, result.log_probs
-    if rollout.finish:
-        assert rollout.middle is not None and sampler.judge is not None
-        scores = sampler.judge(latents, float(sigmas[rollout.middle]), prompt)
-        rows_of = tuple(own[extremes(scores[own], rollout.finish)] for own in rows_of)
-        chosen = torch.cat(rows_of)
-        velocity = sampler.velocity(prompt.select(chosen), rollout.guidance_scale, texts)
-        latents[chosen] = denoise(latents[chosen], sigmas, velocity, first=rollout.middle).latents
-    trajectories = []
+    trajectories, first = [], 0
     for i, item in enumerate(items):
-        group = rows_of[i]
+        group = slice(first, first + item.group_size)
+        first += item.group_size
         trajectories.append(
             Trajectory(
                 item=item,
@@ -192,9 +158,9 @@ def sample_trajectories(
                 window_start=start,
                 dynamics=dynamics(run),
                 noise_level=rollout.noise_level,
-                states=states[:, group].cpu().clone(),  # a view would be sent with its whole batch
-                log_probs=log_probs[:, group].cpu().clone(),
-                latents=latents[group].cpu().clone(),
+                states=result.states[:, group].cpu().clone(),  # a view would be sent with its whole batch
+                log_probs=result.log_probs[:, group].cpu().clone(),
+                latents=result.latents[group].cpu().clone(),
                 prompt=rows.select(slice(i, i + 1)).to("cpu"),
                 guidance_scale=rollout.guidance_scale,
                 negative=negative,
@@ -209,7 +175,7 @@ class MicroBatch:
 
     states: torch.Tensor  # [W + 1, M, C, H, W]
     old_log_probs: torch.Tensor  # [W, M]
-    advantages: torch.Tensor  # [W or 1, M]
+    advantages: torch.Tensor  # [M]
     weights: torch.Tensor  # [M] in {0, 1}
     prompt: PromptEmbeds  # M rows
 
@@ -261,7 +227,7 @@ class GRPOObjective(SamplesItself):
 
     def _select(self, groups: Sequence[TrainingGroup[Trajectory]]) -> Selection:
         """Without a KL a sample of advantage 0 has no gradient."""
-        advantages = [group.advantages.reshape(-1, group.advantages.shape[-1]).mean(0) for group in groups]
+        advantages = [group.advantages for group in groups]
         selection = select(advantages, self._run.learner.keep, zeros=self._run.grpo.kl_weight > 0)
         assert len(selection.rows), "groups whose advantages are all 0 are dropped before"
         return selection
@@ -302,7 +268,7 @@ class GRPOObjective(SamplesItself):
             assert each.old_mean is not None
             log_ratio = regulated_log_ratio(log_ratio, mean, each.old_mean.to(device), law.std)
             scale = 1 / minus_dt  # evens out the steps' gradients, which grow with dt
-        policy = clipped_policy_loss(log_ratio, batch.advantages[min(each.k, len(batch.advantages) - 1)].to(device), grpo.clip_range)
+        policy = clipped_policy_loss(log_ratio, batch.advantages.to(device), grpo.clip_range)
         loss = scale * (policy.loss * weights).sum()
         per_step = {
             "terms": weights.sum().item(),
@@ -367,14 +333,14 @@ def micro_batches(
     """This rank's share of the groups' samples `chosen`, in forwards of exactly `size` samples."""
     states = torch.cat([group.rollout.states for group in groups], 1)
     old_log_probs = torch.cat([group.rollout.log_probs for group in groups], 1)
-    advantages = torch.cat([group.advantages.reshape(-1, group.advantages.shape[-1]) for group in groups], 1)
-    prompt = PromptEmbeds.cat([group.rollout.prompt.repeat(len(group.rollout.latents)) for group in groups])
+    advantages = torch.cat([group.advantages for group in groups])
+    prompt = PromptEmbeds.cat([group.rollout.prompt.repeat(len(group.advantages)) for group in groups])
     dealt = deal(len(chosen), size, rank, world_size)
     return [
         MicroBatch(
             states=states[:, rows],
             old_log_probs=old_log_probs[:, rows],
-            advantages=advantages[:, rows],
+            advantages=advantages[rows],
             weights=weights,
             prompt=prompt.select(rows),
         )
