@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 import dina_rl
-from benchmarks import forward, layouts, loop, ray_overhead, reward_step
+from benchmarks import along, forward, layouts, loop, ray_overhead, reward_step
 from benchmarks.gpu import settings as gpu
 from dina_rl.cli import NAME, known_keys
 from dina_rl.config import AlignRun, CompareRuns, EvaluateRun, ExportRun, FitRun, LocalRun, ScoreRun
@@ -31,6 +31,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "jobs.export": ExportRun,
     "jobs.compare": CompareRuns,
     "jobs.score": ScoreRun,
+    "benchmarks.along": along.BenchmarkRun,
     "benchmarks.forward": forward.BenchmarkRun,
     "benchmarks.layouts": layouts.BenchmarkRun,
     "benchmarks.loop": loop.BenchmarkRun,
