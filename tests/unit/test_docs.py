@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 import dina_rl
-from benchmarks import forward, layouts, loop, ray_overhead, reward_step, serve, two_hosts
+from benchmarks import along, forward, layouts, loop, ray_overhead, reward_step, serve, two_hosts
 from benchmarks.chaos import settings as chaos
 from benchmarks.gpu import settings as gpu
 from benchmarks.pixel_reward import cost, pretrain
@@ -36,6 +36,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "jobs.score": ScoreRun,
     "dina_rl.serve": ServeRun,
     "jobs.label": LabelRun,
+    "benchmarks.along": along.BenchmarkRun,
     "benchmarks.forward": forward.BenchmarkRun,
     "benchmarks.layouts": layouts.BenchmarkRun,
     "benchmarks.loop": loop.BenchmarkRun,
