@@ -131,7 +131,8 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Spearman's correlation [P] of the samples of each group, by two scores [P, G] without ties."""
     x, y = (each.argsort(-1).argsort(-1).double() for each in (a, b))
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    correlation: torch.Tensor = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    return correlation
 
 
 def signal(advantages: torch.Tensor, golden: torch.Tensor) -> float:

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LabelRun
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
             run_directory(run, run.run_dir, resume=run.resume, inputs=inputs.made_from, finished=_finished) as run_dir,
             interruptible(run_dir),
         ):
-            card = (
+            card: dict[str, Any] = (
                 json.loads(read_text(run_dir / CARD_FILE))
                 if _finished(run_dir)
                 else label(inputs, run_dir, open_workers)

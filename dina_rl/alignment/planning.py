@@ -54,7 +54,7 @@ def loads(run: AlignRun) -> dict[str, Sizes]:
     """
     of_pipeline = partial(sizes, run.pipeline.location, variant=run.pipeline.variant)
     workers, golden, probe = run.workers, run.golden.of_images, run.probe_model
-    metric = {} if golden is None else {golden.name: image_scorer_bytes(golden)}
+    metric: dict[str, int | None] = {} if golden is None else {golden.name: image_scorer_bytes(golden)}
     metric |= {} if probe is None else {"probes": image_scorer_bytes(probe)}
     pixels = {each.name: image_scorer_bytes(each) for each in run.rewards.of_images}
     texts = workers.text_workers

@@ -90,26 +90,26 @@ def label_inputs(run: LabelRun) -> LabelInputs:
         work = to_label(source.records, connect=connect)
         malformed = tuple(json.dumps(asdict(record)) for record in source.skipped)
     else:
-        assert run.prompts is not None
-        source = None
+        asked, source = run.prompts, None
+        assert asked is not None, "LabelRun has one of the two"
         backbone = open_pipeline(run.pipeline)
         run = run.model_copy(update={"pipeline": sized(run.pipeline, backbone).absolute()})
         backbone.latent_shape(*run.pipeline.size)
         backbone.check("transformer", "vae", "text")
-        prompt_set = open_set("prompts", run.prompts.location)
-        prompts, skipped = prompts_of(prompt_set, run.prompts.split)
+        prompt_set = open_set("prompts", asked.location)
+        prompts, skipped = prompts_of(prompt_set, asked.split)
         if not prompts:
-            raise ValueError(f"{run.prompts.path} holds no prompts")
+            raise ValueError(f"{asked.path} holds no prompts")
         if len(skipped) > run.max_broken * (len(prompts) + len(skipped)):
             raise ValueError(
-                f"{len(skipped)} of {len(prompts) + len(skipped)} prompts of {run.prompts.path} are malformed, more "
+                f"{len(skipped)} of {len(prompts) + len(skipped)} prompts of {asked.path} are malformed, more "
                 f"than max_broken = {run.max_broken:g} allows; one of them: {skipped[0].reason}"
             )
-        records = sample_records(list(dict.fromkeys(prompts)), run.prompts, run.pipeline)
+        records = sample_records(list(dict.fromkeys(prompts)), asked, run.pipeline)
         work = replace(to_label(records, connect=True), records=tuple(records))
         malformed = tuple(json.dumps(asdict(record)) for record in skipped)
-        files = records_parts(prompt_set.files(run.prompts.split))
-        inputs.append(Input(key="prompts.path", path=run.prompts.path, parts=files))
+        files = records_parts(prompt_set.files(asked.split))
+        inputs.append(Input(key="prompts.path", path=asked.path, parts=files))
         inputs.append(Input(key="pipeline.path", path=run.pipeline.path, parts=pipeline_parts(*run.pipeline.place)))
     return LabelInputs(
         run=run,
