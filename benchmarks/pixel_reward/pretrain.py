@@ -81,7 +81,7 @@ def pretrain(run: PretrainRun) -> None:
 def new_model(seed: int) -> CLIPModel:
     """At random; 0.3 million parameters."""
     tower = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": HEADS, "hidden_act": "gelu"}
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_PIPELINE / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_PIPELINE / "tokenizer", trust_remote_code=False)
     words = {
         "max_position_embeddings": TOKENS,
         "vocab_size": len(tokenizer),
@@ -107,7 +107,7 @@ def training_tokens() -> torch.Tensor:
 
 def tokenized(tokenizer: Path, texts: Sequence[str]) -> torch.Tensor:
     """[B, TOKENS]."""
-    read = AutoTokenizer.from_pretrained(tokenizer)
+    read = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     ids: torch.Tensor = read(
         list(texts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
     ).input_ids
@@ -172,7 +172,7 @@ def save(model: CLIPModel, tokenizer: Path, out: Path) -> None:
     """Model, tokenizer and image processor in one directory."""
     with replaced_directory(out) as directory:
         model.save_pretrained(directory)
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(directory)
         processor().save_pretrained(directory)
 
 

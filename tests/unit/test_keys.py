@@ -31,7 +31,7 @@ from dina_rl.config import (
 from dina_rl.config.base import Section
 from dina_rl.config.evaluation import BootstrapConfig, SetConfig
 from dina_rl.config.keys import Mark, covers, dump_without, marked, section_of
-from dina_rl.config.labelling import ValidationConfig
+from dina_rl.config.labelling import TeacherConfig, ValidationConfig
 
 RUNS: tuple[type[BaseModel], ...] = (
     FitRun,
@@ -102,6 +102,11 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     PictureScorerConfig: {
         Mark.PROCESS: "server",
         DECIDES: "kind path processor levels draws noise normalisation pipeline revision variant dtype "
+        "max_sequence_length height width",
+    },
+    TeacherConfig: {
+        Mark.PROCESS: "server",
+        DECIDES: "weight mean std kind path processor levels draws noise normalisation pipeline revision variant dtype "
         "max_sequence_length height width",
     },
     EvaluateRun: {

@@ -130,8 +130,8 @@ def test_foreign_card(backbone, saved, damage: dict) -> None:
 @pytest.mark.parametrize("file", [HEAD_FILE, "backbone_lora/adapter_model.safetensors"])
 def test_broken_weights(backbone, saved, file: str) -> None:
     (saved[1] / file).write_bytes(b"not safetensors at all")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="cannot be read|is broken"):
         load_reward(saved[1], backbone)
     (saved[1] / file).unlink()
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="cannot be read|is broken"):
         load_reward(saved[1], backbone)

@@ -150,8 +150,9 @@ def test_as_a_reward_it_is_the_whole_pictures_on_the_miniature(tiny_pipeline):
     backbone = open_pipeline(PipelineConfig(path=str(tiny_pipeline)))
     rewards = RewardsConfig(dina=None, grid={"free": 0.0, "weight": 2.0}, clip_score={"path": "none"})
     scorer = open_scorers(rewards.model_copy(update={"clip_score": None}), PipelineConfig(), backbone)["grid"]
-    latents = torch.randn(2, *backbone.latent_shape(32, 32)).requires_grad_()
-    scores = scorer(latents, of_prompts("a", "b"))
+    fixed = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, *backbone.latent_shape(32, 32), generator=fixed).requires_grad_()
+    scores = scorer(latents, of_prompts("a", "b", "c", "d"))
     with torch.no_grad():
         whole = grid_energy(backbone.load_codec().decode(latents), backbone.grid.period)
     torch.testing.assert_close(scores.detach(), -whole.clamp_min(0))
