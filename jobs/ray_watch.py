@@ -1,7 +1,8 @@
 """A watch over Ray itself, in a thread: a driver that has lost it learns of that late, in pages, or not at all.
 
-Without the raylet of its node nothing that it asks for is done; without the head's GCS Ray waits for a minute and ends
-the process. Here it ends before that, with one line that says how to go on. Its files are whole: they are written so.
+Without the raylet of its node Ray ends the process within two seconds, without the head's GCS after a minute, and says
+nothing of the run. Here it ends before that, with one line that says how to go on. Its files are whole: they are
+written so.
 """
 
 import os
@@ -17,7 +18,7 @@ import ray
 
 from dina_rl.cli import EXIT_RAY_LOST
 
-LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 0.25
 ANSWER_S = 5.0  # longest wait for a connection
 
 
@@ -29,12 +30,15 @@ class Part:
     host: str
     port: int
     patience_s: float  # how long it may be away
+    here: bool = False  # on this machine, where one that is busy still has its port, and one that is gone has not
 
     def answers(self) -> bool:
         try:
             socket.create_connection((self.host, self.port), timeout=ANSWER_S).close()
-        except OSError:
+        except ConnectionRefusedError:
             return False
+        except OSError:
+            return self.here
         return True
 
 
@@ -48,7 +52,8 @@ def parts() -> list[Part]:
             name="the raylet of this node",
             host=node["NodeManagerAddress"],
             port=node["NodeManagerPort"],
-            patience_s=3.0,
+            patience_s=0.0,
+            here=True,
         ),
         Part(name="the GCS of the head node", host=host.strip("[]"), port=int(port), patience_s=45.0),
     ]
@@ -77,7 +82,7 @@ def _end(part: Part, run_dir: Path) -> None:
     if "--resume" not in command:
         command.append("--resume")
     print(
-        f"\nerror: Ray is lost: {part.name} at {part.host}:{part.port} has not answered for {part.patience_s:g} s. "
+        f"\nerror: Ray is lost: {part.name} at {part.host}:{part.port} does not answer any more. "
         f"What {run_dir} holds is whole; where Ray runs again, continue with: {shlex.join(command)}",
         file=sys.stderr,
         flush=True,
