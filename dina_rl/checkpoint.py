@@ -18,13 +18,12 @@ import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dina_rl import __version__
 from dina_rl.config.keys import Mark, covers, explain, marked, value_at, with_todays_names
 from dina_rl.fingerprint import Parts
 from dina_rl.storage import settle, writing
-from dina_rl.tensorfiles import write_tensors
 from dina_rl.textfiles import parse_yaml, read_text
 
 CONFIG_FILE = "config.yaml"
@@ -304,14 +303,15 @@ def replaced_directory(directory: Path, *, lasting: bool = False) -> Iterator[Pa
 
 def save_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, *, lasting: bool = False
-) -> str:
-    """Atomic safetensors file; returns its SHA-256, which is worked out while it is written.
+) -> None:
+    """Atomic safetensors file.
 
     Args:
         lasting: see `replaced_file`.
     """
-    with replaced_file(path, lasting=lasting) as temporary, temporary.open("wb") as file:
-        return write_tensors(file, tensors, metadata or {})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replaced_file(path, lasting=lasting) as temporary:
+        save_file(contiguous, temporary, None if metadata is None else dict(metadata))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

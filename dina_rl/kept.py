@@ -1,6 +1,5 @@
 """Numbered directories of which the last few stay, each with the sums of what is in it: checkpoints."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from dina_rl.checkpoint import replaced_directory, save_tensors, write_text
 from dina_rl.loading import say
 from dina_rl.storage import NothingWhole, remove_leftovers
-from dina_rl.sums import SUMS_FILE, check_sums, read_sums, write_sums
+from dina_rl.sums import SUMS_FILE, check_sums, read_sums, sha256, write_sums
 
 STATE_FILE = "state.safetensors"
 
@@ -54,11 +53,10 @@ class Kept:
         place = self.root / f"{self._name}_{number:0{self._digits}d}"
         remove_leftovers(self.root, f"{self._name}_*")
         with replaced_directory(place, lasting=True) as fresh:
-            sums = {STATE_FILE: save_tensors(fresh / STATE_FILE, tensors)}
+            save_tensors(fresh / STATE_FILE, tensors)
             for name, text in texts.items():
                 write_text(fresh / name, text)
-                sums[name] = hashlib.sha256(text.encode()).hexdigest()
-            write_sums(fresh, sums)
+            write_sums(fresh, {name: sha256(fresh / name) for name in (STATE_FILE, *texts)})
         older = [each for each in self.all() if number_of(each) <= number]
         for each in self.all():
             if each not in older[-self._keep :]:

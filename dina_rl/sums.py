@@ -40,9 +40,12 @@ def check_sums(directory: Path, names: Sequence[str]) -> None:
         OSError: one cannot be read.
     """
     sums = read_sums(directory)
-    for name in names:
+    for name in (each for each in names if each in sums):
         file = directory / name
-        if name in sums and sha256(file) != sums[name]:
+        size = file.stat().st_size
+        if size >= 16 * LARGE:
+            say(f"checking {file}, {shown_bytes(size)}")
+        if sha256(file) != sums[name]:
             raise ValueError(f"{name} does not hold what was written")
 
 
@@ -55,9 +58,6 @@ def check_all_sums(directory: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Of a file's content, read once; of a large one it is said, since that takes a while."""
-    size = file.stat().st_size
-    if size >= 16 * LARGE:
-        say(f"checking {file}, {shown_bytes(size)}")
+    """Of a file's content, in hexadecimal."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

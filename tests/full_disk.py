@@ -19,7 +19,7 @@ def mounted(place: Path) -> Iterator[Path]:
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE},nr_inodes=2000", "tmpfs", str(place)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting needs root")
+        pytest.skip("mounting needs root")  # as CI is
     try:
         yield place
     finally:

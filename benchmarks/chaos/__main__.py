@@ -1,6 +1,7 @@
 """Does a run survive its cluster? `python -m benchmarks.chaos --trials 100 --seed 0`.
 
-A small alignment runs on a Ray cluster of three nodes on this machine (raylets of their own; the head takes no actors).
+The alignment of the smoke run goes on a Ray cluster of three nodes on this machine (raylets of their own; the head
+takes no actors).
 Each trial draws a fault, and where and when it strikes: a process or a node, while it starts, in a stage, or between.
 What ends the run with its line and exit code is continued with `--resume`. A trial is survived if the run ends, at once
 or so, with the history and the weights of the undisturbed one, bit by bit.

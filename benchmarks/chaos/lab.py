@@ -17,10 +17,9 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.loop import REWARD
 from benchmarks.untrained import save_untrained
-from dina_rl.checkpoint import load_tensors
+from dina_rl.checkpoint import load_tensors, write_text
 from dina_rl.config import PipelineConfig
-from dina_rl.shapes.pipeline import build_pipeline
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_yaml, read_text
 
 WORKERS = 2  # nodes beside the head's, on which no actor finds room
 CPUS = 4  # of each: the actors of the run fit on one
@@ -28,41 +27,17 @@ STORE_BYTES = 128 * 2**20
 LIMIT_S = 600.0  # longest attempt
 POLL_S, POLLS = 0.02, 15
 
-RUN = {
-    "iterations": 4,
-    "checkpoint_every": 3,
-    "rollout": {
-        "num_steps": 4,
-        "window_steps": 2,
-        "guidance_scale": 2.0,
-        "prompts_per_iteration": 4,
-        "group_size": 3,
-        "groups_per_call": 1,
-    },
-    "grpo": {"kl_weight": 0.01, "clip_range": 1e-3},
-    "learner": {
-        "lora": {"rank": 2, "alpha": 4},
-        "learning_rate": 1e-3,
-        "updates_per_iteration": 2,
-        "micro_batch_size": 3,
-    },
-    "golden": {
-        "every": 2,
-        "dev_samples": 4,
-        "test_samples": 4,
-        "guidances": [2.0],
-        "aligned_guidances": [2.0],
-        "batch_size": 4,
-    },
-    "workers": {
-        "rollout_workers": 1,
-        "scorers": 1,
-        "learner_ranks": 2,
-        "cpus_per_actor": 1,
-        "snapshot_every": 2,
-        "call_timeout_s": 30,
-        "start_timeout_s": 200,
-    },
+SMOKE = Path(__file__).parents[2] / "configs" / "local_smoke.yaml"
+OF_ALIGNMENT = ("iterations", "rollout", "grpo", "learner", "golden")
+"""What of the smoke run is the alignment's."""
+WORKERS_OF_RUN = {
+    "rollout_workers": 1,
+    "scorers": 1,
+    "learner_ranks": 2,
+    "cpus_per_actor": 1,
+    "snapshot_every": 2,
+    "call_timeout_s": 30,
+    "start_timeout_s": 200,
 }
 
 
@@ -80,14 +55,14 @@ class Lab:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._cluster: Cluster | None = None
-        build_pipeline(0).save_pretrained(directory / "pipeline")
-        pipeline = PipelineConfig(path=str(directory / "pipeline"))
-        save_untrained(directory / "reward", pipeline, REWARD)
-        values = RUN | {
-            "pipeline": {"path": pipeline.path},
+        save_untrained(directory / "reward", PipelineConfig(), REWARD)
+        smoke = parse_yaml(read_text(SMOKE))
+        values = {name: smoke[name] for name in OF_ALIGNMENT} | {
+            "checkpoint_every": 3,
             "rewards": {"dina": {"path": str(directory / "reward")}},
+            "workers": WORKERS_OF_RUN,
         }
-        (directory / "run.yaml").write_text(yaml.safe_dump(values))
+        write_text(directory / "run.yaml", yaml.safe_dump(values))
 
     def mend(self) -> None:
         """All nodes are there."""

@@ -16,7 +16,7 @@ from dina_rl.alignment.history import Entry
 from dina_rl.checkpoint import load_part, load_tensors, save_tensors
 from dina_rl.kept import STATE_FILE, Kept, number_of
 from dina_rl.storage import NothingWhole, check_there, patiently, remove_leftovers
-from dina_rl.sums import check_sums, read_sums, write_sums
+from dina_rl.sums import check_sums, read_sums, sha256, write_sums
 from dina_rl.textfiles import read_text
 from dina_rl.types import PolicyWeights, Weights
 
@@ -153,8 +153,8 @@ class Checkpoints:
         def write() -> None:
             check_there(self._run_dir)
             remove_leftovers(self._best, name)
-            digest = save_tensors(self._best / name, tensors, lasting=True)
-            write_sums(self._best, {**read_sums(self._best), name: digest})
+            save_tensors(self._best / name, tensors, lasting=True)
+            write_sums(self._best, {**read_sums(self._best), name: sha256(self._best / name)})
 
         patiently(write)
 

@@ -25,12 +25,12 @@ from dina_rl.config.fitting import (
     TimestepConfig,
 )
 from dina_rl.config.labelling import LabelRun
+from dina_rl.config.measuring import GoldenConfig, ProbePairConfig, ProbesConfig
 from dina_rl.config.rewards import (
     IMAGE_SCORERS,
     LRM_RELEASE,
     CLIPScoreConfig,
     DiNaScorerConfig,
-    GoldenConfig,
     GridConfig,
     HPSv3Config,
     ImageRewardConfig,
@@ -39,8 +39,6 @@ from dina_rl.config.rewards import (
     LRMSD15Config,
     LRMSDXLConfig,
     PickScoreConfig,
-    ProbePairConfig,
-    ProbesConfig,
     RewardsConfig,
     ScorerConfig,
     ServedScorerConfig,

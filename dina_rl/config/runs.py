@@ -16,7 +16,8 @@ from dina_rl.config.alignment import (
 from dina_rl.config.base import PipelineConfig, Positive, Rate, Section
 from dina_rl.config.fitting import DatasetConfig, FitConfig, RewardModelConfig
 from dina_rl.config.keys import Mark
-from dina_rl.config.rewards import GoldenConfig, ImageScorerConfig, ProbesConfig, RewardsConfig
+from dina_rl.config.measuring import GoldenConfig, ProbesConfig
+from dina_rl.config.rewards import ImageScorerConfig, RewardsConfig
 
 
 class _Run(Section):

@@ -171,6 +171,7 @@ def uncertainty_table(
         cells = {}
         for data in sets:
             for title, name in UNCERTAINTY_COLUMNS.items():
+                # The columns' names are the result's own fields.
                 found = [getattr(results[entry.scorer, data.name, entry.view], name) for entry in entries]
                 values = [value for value in found if value is not None]
                 cells[f"{data.name}: {title}"] = Cell.over_seeds(values) if values else None
