@@ -11,9 +11,10 @@ from typing import Generic, TypeVar
 
 import ray
 import torch.distributed
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.handles import AnyRef, Handle, kill, ready
+from actors.losses import ACTOR_DEATHS, cause_of
 from actors.network import meet_over_the_nodes_network
 from actors.placement import check, wait_all
 from dina_rl.errors import RunStopped
@@ -134,22 +135,22 @@ class Gang(Generic[Member]):
             death = _death_among(refs)
             self.shutdown()
             if death is not None:
-                raise GangLost(f"{self.name}: a rank was lost ({what}): {death}") from death
+                raise GangLost(f"{self.name}: a rank was lost ({what}): {cause_of(death)}") from death
             raise
         except TimeoutError as late:
             self.shutdown()
             if what == STARTING:
                 raise RunStopped(str(late)) from late
             raise GangLost(f"{self.name}: a rank was lost ({what}): {late}") from late
-        except RayActorError as death:
+        except ACTOR_DEATHS as death:
             self.shutdown()
-            raise GangLost(f"{self.name}: a rank was lost ({what}): {death}") from death
+            raise GangLost(f"{self.name}: a rank was lost ({what}): {cause_of(death)}") from death
         except ObjectLostError:  # of what the ranks were to read
             self.shutdown()
             raise
 
 
-def _death_among(refs: Sequence[AnyRef]) -> RayActorError | None:
+def _death_among(refs: Sequence[AnyRef]) -> RayError | None:
     """The death of a rank behind another rank's error, if there is one.
 
     When a rank dies, the collective of the others fails at once and may be heard of first; Ray tells of the death soon
@@ -161,6 +162,6 @@ def _death_among(refs: Sequence[AnyRef]) -> RayActorError | None:
             check(ref)
         except (RayTaskError, ObjectLostError):
             continue
-        except RayActorError as death:
+        except ACTOR_DEATHS as death:
             return death
     return None

@@ -1,11 +1,17 @@
-"""What Ray lost with a node, in the loop's own words."""
+"""What Ray lost, in our own words: actors, and values that were on a node."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from dina_rl.errors import WorkLost
+
+ACTOR_DEATHS = (RayActorError, OutOfMemoryError)
+"""What Ray raises of a call whose actor is gone. One that it killed for its node's memory has an error of its own.
+
+To be caught after `RayTaskError`, which is also an instance of its cause: that may be another actor's death.
+"""
 
 
 @contextmanager
@@ -20,6 +26,11 @@ def losses_told() -> Iterator[None]:
     except (ObjectLostError, GetTimeoutError) as lost:
         cause = lost.cause if isinstance(lost, RayTaskError) else lost
         raise WorkLost(f"a value was lost with its node: {_first_line(cause)}") from lost
+
+
+def cause_of(death: RayError) -> str:
+    """What an actor died of, for messages; one out of memory without Ray's lines of statistics."""
+    return _first_line(death) if isinstance(death, OutOfMemoryError) else str(death)
 
 
 def _first_line(error: object) -> str:

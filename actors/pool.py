@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from actors.handles import Actor, AnyRef, Handle, kill, ready
+from actors.losses import ACTOR_DEATHS, cause_of
 from actors.placement import REPORT_EVERY_S, check, resources
 from dina_rl.errors import RunStopped
 
@@ -198,9 +199,9 @@ class Pool(Generic[Actor]):
             try:
                 check(ref)
             except RayTaskError:
-                raise  # first: a RayTaskError is also an instance of its cause, which may be another actor's death
-            except RayActorError as death:
-                self._replace(number, f"died: {death}")
+                raise
+            except ACTOR_DEATHS as death:
+                self._replace(number, f"died: {cause_of(death)}")
             else:
                 call = self._members[number].pop()
                 if call.work is not None:

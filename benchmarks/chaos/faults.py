@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import psutil
 from ray._private.node import Node
 
-from benchmarks.chaos.lab import Attempt, Lab
+from benchmarks.chaos.lab import FULL, Attempt, Lab, workers
 
 STARTING = (
     "RolloutActor.__init__",
@@ -31,6 +32,7 @@ WORKING = (
 )
 """What Ray calls the actors' processes, at the start and in each stage."""
 LOOP = "RolloutActor.rollout"
+FILLING_S, CHUNK_BYTES = 30.0, 2**27
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,17 @@ def _add_node(process: psutil.Process, attempt: Attempt, lab: Lab) -> None:
     lab.add_node()
 
 
+def _fill_memory(process: psutil.Process, attempt: Attempt, lab: Lab) -> None:
+    """Until Ray has killed somebody for it: whom it likes, not always this process."""
+    there, filling = set(workers()), list[bytes]()
+    give_up = time.monotonic() + FILLING_S
+    while time.monotonic() < give_up and there <= set(workers()):
+        if psutil.virtual_memory().percent < 100 * FULL + 1:
+            filling.append(b"1" * CHUNK_BYTES)
+        else:
+            time.sleep(0.1)
+
+
 def _kill_of_head(name: str) -> Strike:
     return lambda process, attempt, lab: os.kill(_pid(lab.cluster.head_node, name), signal.SIGKILL)
 
@@ -113,6 +126,7 @@ def _pid(node: Node | None, name: str) -> int:
 FAULTS: dict[str, Strike] = {
     "actor killed": _signal_actor(signal.SIGKILL),
     "actor stopped (SIGSTOP)": _signal_actor(signal.SIGSTOP),
+    "memory full": _fill_memory,
     "node lost": _lose_node,
     "node added": _add_node,
     "driver killed": _signal_driver(signal.SIGKILL),

@@ -24,12 +24,19 @@ from dina_rl.textfiles import parse_yaml, read_text
 WORKERS = 2  # nodes beside the head's, on which no actor finds room
 CPUS = 4  # of each: the actors of the run fit on one
 STORE_BYTES = 128 * 2**20
+FULL = 0.8  # of the machine's memory; past it Ray kills a worker of each node
 LIMIT_S = 600.0  # longest attempt
 POLL_S, POLLS = 0.02, 15
 
 SMOKE = Path(__file__).parents[2] / "configs" / "local_smoke.yaml"
 OF_ALIGNMENT = ("iterations", "rollout", "grpo", "learner", "golden")
 """What of the smoke run is the alignment's."""
+FEWER = {
+    "rollout": {"prompts_per_iteration": 4, "group_size": 4, "groups_per_call": 1},
+    "learner": {"micro_batch_size": 8},
+    "golden": {"dev_samples": 8, "test_samples": 8, "guidances": [2.0], "aligned_guidances": [2.0], "batch_size": 8},
+}
+"""Of the smoke run's samples: a trial is mostly the start of processes."""
 WORKERS_OF_RUN = {
     "rollout_workers": 1,
     "scorers": 1,
@@ -57,7 +64,10 @@ class Lab:
         self._cluster: Cluster | None = None
         save_untrained(directory / "reward", PipelineConfig(), REWARD)
         smoke = parse_yaml(read_text(SMOKE))
-        values = {name: smoke[name] for name in OF_ALIGNMENT} | {
+        values = {name: smoke[name] for name in OF_ALIGNMENT}
+        for name, fewer in FEWER.items():
+            values[name] |= fewer
+        values |= {
             "checkpoint_every": 3,
             "rewards": {"dina": {"path": str(directory / "reward")}},
             "workers": WORKERS_OF_RUN,
@@ -69,7 +79,12 @@ class Lab:
         cluster = self._cluster
         if cluster is None or cluster.head_node is None or not all_alive(cluster.head_node):
             self.shutdown()
-            head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+            head = {
+                "num_cpus": 0,
+                "object_store_memory": STORE_BYTES,
+                "include_dashboard": False,
+                "_system_config": {"memory_usage_threshold": FULL},
+            }
             cluster = self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for node in [*cluster.worker_nodes]:
             if not all_alive(node):
