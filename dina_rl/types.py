@@ -113,7 +113,12 @@ class Rollout(Protocol):
 
     @property
     def latents(self) -> torch.Tensor:
-        """Clean latents [G, C, H, W], finished or predicted: what the reward is asked about."""
+        """Latents [G, C, H, W], finished, predicted or on their way: what the reward is asked about."""
+        ...
+
+    @property
+    def latents_sigma(self) -> float:
+        """Noise level of the latents; 0: they are clean."""
         ...
 
     @property

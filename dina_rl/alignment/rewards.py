@@ -1,4 +1,4 @@
-"""The reward's side of the loop: finished latents in, proxy rewards out. They are decoded only for pixel scorers."""
+"""The reward's side of the loop: latents in, proxy rewards out. They are decoded only for pixel scorers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -56,12 +56,16 @@ class ScoringWorker:
         return rows, gradient.cpu().view(*shape, *gradient.shape[1:])
 
     def inputs(self, groups: Sequence[Rollout]) -> tuple[torch.Tensor, Conditions]:
-        """Latents [B, C, H, W] of all samples of the groups, in order, and what they are scored against."""
+        """Latents [B, C, H, W] of all samples of the groups, in order, and what they are scored against.
+
+        All are of one noise level: it is the run's.
+        """
         latents = torch.cat([group.latents for group in groups])
         conditions = Conditions(
             prompts=tuple(group.item.prompt for group in groups for _ in range(len(group.latents))),
             embeds=PromptEmbeds.cat([group.prompt.repeat(len(group.latents)) for group in groups]),
             noise=torch.stack([draw for group in groups for draw in self._group_noise(group)]),
+            sigma=groups[0].latents_sigma,
         )
         return latents, conditions
 

@@ -54,6 +54,9 @@ class GRPOConfig(AlgorithmConfig):
     too"""
     ratio_gate: Literal["warn", "strict"] = "warn"
     """what to do when |ratio - 1| before any update exceeds clip_range: say so once, or stop before the update"""
+    judge_after: Positive | None = None
+    """sampling steps after which a rollout ends: DiNa-LRM, the only reward, judges the noisy state as it is, at its own
+    noise level (Eq. 11), and the remaining steps are saved; None: finished samples are judged"""
 
     def misfits(
         self, pipeline: PipelineConfig, rollout: RolloutConfig, learner: LearnerConfig, rewards: RewardsConfig
@@ -61,6 +64,8 @@ class GRPOConfig(AlgorithmConfig):
         if rollout.group_size < 2:
             yield "rollout.group_size 1 leaves nothing to compare: Flow-GRPO needs 2 or more"
         yield from _keep_misfits(rollout, learner)
+        if self.judge_after is not None:
+            yield from _judging_misfits(self.judge_after, rollout, rewards)
         if rollout.dynamics == "ode":
             yield "rollout.dynamics ode has no log-probability: Flow-GRPO needs flow_sde, dance or cps"
         yield from _window_misfits(rollout)
@@ -103,6 +108,24 @@ def _window_misfits(rollout: RolloutConfig) -> Iterator[str]:
                 f"rollout.window_range [{first}, {last}) must hold window_steps ({rollout.window_steps}) and end "
                 f"before the last of the {rollout.num_steps} steps"
             )
+
+
+def _judging_misfits(after: int, rollout: RolloutConfig, rewards: RewardsConfig) -> Iterator[str]:
+    """Of rollouts that are judged before they are finished."""
+    trained = rollout.window_start + rollout.window_steps if rollout.window_range is None else rollout.window_range[1]
+    if not trained <= after < rollout.num_steps:
+        yield (
+            f"grpo.judge_after {after} must lie behind the {trained} steps that hold the trained ones and before the "
+            f"last of the {rollout.num_steps}"
+        )
+    dina = rewards.dina
+    if dina is None or len(rewards.scorers) > 1:
+        yield "grpo.judge_after needs rewards.dina and no other reward: only it can judge a noisy state"
+    elif dina.uncertainty_weight:
+        yield (
+            "rewards.dina.uncertainty_weight needs several noise draws: with grpo.judge_after a state brings its own "
+            "noise, and is scored once"
+        )
 
 
 class ReFLConfig(AlgorithmConfig):

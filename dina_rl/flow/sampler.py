@@ -49,7 +49,7 @@ class Denoised:
 
     states: torch.Tensor  # [W + 1, B, C, H, W]: latents before each window step and after the last one
     log_probs: torch.Tensor  # [W, B]
-    latents: torch.Tensor  # [B, C, H, W]: the finished samples
+    latents: torch.Tensor  # [B, C, H, W]: the finished samples, or the state at which they were to stop
 
 
 @torch.no_grad()
@@ -63,8 +63,9 @@ def denoise(
     noise_level: float = 0.0,
     window_noise: torch.Tensor | None = None,
     guided_density: bool = False,
+    stop: int | None = None,
 ) -> Denoised:
-    """Denoise `latents` [B, C, H, W] at sigma 1 along `sigmas` [N + 1].
+    """Denoise `latents` [B, C, H, W] at sigma 1 along `sigmas` [N + 1], all the N steps or the first `stop`.
 
     Steps `window_start` to `window_start + W - 1` are stochastic steps of `dynamics` driven by `window_noise`
     [W, B, C, H, W]; the others are ODE steps. Log-probabilities are those of the velocity that is followed if
@@ -75,18 +76,17 @@ def denoise(
     if window_noise is None:
         window_noise = latents.new_empty(0, *latents.shape)
     window = len(window_noise)
-    states, log_probs = [], []
-    for step in range(len(sigmas) - 1):
+    states, log_probs = list[torch.Tensor](), []
+    for step in range(len(sigmas) - 1 if stop is None else stop):
         conditional, followed = velocity(latents, sigmas[step].expand(len(latents)))
         if window_start <= step < window_start + window:
             law = step_law(dynamics, sigmas, step, noise_level)
-            states.append(latents)
+            states = states or [latents]
             latents = law.mean(latents, followed) + law.std * window_noise[step - window_start]
             density = followed if guided_density else conditional
             log_probs.append(replay_step(law, states[-1], latents, density)[0])
+            states.append(latents)
         else:
-            if step == window_start + window:
-                states.append(latents)
             latents = ode_step(latents, followed, sigmas, step)
     return Denoised(
         states=torch.stack(states) if window else latents.new_empty(0),

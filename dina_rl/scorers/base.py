@@ -18,6 +18,7 @@ class Conditions:
     prompts: tuple[str, ...]  # B of them
     embeds: PromptEmbeds  # B rows, as the generator's text encoders have them
     noise: torch.Tensor  # [B, draws, C, H, W] the latent scorers'; draws is 0 where none of them is in use
+    sigma: float = 0.0  # noise level of the samples; 0: they are clean
 
     @staticmethod
     def of_images(prompts: Sequence[str]) -> "Conditions":
@@ -35,6 +36,7 @@ class Conditions:
             prompts=tuple(self.prompts[row] for row in rows.tolist()),
             embeds=self.embeds.select(rows),
             noise=self.noise[rows],
+            sigma=self.sigma,
         )
 
 

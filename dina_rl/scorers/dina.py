@@ -32,11 +32,14 @@ class DiNaScorer:
         return cautious_mean(self.by_draw(samples, conditions), self.config.uncertainty_weight)
 
     def by_draw(self, samples: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        """Scores [draws, B], fp32, one for each draw of the noise."""
+        """Scores [draws, B], fp32, one for each draw of the noise; one of noisy samples, as they are (Eq. 11)."""
         device = next(self.model.parameters()).device
         own = self._text_encoder
         embeds = (conditions.embeds if own is None else own(conditions.prompts)).to(device)
         samples = samples.to(device)
+        if conditions.sigma:
+            levels = torch.full((len(samples),), conditions.sigma, device=device)
+            return self.model.score(samples, levels, embeds).float()[None]
         draws = [
             self.model.score_clean(samples, embeds, self.config.levels, draw.to(device)).float()
             for draw in conditions.noise.unbind(1)

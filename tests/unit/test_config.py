@@ -88,6 +88,13 @@ def test_text_is_taken_literally():
             ["--algorithm", "refl", "--refl.stop_range", "5", "9", "--learner.updates_per_iteration", "2"],
             "which hold for one update: learner.updates_per_iteration x learner.epochs is 2",
         ),
+        (["--grpo.judge_after", "2"], "grpo.judge_after 2 must lie behind the 3 steps that hold the trained ones"),
+        (["--grpo.judge_after", "10"], "and before the last of the 10"),
+        (["--grpo.judge_after", "6", "--rewards.grid.weight", "1"], "judge_after needs rewards.dina and no other"),
+        (
+            ["--grpo.judge_after", "6", "--rewards.dina.draws", "2", "--rewards.dina.uncertainty_weight", "1"],
+            "a state brings its own noise, and is scored once",
+        ),
         (["--grpo.guard", "--rollout.dynamics", "cps"], "grpo.guard normalises ratios of an SDE's steps"),
         (["--grpo.guard", "--grpo.old_log_probs", "rollout"], "grpo.guard needs the old means"),
         (["--pipeline.compile", "--grpo.old_log_probs", "rollout"], "set grpo.old_log_probs to auto or recompute"),

@@ -41,7 +41,8 @@ class Trajectory:
     noise_level: float
     states: torch.Tensor  # [W + 1, G, C, H, W]
     log_probs: torch.Tensor  # [W, G]
-    latents: torch.Tensor  # [G, C, H, W] the finished samples x0
+    latents: torch.Tensor  # [G, C, H, W] the finished samples x0, or the states that are judged in their place
+    latents_sigma: float  # noise level of the latents
     prompt: PromptEmbeds  # one row
     guidance_scale: float
     negative: PromptEmbeds | None  # one row, the empty prompt, where the loss is guided too
@@ -82,11 +83,13 @@ class FlowGRPO:
             first, end = rollout.window_range
             window = f"{rollout.window_steps} steps drawn within {first} to {end - 1}"
         later = 1 - 1 / self._run.learner.updates_per_iteration  # minibatches after the first
+        judged = self._run.grpo.judge_after
+        steps = f"{rollout.num_steps} steps" + ("" if judged is None else f", judged and left after {judged}")
         return Work(
             title="Flow-GRPO",
-            sampling=f"{rollout.num_steps} steps, {dynamics(self._run)} and trained: {window}",
+            sampling=f"{steps}, {dynamics(self._run)} and trained: {window}",
             texts_beside=0,
-            sampled_passes=rollout.num_steps,
+            sampled_passes=judged or rollout.num_steps,
             prepared_passes=rollout.window_steps * later if recomputes(self._run) else 0,
             trained_passes=rollout.window_steps,
             reward_passes=0,
@@ -131,7 +134,10 @@ def window_start(run: AlignRun, iteration: int) -> int:
 def sample_trajectories(
     run: AlignRun, sampler: PolicySampler, items: Sequence[WorkItem], texts: TextEncoder
 ) -> list[Trajectory]:
-    """One trajectory per group: SDE steps inside the iteration's window, ODE steps elsewhere."""
+    """One trajectory per group: SDE steps inside the iteration's window, ODE steps elsewhere.
+
+    With `grpo.judge_after` they end there: DiNa-LRM scores noisy states (Eq. 11), and nothing after them is trained.
+    """
     rollout, device = run.rollout, sampler.device
     noise = sampler.noise(items, 1 + rollout.window_steps)
     rows, prompt = sampler.prompts(items, texts)
@@ -145,6 +151,7 @@ def sample_trajectories(
         noise_level=rollout.noise_level,
         window_noise=noise[1:].to(device),
         guided_density=run.learner.guidance_in_loss,
+        stop=run.grpo.judge_after,
     )
     negative = sampler.trained_negative(texts)
     trajectories, first = [], 0
@@ -162,6 +169,7 @@ def sample_trajectories(
                 states=result.states[:, group].cpu().clone(),  # a view would be sent with its whole batch
                 log_probs=result.log_probs[:, group].cpu().clone(),
                 latents=result.latents[group].cpu().clone(),
+                latents_sigma=0.0 if run.grpo.judge_after is None else float(sampler.sigmas[run.grpo.judge_after]),
                 prompt=rows.select(slice(i, i + 1)).to("cpu"),
                 guidance_scale=rollout.guidance_scale,
                 negative=negative,

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -48,6 +48,7 @@ LEAST_ERROR = 1e-5  # of the adaptive weight, as in the released code
 class FinishedGroup:
     """What one group's rollout leaves behind: the finished samples."""
 
+    latents_sigma: ClassVar[float] = 0.0
     item: WorkItem
     policy_version: int
     latents: torch.Tensor  # [G, C, H, W]

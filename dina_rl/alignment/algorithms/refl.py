@@ -7,6 +7,7 @@ ones to hold the reward model, or from a reward model beside the learner: the sa
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,7 @@ from dina_rl.types import PromptEmbeds, TrainingGroup, WorkItem
 class StoppedGroup:
     """What one group's rollout leaves behind: where denoising stopped, and what it predicts from there."""
 
+    latents_sigma: ClassVar[float] = 0.0
     item: WorkItem
     policy_version: int
     sigma: float  # where it stopped

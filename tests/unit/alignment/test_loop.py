@@ -49,6 +49,7 @@ def group(prompt_id: int, size: int) -> TrainingGroup:
             states=values.view(1, size, 1, 1, 1).repeat(2, 1, 1, 1, 1),
             log_probs=values.view(1, size),
             latents=values.view(size, 1, 1, 1),
+            latents_sigma=0.0,
             prompt=PromptEmbeds(embeds=torch.full((1, 2, 3), float(prompt_id)), pooled=torch.zeros(1, 3)),
             guidance_scale=1.0,
             negative=None,
