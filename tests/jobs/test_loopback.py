@@ -15,9 +15,9 @@ import ray
 from jobs.cluster import start_ray
 
 start_ray(Path())
-processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-sockets = [each.laddr.ip for process in processes for each in process.net_connections("inet") if each.status == "LISTEN"]
-print(json.dumps(sockets))
+tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
+sockets = [each for process in tree for each in process.net_connections("inet") if each.status == "LISTEN"]
+print(json.dumps([each.laddr.ip for each in sockets]))
 """
 
 
