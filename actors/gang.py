@@ -5,6 +5,7 @@ and the caller builds a new gang from its last checkpoint.
 """
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Generic, TypeVar
@@ -15,7 +16,7 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.handles import AnyRef, Handle, kill, ready
 from actors.losses import ACTOR_DEATHS, cause_of
-from actors.network import meet_over_the_nodes_network
+from actors.network import interface_of, meet_over_the_nodes_network
 from actors.placement import check, wait_all
 from dina_rl.errors import RunStopped
 
@@ -44,14 +45,19 @@ class GangMember:
     def listen(self) -> tuple[str, int]:
         """Rank 0 opens the store that all ranks meet at; returns its (address, port)."""
         address = ray.util.get_node_ip_address()
-        # Port 0: the system picks a free one and the store holds it at once, so nobody can take it in between.
+        # Left to itself the store listens on all of the machine's networks, as it has to behind a NAT, where the node's
+        # address is none of the machine's. Port 0: the system picks a free one, and it is held at once, so nobody can
+        # take it in between.
+        place = "" if interface_of(address) is None else address
+        listener = socket.create_server((place, 0), family=socket.getaddrinfo(address, 0)[0][0])
         self._store = torch.distributed.TCPStore(
             address,
-            0,
+            listener.getsockname()[1],
             self.world_size,
             is_master=True,
             timeout=timedelta(seconds=self.timeout_s),
             wait_for_workers=False,
+            master_listen_fd=listener.detach(),
         )
         return address, self._store.port
 

@@ -63,6 +63,7 @@ class Host:
     namespace: str
     address: str
     actors: set[str] = field(default_factory=set)
+    received_mib: float = 0.0
 
     def command(self, *words: str) -> list[str]:
         """`words` as a process of this host, with nothing of another's in shared memory."""
@@ -70,22 +71,20 @@ class Host:
         return ["ip", "netns", "exec", self.namespace, "sh", "-c", f'{private} && exec "$@"', "sh", *words]
 
     def look(self) -> None:
-        """Note which actors and tasks are here: Ray titles their processes."""
+        """Note which actors and tasks are here, by the titles of Ray's processes, and what came by cable until now."""
         for process in self.processes():
             with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 title = re.match(r"ray::(\w+)", " ".join(process.cmdline()))
                 if title and not title[1].startswith("IDLE"):
                     self.actors.add(title[1])
+        (link,) = json.loads(ip("-n", self.namespace, "-s", "-j", "link", "show", "dev", INTERFACE))
+        self.received_mib = link["stats64"]["rx"]["bytes"] / 2**20
 
     def processes(self) -> list[psutil.Process]:
         found = ip("netns", "pids", self.namespace).split()
         with suppress(psutil.NoSuchProcess):
             return [psutil.Process(int(pid)) for pid in found]
         return self.processes()  # one has just ended
-
-    def received_mib(self) -> float:
-        (link,) = json.loads(ip("-n", self.namespace, "-s", "-j", "link", "show", "dev", INTERFACE))
-        return float(link["stats64"]["rx"]["bytes"]) / 2**20
 
 
 def ip(*words: str) -> str:
@@ -198,9 +197,9 @@ def outcome(run_dir: Path) -> dict[str, object]:
     }
 
 
-def report(seconds: dict[str, float], seen: dict[str, list[Host]], received: dict[str, float]) -> str:
+def report(seconds: dict[str, float], seen: dict[str, list[Host]]) -> str:
     rows = [
-        [name, host.address, ", ".join(sorted(host.actors)), f"{received[host.namespace]:.0f}", f"{seconds[name]:.0f}"]
+        [name, host.address, ", ".join(sorted(host.actors)), f"{host.received_mib:.0f}", f"{seconds[name]:.0f}"]
         for name, each in seen.items()
         for host in each
     ]
@@ -219,14 +218,12 @@ def main(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the namespaces go
     seconds: dict[str, float] = {}
     seen: dict[str, list[Host]] = {}
-    received: dict[str, float] = {}
     for name, count in (("two", 2), ("one", 1)):
         with two_hosts() as made:
             seen[name] = made[:count]
             seconds[name] = carry_out(run, seen[name], run_dir / name)
-            received |= {host.namespace: host.received_mib() for host in made}
     one, two = outcome(run_dir / "one"), outcome(run_dir / "two")
-    print("\n" + report(seconds, seen, received))
+    print("\n" + report(seconds, seen))
     others = [key for key in one if one[key] != two.get(key)] + [key for key in two if key not in one]
     if others:
         print(f"differ: {', '.join(others)}")

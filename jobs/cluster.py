@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import ray
+from ray._private import ray_constants
 from ray.data import DataContext
 
 from dina_rl.cli import fail
@@ -15,6 +16,7 @@ from jobs.ray_watch import watch
 
 CONNECT_TIMEOUT_S = 10.0
 USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
+AUTH_MODE = "RAY_AUTH_MODE"
 
 
 def start_ray(run_dir: Path) -> None:
@@ -27,6 +29,9 @@ def start_ray(run_dir: Path) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         os.environ.setdefault(USAGE_STATS, "0")  # Ray's own reports of it to its makers; who wants them sets 1
+        # Off Linux Ray stays on the loopback interface by this switch, which it reads from the environment when it is
+        # imported. Otherwise it takes 127.0.0.1 for the machine's own address, and listens on all of them.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
             address="local",
             include_dashboard=False,
@@ -37,11 +42,27 @@ def start_ray(run_dir: Path) -> None:
     else:
         try:
             check_address(address)
-            ray.init(log_to_driver=False)
+            join()
         except (ConnectionError, ValueError) as error:
             fail(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}")
     listen()  # Ray has set its own handler of SIGTERM
     watch(run_dir)
+
+
+def join() -> None:
+    """Join the cluster at RAY_ADDRESS.
+
+    Raises:
+        ConnectionError: it is none, or does not let this process in.
+        ValueError: as Ray says.
+    """
+    try:
+        ray.init(log_to_driver=False)
+    except ConnectionError as error:
+        if AUTH_MODE in os.environ:
+            raise
+        # `ray start` asks for a token wherever there is one, and a job of this machine alone leaves one in ~/.ray.
+        raise ConnectionError(f"{error}; if it asks for a token: export {AUTH_MODE}=token") from error
 
 
 def check_address(address: str) -> None:

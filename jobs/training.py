@@ -17,6 +17,7 @@ from dina_rl.storage import writing
 from jobs.cluster import visible_gpus
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
+from jobs.train_ranks import MeetingRanks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
     resources = {"CPU": fit.cpus_per_worker} | ({"GPU": fit.gpus_per_worker} if fit.gpus_per_worker else {})
     return TorchTrainer(
         on_worker,
+        torch_config=MeetingRanks(),
         scaling_config=ScalingConfig(
             num_workers=fit.num_workers, use_gpu=fit.gpus_per_worker > 0, resources_per_worker=resources
         ),

@@ -26,7 +26,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """One Ray instance of this worker's own, on the loopback interface, for the whole session.
+    """One Ray instance of this worker's own for the whole session.
 
     Its CPUs and GPUs are logical. Nothing of it is shared: `local` joins no other, the ports are free ones, and its
     directory bears the process' id.

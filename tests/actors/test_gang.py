@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 import ray
 import torch
@@ -23,6 +24,14 @@ class Rank(GangMember):
         tensor = torch.tensor([self.rank + 1.0])
         torch.distributed.all_reduce(tensor)
         return tensor.item()
+
+    def listens_at(self) -> set[str]:
+        sockets = psutil.Process().net_connections("inet")
+        return {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN and each.laddr.port == self.port}
+
+    def listen(self) -> tuple[str, int]:
+        address, self.port = super().listen()
+        return address, self.port
 
     def die_at_rank_1(self) -> float:
         if self.rank == 1:
@@ -54,6 +63,8 @@ def gang(handles, call_timeout_s: float) -> Iterator[Gang]:
 
     gang = Gang(spawn, 2, name="learner", start_timeout_s=120, call_timeout_s=call_timeout_s)
     assert ray.get(gang.call(lambda rank: rank.total.remote()), timeout=60) == 3
+    # Where its ranks meet others of the cluster come to, and nobody from the machine's other networks.
+    assert ray.get(handles[0].listens_at.remote(), timeout=60) == {ray.util.get_node_ip_address()}
     yield gang
     gang.shutdown()
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ DOCKERFILE, IGNORED = DEPLOY / "Dockerfile", DEPLOY / "Dockerfile.dockerignore"
 MANIFESTS = sorted(DEPLOY.glob("*.yaml"))
 PROGRAMS: dict[str, type[BaseModel]] = {"jobs.encode": FitRun, "jobs.fit_reward": FitRun, "jobs.align": AlignRun}
 SPOT_TAINTS = {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"}
+INSTRUCTIONS = ("ARG", "FROM", "RUN", "ENV", "WORKDIR", "COPY", "ADD", "USER")  # that ours may have
 MIB = 2**20
 
 Kind = TypeVar("Kind", RayCluster, RayJob, StorageClaim)
@@ -58,7 +60,7 @@ def instructions(kind: str) -> list[str]:
     """The arguments of every instruction of a kind in the Dockerfile, continued lines as one."""
     text = "\n".join(line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#"))
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    parsed = [re.fullmatch(r"([A-Z]+) (.+)", line) for line in lines if line.strip()]
+    parsed = [re.fullmatch(rf"({'|'.join(INSTRUCTIONS)}) (.+)", line) for line in lines if line.strip()]
     assert all(parsed), lines
     return [found[2] for found in parsed if found is not None and found[1] == kind]
 
@@ -195,6 +197,15 @@ def test_the_image_is_pinned_small_and_without_root() -> None:
     assert len(installs) == 3
     for options in installs:  # a version of its own has nothing
         assert "-c requirements.lock" in options or "--no-deps" in options or "'^torch==' requirements.lock" in options
+
+
+def test_what_the_image_runs_is_shell_and_what_it_sets_has_a_name() -> None:
+    assert instructions("RUN")
+    for line in instructions("RUN"):
+        parsed = subprocess.run(["sh", "-n", "-c", line], capture_output=True, text=True, timeout=30, check=False)
+        assert (parsed.returncode, parsed.stderr) == (0, ""), line
+    for line in (*instructions("ARG"), *instructions("ENV")):
+        assert all(re.fullmatch(r"[A-Z_]+=\S+", word) for word in shlex.split(line)), line
 
 
 def test_the_image_copies_what_a_job_reads_and_sees_little_else() -> None:
