@@ -89,19 +89,31 @@ class RayExperience:
         def scorer(options: ActorOptions) -> Handle[ScorerActor]:
             return ray.remote(**options)(ScorerActor).remote(run)
 
-        self.texts = _pool("text workers", text, run, placement, "text", workers.text_workers)
+        self.texts = _pool(
+            "text workers", text, lambda actor: actor.open.remote(), run, placement, "text", workers.text_workers
+        )
         shifts.join(
             "text",
             rest=lambda: _tell(self.texts, lambda actor: actor.rest.remote()),
             wake=lambda: _tell(self.texts, lambda actor: actor.wake.remote()),
         )
-        self.rollouts = _pool("rollout workers", rollout, run, placement, "rollout", workers.rollout_workers)
+        self.rollouts = _pool(
+            "rollout workers",
+            rollout,
+            lambda actor: actor.open.remote(),
+            run,
+            placement,
+            "rollout",
+            workers.rollout_workers,
+        )
         shifts.join(
             "rollout",
             rest=lambda: _tell(self.rollouts, lambda actor: actor.rest.remote()),
             wake=lambda: _tell(self.rollouts, lambda actor: actor.wake.remote()),
         )
-        self.scorers = _pool("scorers", scorer, run, placement, "scorer", workers.scorers)
+        self.scorers = _pool(
+            "scorers", scorer, lambda actor: actor.open.remote(), run, placement, "scorer", workers.scorers
+        )
         shifts.join(
             "scorer",
             rest=lambda: _tell(self.scorers, lambda actor: actor.rest.remote()),
@@ -251,6 +263,7 @@ def _tell(pool: Pool[Actor], call: Callable[[Handle[Actor]], AnyRef]) -> None:
 def _pool(
     name: str,
     spawn: Callable[[ActorOptions], Handle[Actor]],
+    opened: Callable[[Handle[Actor]], AnyRef],
     run: AlignRun,
     placement: Placement,
     kind: Kind,
@@ -260,6 +273,7 @@ def _pool(
     return Pool(
         lambda number: spawn(placement.options(kind, number)),
         size,
+        opened=opened,
         name=name,
         start_timeout_s=workers.start_timeout_s,
         call_timeout_s=workers.call_timeout_s,
