@@ -14,7 +14,7 @@ sampling.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar, cast
 
@@ -165,7 +165,11 @@ class RayExperience:
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
         results = self._sample_and_score(
             items,
-            Encoding(together=1, call=lambda actor, few: actor.for_evaluation.remote(few)),
+            # Opponents are pictures, which a text actor has no use for.
+            Encoding(
+                together=1,
+                call=lambda actor, few: actor.for_evaluation.remote([replace(item, opponents=None) for item in few]),
+            ),
             lambda actor, call: actor.evaluate.remote(call.item, call.texts),
             lambda actor, samples: actor.score_evaluation.remote(samples),
         )
