@@ -28,6 +28,8 @@ AWAY = frozenset({errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTCONN, errno.E
 REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR})
 UNREAD = AWAY - {errno.ENOENT}
 """Of those what a file that is there answers to who reads it."""
+STORAGE_ALONE = FULL | {errno.EIO, errno.ESTALE}
+"""Of these what nothing else answers, a socket for one."""
 OF_NAMES = REFUSED | {errno.ENOENT}
 """What concerns a file that an error names: another than the one to be written is somebody else's trouble."""
 WAITS_S = (5, 15, 40, 120)
@@ -145,9 +147,11 @@ def check_there(directory: Path) -> None:
     would be made anew on another disk.
 
     Raises:
-        StorageFailed: it is not.
+        StorageFailed: it is not, or storage does not say.
     """
-    if not directory.is_dir():
+    with reading(directory):
+        there = directory.is_dir()
+    if not there:
         raise StorageFailed(f"{directory} is not there any more", errno.ENOENT)
 
 
