@@ -41,7 +41,8 @@ def load_sizes(chunk: dict[str, Any], dataset: DatasetConfig) -> dict[str, int |
         sizes = measure_images(open_set(dataset.kind, dataset.location), chunk["images"])
     except FATAL as error:
         trouble = told(error)
-    return trouble | {
+    return {
+        **trouble,
         "chunk": chunk["chunk"],
         "heights": [0 if isinstance(size, str) else size[0] for size in sizes],
         "widths": [0 if isinstance(size, str) else size[1] for size in sizes],

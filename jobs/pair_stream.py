@@ -120,7 +120,8 @@ def load_latents(block: pyarrow.Table, *, directory: Path) -> pyarrow.Table:
         trouble = told(error)
     else:
         parts = latents.split([len(unit) for unit in rows])
-        shapes, content = [list(part.shape) for part in parts], [part.numpy().tobytes() for part in parts]
+        shapes = [list(part.shape) for part in parts]
+        content = [part.numpy().tobytes() for part in parts]
     columns = {
         "shape": pyarrow.array(shapes, _PLACES),
         "latents": pyarrow.array(content, pyarrow.large_binary()),

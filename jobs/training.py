@@ -1,13 +1,13 @@
 """The fit by Ray Train: `Training` over workers of their own, fed by Ray Data, that continue after a crash."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ray.data import Dataset
-from ray.exceptions import RayError
-from ray.train import ControllerError, UserCallback, WorkerGroupError
+from ray.train.v2._internal.exceptions import RayTrainError  # of a worker that does not answer; it has no other name
+from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.result import Result
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
@@ -21,13 +21,6 @@ from jobs.cluster import visible_gpus
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
 from jobs.told import FATAL
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stopped:
-    """A worker's answer in place of an `Outcome`: the fit cannot go on."""
-
-    reason: RunStopped
 
 
 class EndsAtOnce(UserCallback):
@@ -62,8 +55,6 @@ class RayTraining:
             FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"),
         ):
             result = _ended(_trainer(run, run_dir, latents), run.fit.max_failures)
-        if isinstance(result.return_value, Stopped):
-            raise result.return_value.reason
         assert isinstance(result.return_value, Outcome)
         return result.return_value
 
@@ -77,10 +68,11 @@ def _ended(trainer: TorchTrainer, max_failures: int) -> Result:
             raise failed.controller_failure from None
         raise
     except WorkerGroupError as failed:
-        if all(isinstance(error, RayError) for error in failed.worker_failures.values()):
-            ranks = ", ".join(map(str, sorted(failed.worker_failures)))
+        # When a worker is lost the others' collectives fail too: one loss among the errors tells what it was.
+        ranks = [rank for rank, error in failed.worker_failures.items() if isinstance(error, RayTrainError)]
+        if ranks:
             raise RunStopped(
-                f"the fit's workers were lost {max_failures + 1} times (fit.max_failures), the last time rank {ranks}"
+                f"the fit's workers were lost {max_failures + 1} times (fit.max_failures), last rank {ranks[0]}"
             ) from failed
         raise
     assert isinstance(result, Result)
@@ -94,14 +86,15 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
         # Ray Train calls this for every group of workers it starts: after a crash the data continue at the checkpoint.
         return pair_dataset(run, latents, first_step=_checkpointed_step(run, run_dir))
 
-    def on_worker() -> Outcome | Stopped:
+    def on_worker() -> Outcome | None:
         # Imported here: see above. It takes seconds of CPU.
+        from dina_rl.reward.session import FirstRankStopped
         from jobs.fit_worker import fit_on_worker
 
         try:
             return fit_on_worker(run, latents=latents, run_dir=run_dir)
-        except RunStopped as stopped:  # on all ranks; an error Ray Train would retry, `max_failures` times in vain
-            return Stopped(reason=stopped)
+        except FirstRankStopped:
+            return None  # what the first rank raises ends the fit, whichever is heard of first
 
     resources = {"CPU": fit.cpus_per_worker} | ({"GPU": fit.gpus_per_worker} if fit.gpus_per_worker else {})
     return TorchTrainer(
