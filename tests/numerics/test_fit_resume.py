@@ -60,14 +60,21 @@ def test_resumed_fit_equals_uninterrupted(tiny_pipeline: Path, tmp_path: Path, p
 
 
 def test_a_fit_whose_disk_fills_goes_on_where_there_is_room(tiny_pipeline: Path, tmp_path: Path, monkeypatch) -> None:
-    """The disk is full from the second checkpoint on; one step later than that nothing is lost but that step."""
+    """It is full when the second checkpoint is written: the fit goes on from the first."""
     store = write_store(tmp_path / "store", str(tiny_pipeline), train=(8, 0), test=(2, 0))
     whole = FitRun(
         run_dir=tmp_path / "whole",
         pipeline={"path": str(tiny_pipeline)},
         latents=store.directory,
         reward=TINY_REWARD,
-        fit={"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 1, "num_workers": 1},
+        fit={
+            "steps": 4,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "checkpoint_every": 1,
+            "checkpoint_keep": 1,  # the small disk has room for one, and for the one that is being written
+            "num_workers": 1,
+        },
     )
     expected = fit_inline(whole)
     save, saved = FitCheckpoints.save, []
