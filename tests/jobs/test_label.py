@@ -100,8 +100,8 @@ def test_a_score_that_a_server_failed_to_give_is_asked_for_again(preferences, tm
             "unified_reward",
             "--scorers.a.path",
             server.url,
-            "--scorers.a.server.retries",
-            "0",
+            "--scorers.a.server.timeout-s",
+            "600",
         ]
         words += ["--dataset.path", preferences, "--dataset.split", "train", "--run-dir", out, "--scale", "0.5"]
         with Image.open(preferences / "images" / "train-0-dark.png") as picture:

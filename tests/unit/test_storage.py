@@ -18,6 +18,7 @@ from dina_rl import storage
 from dina_rl.alignment.board import Board
 from dina_rl.alignment.checkpoints import Checkpoint, Checkpoints
 from dina_rl.alignment.disk import check_room, disk_use
+from dina_rl.alignment.inline import InlineExperience
 from dina_rl.checkpoint import open_run_dir, save_tensors, write_json
 from dina_rl.cli import interruptible
 from dina_rl.config import AlignRun, FilterConfig, FitRun
@@ -26,6 +27,7 @@ from dina_rl.data.plan import EncodePlan
 from dina_rl.data.sets.records import UnlabelledRecord
 from dina_rl.data.sets.root import DataRoot
 from dina_rl.data.stores.files import write_lines, write_table
+from dina_rl.errors import BadInput
 from dina_rl.evaluation.score_store import _write_part
 from dina_rl.kept import Kept
 from dina_rl.report import plot_samples
@@ -40,6 +42,7 @@ from dina_rl.types import PolicyWeights
 from tests.full_disk import files_below, full, mounted
 from tests.tensors import assert_same_tensors
 from tests.tiny_reward import TINY_REWARD, write_store
+from tests.tiny_run import tiny_run
 
 NOISE = torch.randint(0, 256, (2**20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 """A MiB that no compression makes smaller."""
@@ -163,6 +166,8 @@ def test_a_broken_latent_or_reward_is_told(tmp_path: Path, tiny_pipeline: Path) 
     flip(tmp_path / "reward" / "backbone_lora" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="reward is broken: .* does not hold what was written"):
         load_reward(tmp_path / "reward", backbone)
+    with pytest.raises(BadInput, match="reward is broken: .* does not hold what was written"):
+        InlineExperience(tiny_run(tmp_path / "align", tiny_pipeline, tmp_path / "reward"))
 
 
 # --- a full disk ---------------------------------------------------------------------------------------------------
