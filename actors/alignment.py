@@ -6,6 +6,7 @@ from time import perf_counter
 
 from actors.experience import RayExperience
 from actors.learner_gang import RayLearner
+from actors.losses import losses_told
 from actors.placement import Placement
 from actors.shifts import Shifts
 from dina_rl.alignment.planning import loads
@@ -18,11 +19,11 @@ def open_actors(run: AlignRun) -> Iterator[tuple[RayExperience, RayLearner]]:
     """All actors of an alignment run, with their models loaded; killed at the end.
 
     Raises:
-        RunStopped: they did not come up within `workers.start_timeout_s`.
+        RunStopped: they did not come up within `workers.start_timeout_s`, or one of them says so, at any time.
     """
     begin = perf_counter()
     told = [announce(who, sizes) for who, sizes in loads(run).items()]
-    with ExitStack() as stack:
+    with losses_told(), ExitStack() as stack:
         placement, shifts = Placement(run.workers), Shifts(run.workers)
         stack.callback(placement.release)
         experience = RayExperience(run, placement, shifts)

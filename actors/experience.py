@@ -14,7 +14,7 @@ sampling.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar, cast
 
@@ -89,19 +89,31 @@ class RayExperience:
         def scorer(options: ActorOptions) -> Handle[ScorerActor]:
             return ray.remote(**options)(ScorerActor).remote(run)
 
-        self.texts = _pool("text workers", text, run, placement, "text", workers.text_workers)
+        self.texts = _pool(
+            "text workers", text, lambda actor: actor.open.remote(), run, placement, "text", workers.text_workers
+        )
         shifts.join(
             "text",
             rest=lambda: _tell(self.texts, lambda actor: actor.rest.remote()),
             wake=lambda: _tell(self.texts, lambda actor: actor.wake.remote()),
         )
-        self.rollouts = _pool("rollout workers", rollout, run, placement, "rollout", workers.rollout_workers)
+        self.rollouts = _pool(
+            "rollout workers",
+            rollout,
+            lambda actor: actor.open.remote(),
+            run,
+            placement,
+            "rollout",
+            workers.rollout_workers,
+        )
         shifts.join(
             "rollout",
             rest=lambda: _tell(self.rollouts, lambda actor: actor.rest.remote()),
             wake=lambda: _tell(self.rollouts, lambda actor: actor.wake.remote()),
         )
-        self.scorers = _pool("scorers", scorer, run, placement, "scorer", workers.scorers)
+        self.scorers = _pool(
+            "scorers", scorer, lambda actor: actor.open.remote(), run, placement, "scorer", workers.scorers
+        )
         shifts.join(
             "scorer",
             rest=lambda: _tell(self.scorers, lambda actor: actor.rest.remote()),
@@ -153,7 +165,11 @@ class RayExperience:
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
         results = self._sample_and_score(
             items,
-            Encoding(together=1, call=lambda actor, few: actor.for_evaluation.remote(few)),
+            # Opponents are pictures, which a text actor has no use for.
+            Encoding(
+                together=1,
+                call=lambda actor, few: actor.for_evaluation.remote([replace(item, opponents=None) for item in few]),
+            ),
             lambda actor, call: actor.evaluate.remote(call.item, call.texts),
             lambda actor, samples: actor.score_evaluation.remote(samples),
         )
@@ -251,6 +267,7 @@ def _tell(pool: Pool[Actor], call: Callable[[Handle[Actor]], AnyRef]) -> None:
 def _pool(
     name: str,
     spawn: Callable[[ActorOptions], Handle[Actor]],
+    opened: Callable[[Handle[Actor]], AnyRef],
     run: AlignRun,
     placement: Placement,
     kind: Kind,
@@ -260,6 +277,7 @@ def _pool(
     return Pool(
         lambda number: spawn(placement.options(kind, number)),
         size,
+        opened=opened,
         name=name,
         start_timeout_s=workers.start_timeout_s,
         call_timeout_s=workers.call_timeout_s,

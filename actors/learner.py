@@ -12,6 +12,7 @@ from actors.shifts import OnSharedGPU
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
 from dina_rl.config import AlignRun
+from dina_rl.errors import opening
 from dina_rl.runtime import configure_process
 from dina_rl.sleep import SharedGPU
 from dina_rl.types import PolicyWeights, Rollout, TrainingGroup
@@ -29,6 +30,7 @@ class LearnerActor(GangMember, OnSharedGPU):
         self._gpu = SharedGPU(sleeps=run.workers.sleep)
 
     @ray.method
+    @opening()
     def build(self) -> None:
         """Load the policy and start the engine; after `join`, because DeepSpeed splits the weights over the ranks."""
         if self._run.learner.engine == "torch":

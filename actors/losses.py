@@ -1,11 +1,11 @@
-"""What Ray lost, in our own words: actors, and values that were on a node."""
+"""What Ray says of lost actors and values, or on behalf of an actor, in the loop's own words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from dina_rl.errors import WorkLost
+from dina_rl.errors import RunStopped, WorkLost
 
 ACTOR_DEATHS = (RayActorError, OutOfMemoryError)
 """What Ray raises of a call whose actor is gone. One that it killed for its node's memory has an error of its own.
@@ -20,12 +20,17 @@ def losses_told() -> Iterator[None]:
 
     It may be met here or in an actor that was to read it: Ray's error of a failed call is then also an instance of
     what the call failed of. Nothing lost is made again by Ray: the actors that made it have gone on.
+    Where an actor says that the run cannot go on, that alone is raised: Ray's error would show a traceback.
     """
     try:
         yield
     except (ObjectLostError, GetTimeoutError) as lost:
         cause = lost.cause if isinstance(lost, RayTaskError) else lost
         raise WorkLost(f"a value was lost with its node: {_first_line(cause)}") from lost
+    except RayTaskError as error:
+        if isinstance(error.cause, RunStopped):
+            raise error.cause from None
+        raise
 
 
 def cause_of(death: RayError) -> str:

@@ -78,8 +78,10 @@ class Pool(Generic[Actor]):
 
     Args:
         spawn: creates actor number 0 to size - 1; called again with the same number to replace it.
+        opened: the call with which an actor is ready. What a constructor raises is lost to Ray's error of a dead actor,
+            which the pool replaces in vain; what this call raises comes here as it is.
         name: of the pool, for messages.
-        start_timeout_s: longest wait for one actor's constructor.
+        start_timeout_s: longest wait for one actor's constructor and `opened`.
         call_timeout_s: longest run of one call; then the actor counts as hung and is killed.
         max_restarts: actors replaced in the pool's lifetime before it gives up.
     """
@@ -89,6 +91,7 @@ class Pool(Generic[Actor]):
         spawn: Callable[[int], Handle[Actor]],
         size: int,
         *,
+        opened: Callable[[Handle[Actor]], AnyRef] = ready,
         name: str,
         start_timeout_s: float,
         call_timeout_s: float,
@@ -97,6 +100,7 @@ class Pool(Generic[Actor]):
         self.name = name
         self.restarts = 0
         self._spawn = spawn
+        self._opened = opened
         self._told: dict[str, Callable[[Handle[Actor]], AnyRef]] = {}  # by subject, what was told last at the end
         self._limits: dict[Purpose, float] = {"start": start_timeout_s, "sync": call_timeout_s, "work": call_timeout_s}
         self._max_restarts = max_restarts
@@ -172,7 +176,7 @@ class Pool(Generic[Actor]):
 
     def _create(self, number: int) -> _Member[Actor]:
         member = _Member(handle=self._spawn(number))
-        member.submit(_Call(ref=ready(member.handle), purpose="start"))
+        member.submit(_Call(ref=self._opened(member.handle), purpose="start"))
         for call in self._told.values():
             member.submit(_Call(ref=call(member.handle), purpose="sync"))
         return member

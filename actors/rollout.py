@@ -9,6 +9,7 @@ from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
 from dina_rl.alignment.texts import EncodedTexts, PromptEncoder
 from dina_rl.config import AlignRun
+from dina_rl.errors import opening
 from dina_rl.runtime import configure_process
 from dina_rl.sleep import SharedGPU
 from dina_rl.types import PolicyWeights, Rollout, WorkItem
@@ -17,9 +18,18 @@ from dina_rl.types import PolicyWeights, Rollout, WorkItem
 class RolloutActor(OnSharedGPU):
     def __init__(self, run: AlignRun) -> None:
         configure_process(run.workers.threads_per_actor)
-        self._prompts = None if run.workers.text_workers else PromptEncoder(run)
-        self._worker = RolloutWorker(run)
+        self._run = run
+        self._prompts: PromptEncoder | None = None
+        self._worker: RolloutWorker
         self._gpu = SharedGPU(sleeps=run.workers.sleep)
+
+    @ray.method
+    @opening()
+    def open(self) -> None:
+        """Load the generator, and what else samples and measures."""
+        if not self._run.workers.text_workers:
+            self._prompts = PromptEncoder(self._run)
+        self._worker = RolloutWorker(self._run)
 
     @ray.method
     def load_weights(self, weights: PolicyWeights) -> int:

@@ -7,6 +7,7 @@ from actors.shifts import OnSharedGPU
 from dina_rl.alignment.measurement import EvaluationSamples
 from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.config import AlignRun
+from dina_rl.errors import opening
 from dina_rl.runtime import configure_process
 from dina_rl.sleep import SharedGPU
 from dina_rl.types import Rollout
@@ -15,8 +16,15 @@ from dina_rl.types import Rollout
 class ScorerActor(OnSharedGPU):
     def __init__(self, run: AlignRun) -> None:
         configure_process(run.workers.threads_per_actor)
-        self._worker = ScoringWorker(run)
+        self._run = run
+        self._worker: ScoringWorker
         self._gpu = SharedGPU(sleeps=run.workers.sleep)
+
+    @ray.method
+    @opening()
+    def open(self) -> None:
+        """Load the rewards."""
+        self._worker = ScoringWorker(self._run)
 
     @ray.method
     def score(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from dina_rl import __version__
 from dina_rl.config.keys import Mark, covers, explain, marked, value_at, with_todays_names
 from dina_rl.fingerprint import Parts
-from dina_rl.storage import settle, writing
+from dina_rl.storage import remove_leftovers, settle, writing
 from dina_rl.textfiles import parse_yaml, read_text
 
 CONFIG_FILE = "config.yaml"
@@ -88,21 +88,28 @@ def open_run_dir(
         for report in REPORTS:
             (run_dir / report).unlink(missing_ok=True)  # of a start that failed
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False))
+    for name in (CONFIG_FILE, VERSIONS_FILE, INPUTS_FILE):
+        remove_leftovers(run_dir, name)  # of a start that was killed
+    with replaced_file(run_dir / CONFIG_FILE, lasting=True) as temporary:  # an empty one would be no run's
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     write_json(run_dir / VERSIONS_FILE, versions())
     _save_inputs(run_dir, inputs)
     return run_dir
 
 
 def check_place(run_dir: Path, *, resume: bool) -> None:
-    """Raises ValueError where `run_dir` holds something that a run would not go on with."""
+    """Raises ValueError where `run_dir` holds something that a run would not go on with.
+
+    A start that was killed in its first write has left a part of a configuration, and no run.
+    """
     if (run_dir / CONFIG_FILE).is_file():
         if not resume:
             raise ValueError(
                 f"run directory {run_dir} holds a run already; add --resume to continue it, or name another"
             )
         return
-    if run_dir.is_dir() and any(entry.name not in (LOCK_FILE, *REPORTS) for entry in run_dir.iterdir()):
+    names = [entry.name for entry in run_dir.iterdir()] if run_dir.is_dir() else []
+    if any(name not in (LOCK_FILE, *REPORTS) and not name.startswith(f".{CONFIG_FILE}-") for name in names):
         raise ValueError(f"run directory {run_dir} is not empty and holds no run; name another")
 
 

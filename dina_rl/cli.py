@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from dina_rl.config.keys import NAME, RENAMED, can_be_off, explain, is_named, section_of
 from dina_rl.errors import RunStopped, shown
-from dina_rl.storage import StorageFailed
+from dina_rl.storage import STORAGE_ALONE, StorageFailed
 from dina_rl.termination import Terminated, listening
 from dina_rl.textfiles import parse_yaml, read_text
 
@@ -58,6 +58,11 @@ def interruptible(run_dir: Path) -> Iterator[None]:
     except RunStopped as stopped:
         print(f"\nerror: {stopped}", file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None
+    except OSError as error:  # where nobody expected it: storage that is away fails at whatever looks at it
+        if error.errno not in STORAGE_ALONE:
+            raise
+        print(f"\nerror: {error}; when that is mended add --resume to continue {run_dir}", file=sys.stderr)
+        raise SystemExit(StorageFailed.exit_code) from None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from dina_rl.checkpoint import replaced_directory, save_tensors, write_text
 from dina_rl.loading import say
-from dina_rl.storage import NothingWhole, remove_leftovers
+from dina_rl.storage import NothingWhole, StorageFailed, patiently, reading, remove_leftovers
 from dina_rl.sums import SUMS_FILE, check_sums, read_sums, sha256, write_sums
 
 STATE_FILE = "state.safetensors"
@@ -72,17 +72,28 @@ class Kept:
 
         Raises:
             NothingWhole: all are broken.
+            StorageFailed: none is whole, and the newest cannot be read: storage is away, and stays so for minutes.
         """
         found = self.all()
+        away: StorageFailed | None = None
         for place in reversed(found):
+
+            def whole(place: Path = place) -> Content:
+                with reading(place):
+                    self._check(place, names)
+                    return read(place)
+
             try:
-                self._check(place, names)
-                return read(place)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                return patiently(whole) if away is None else whole()
+            except (StorageFailed, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                if isinstance(error, StorageFailed):
+                    away = away or error
                 before = "; the one before it is taken, and what was done since is done again"
                 say(f"{place} is broken ({' '.join(str(error).split())}){before if place != found[0] else ''}")
         if not found:
             return None
+        if away is not None:
+            raise away
         raise NothingWhole(f"none of the {len(found)} checkpoint(s) in {self.root} is whole; begin another run")
 
     def _check(self, place: Path, names: Sequence[str]) -> None:

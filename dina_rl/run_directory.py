@@ -134,7 +134,8 @@ def _withdraw(run_dir: Path) -> None:
     """Remove what a start writes, unless something was made."""
     if any(file.is_file() for entry in run_dir.iterdir() if entry.name not in BEFORE_ANY_WORK for file in _all(entry)):
         return
-    for entry in run_dir.iterdir():
+    # The configuration goes last: while it is there the directory is a run's, whenever this is killed.
+    for entry in sorted(run_dir.iterdir(), key=lambda entry: entry.name == CONFIG_FILE):
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.name not in (*REPORTS, LOCK_FILE):

@@ -1,7 +1,8 @@
 """What storage does to a run: it is full, away for a while, or broken. A line each, and what was written stays.
 
 Whoever writes does so inside `writing`: what the operating system, SQLite, pyarrow or safetensors say of storage
-becomes `StorageFailed`, which ends the run with one line and an exit code of its own.
+becomes `StorageFailed`, which ends the run with one line and an exit code of its own. Whoever reads what may be left
+out or made again where it is broken does so inside `reading`: what only cannot be had now is not broken.
 """
 
 import errno
@@ -17,7 +18,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from dina_rl.errors import RunStopped
+from dina_rl.errors import BadInput, RunStopped
 from dina_rl.loading import shown_bytes
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -25,6 +26,10 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 AWAY = frozenset({errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN})
 """What a shared file system answers while its server is away; it may come back."""
 REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR})
+UNREAD = AWAY - {errno.ENOENT}
+"""Of those what a file that is there answers to who reads it."""
+STORAGE_ALONE = FULL | {errno.EIO, errno.ESTALE}
+"""Of these what nothing else answers, a socket for one."""
 OF_NAMES = REFUSED | {errno.ENOENT}
 """What concerns a file that an error names: another than the one to be written is somebody else's trouble."""
 WAITS_S = (5, 15, 40, 120)
@@ -36,7 +41,7 @@ Value = TypeVar("Value")
 
 
 class StorageFailed(RunStopped):
-    """Something could not be written; what was whole before is whole still.
+    """Something could not be written or read; what was whole before is whole still.
 
     Args:
         number: the operating system's error.
@@ -52,10 +57,8 @@ class StorageFailed(RunStopped):
         return str(self.args[0])
 
 
-class NothingWhole(RunStopped):
+class NothingWhole(BadInput):
     """There is something to go on from, but every copy of it is broken."""
-
-    exit_code = 2
 
 
 @contextmanager
@@ -74,6 +77,27 @@ def writing(path: Path) -> Iterator[None]:
         room = free_bytes(path) if number in FULL else None
         left = "" if room is None else f", {shown_bytes(room)} are free without it"
         raise StorageFailed(f"cannot write {path}: {os.strerror(number)}{left}", number) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """The block reads `path`, a file, or what lies in a directory.
+
+    Raises:
+        StorageFailed: storage is away; what it holds may be whole.
+    """
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        if number not in UNREAD:
+            raise
+        raise StorageFailed(f"cannot read {path}: {os.strerror(number)}", number) from error
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether it says that storage cannot be read now, rather than anything of what it holds."""
+    return isinstance(error, OSError) and error.errno in UNREAD
 
 
 def _number(error: Exception) -> int:
@@ -123,9 +147,11 @@ def check_there(directory: Path) -> None:
     would be made anew on another disk.
 
     Raises:
-        StorageFailed: it is not.
+        StorageFailed: it is not, or storage does not say.
     """
-    if not directory.is_dir():
+    with reading(directory):
+        there = directory.is_dir()
+    if not there:
         raise StorageFailed(f"{directory} is not there any more", errno.ENOENT)
 
 

@@ -1,10 +1,12 @@
 """Encoding by Ray Data: `EncodeWork` for `jobs.encode` and for the fit.
 
 Tasks read the image headers of a large set; then shards of images go to actors, which decode, run the VAE and write:
-pixels never travel.
+pixels never travel. Both say what they cannot do in their rows (`jobs/told.py`); actors open what they need at their
+first shard, since of what a constructor raises Ray Data tells only that it did.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,18 @@ import ray
 from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
+from dina_rl.backbones.base import LatentCodec, TextEncoder
 from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
 from dina_rl.data.encode import encode_shard, measure_images
 from dina_rl.data.plan import EncodePlan, Measured
+from dina_rl.data.sets.records import PreferenceSet
 from dina_rl.data.sets.registry import open_set
 from dina_rl.data.stores.latents import LatentStore
 from dina_rl.data.stores.prompts import PromptStore
 from dina_rl.loading import TEXT, VAE, announce, sizes
 from dina_rl.runtime import configure_process, open_pipeline
-from dina_rl.storage import StorageFailed
 from jobs.cluster import visible_gpus
+from jobs.told import FATAL, NOTHING, check_told, told
 
 MEASURED_HERE = 32
 """Chunks of image headers that this process reads before Ray's workers would have started."""
@@ -29,10 +33,16 @@ WAVE = 256
 """Chunks of image names on the way to the workers at once."""
 
 
-def load_sizes(chunk: dict[str, Any], dataset: DatasetConfig) -> dict[str, int | list[int] | list[str]]:
-    """Sizes of a chunk's images. {chunk, images} -> {chunk, heights, widths, problems}."""
-    sizes = measure_images(open_set(dataset.kind, dataset.location), chunk["images"])
+def load_sizes(chunk: dict[str, Any], dataset: DatasetConfig) -> dict[str, int | str | list[int] | list[str]]:
+    """Sizes of a chunk's images. {chunk, images} -> {chunk, heights, widths, problems}, and what is told."""
+    sizes: Measured = []
+    trouble = NOTHING
+    try:
+        sizes = measure_images(open_set(dataset.kind, dataset.location), chunk["images"])
+    except FATAL as error:
+        trouble = told(error)
     return {
+        **trouble,
         "chunk": chunk["chunk"],
         "heights": [0 if isinstance(size, str) else size[0] for size in sizes],
         "widths": [0 if isinstance(size, str) else size[1] for size in sizes],
@@ -47,14 +57,19 @@ class EncodeShard:
 
     def __init__(self, directory: Path, pipeline: PipelineConfig, dataset: DatasetConfig, threads: int) -> None:
         configure_process(threads)
-        self._store = LatentStore(directory)
-        self._source = open_set(dataset.kind, dataset.location)
-        self._codec = open_pipeline(pipeline).load_codec()
-        self._dataset, self._threads = dataset, threads
+        self._directory, self._pipeline, self._dataset, self._threads = directory, pipeline, dataset, threads
 
     def __call__(self, shard: dict[str, int]) -> dict[str, int | str]:
-        place = self._source, self._store, int(shard["shard"]), self._codec
-        return _told(lambda: encode_shard(*place, self._dataset, threads=self._threads))
+        return _done(lambda: self._encode(int(shard["shard"])))
+
+    def _encode(self, shard: int) -> int:
+        source, store, codec = self._opened
+        return encode_shard(source, store, shard, codec, self._dataset, threads=self._threads)
+
+    @cached_property
+    def _opened(self) -> tuple[PreferenceSet, LatentStore, LatentCodec]:
+        source = open_set(self._dataset.kind, self._dataset.location)
+        return source, LatentStore(self._directory), open_pipeline(self._pipeline).load_codec()
 
 
 class EncodePrompts:
@@ -64,19 +79,27 @@ class EncodePrompts:
 
     def __init__(self, directory: Path, pipeline: PipelineConfig, threads: int) -> None:
         configure_process(threads)
-        self._prompts = PromptStore(directory)
-        self._encoder = open_pipeline(pipeline).load_text_encoder(cached=1)  # prompts are distinct
+        self._directory, self._pipeline = directory, pipeline
 
     def __call__(self, shard: dict[str, int]) -> dict[str, int | str]:
-        return _told(lambda: self._prompts.write_shard(int(shard["shard"]), self._encoder))
+        return _done(lambda: self._encode(int(shard["shard"])))
+
+    def _encode(self, shard: int) -> int:
+        prompts, encoder = self._opened
+        return prompts.write_shard(shard, encoder)
+
+    @cached_property
+    def _opened(self) -> tuple[PromptStore, TextEncoder]:
+        encoder = open_pipeline(self._pipeline).load_text_encoder(cached=1)  # prompts are distinct
+        return PromptStore(self._directory), encoder
 
 
-def _told(encode: Callable[[], int]) -> dict[str, int | str]:
-    """How much `encode` has done, or why storage refused it: an error Ray Data would wrap, and show its traceback."""
+def _done(encode: Callable[[], int]) -> dict[str, int | str]:
+    """How much `encode` has done, or why it could not."""
     try:
-        return {"done": encode(), "failed": "", "number": 0}
-    except StorageFailed as failed:
-        return {"done": 0, "failed": str(failed), "number": failed.number}
+        return NOTHING | {"done": encode()}
+    except FATAL as error:
+        return told(error) | {"done": 0}
 
 
 class RayEncoding:
@@ -89,13 +112,14 @@ class RayEncoding:
             return
         dataset = run.dataset
 
-        def sizes(chunk: dict[str, Any]) -> dict[str, int | list[int] | list[str]]:
+        def sizes(chunk: dict[str, Any]) -> dict[str, int | str | list[int] | list[str]]:
             return load_sizes(chunk, dataset)
 
         for start in tqdm(range(0, len(chunks), WAVE), desc="image sizes", unit="wave"):
             wave = [{"chunk": chunk, "images": plan.images(chunk)} for chunk in chunks[start : start + WAVE]]
             done = ray.data.from_items(wave).map(sizes, num_cpus=run.fit.cpus_per_worker)
             for row in done.iter_rows():
+                check_told(row)
                 found = zip(row["heights"], row["widths"], row["problems"], strict=True)
                 yield int(row["chunk"]), [problem or (int(height), int(width)) for height, width, problem in found]
 
@@ -118,7 +142,8 @@ def _on_actors(
     """How much of every shard is done, as it is. An actor is made of `arguments` and its number of threads.
 
     Raises:
-        StorageFailed: an actor could not write.
+        StorageFailed: an actor could not write or read.
+        BadInput: the pipeline or the set cannot be opened, or is broken.
     """
     gpus = run.fit.gpus_per_worker
     actors = run.fit.num_workers if gpus else 1  # on a CPU one model with all threads beats two, and starts sooner
@@ -133,6 +158,5 @@ def _on_actors(
         runtime_env=visible_gpus(gpus),
     )
     for row in done.iter_rows():
-        if row["failed"]:
-            raise StorageFailed(row["failed"], int(row["number"]))
+        check_told(row)
         yield row["done"]

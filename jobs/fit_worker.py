@@ -47,7 +47,9 @@ def fit_on_worker(run: FitRun, *, latents: Path, run_dir: Path) -> Outcome:
         latents: the store of the training pairs.
 
     Raises:
-        RunStopped: a gradient is not finite, or storage refuses; every rank raises it.
+        RunStopped: a gradient is not finite, or storage refuses what the first rank writes; every rank raises it. Or
+            what this rank alone reads is broken, with the others in a collective.
+        ValueError: the latter too.
     """
     configure_process(run.fit.threads_per_worker)
     ranks = TrainRanks()

@@ -12,12 +12,12 @@ that the generator makes of a prompt file (--prompts.path FILE). Run directory, 
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LabelRun
-from dina_rl.labelling.job import CARD_FILE, label, label_inputs
+from dina_rl.labelling.job import CARD_FILE, is_finished, label, label_inputs
 from dina_rl.run_directory import run_directory
 from dina_rl.textfiles import read_text
 from jobs.evaluate import open_workers
@@ -33,13 +33,14 @@ def main(argv: Sequence[str]) -> None:
         if run.plan:
             print("\n".join(inputs.lines()))
             return
+        finished = partial(is_finished, run)
         with (
-            run_directory(run, run.run_dir, resume=run.resume, inputs=inputs.made_from, finished=_finished) as run_dir,
-            interruptible(run_dir),
+            interruptible(run.run_dir),
+            run_directory(run, run.run_dir, resume=run.resume, inputs=inputs.made_from, finished=finished) as run_dir,
         ):
             card: dict[str, Any] = (
                 json.loads(read_text(run_dir / CARD_FILE))
-                if _finished(run_dir)
+                if finished(run_dir)
                 else label(inputs, run_dir, open_workers)
             )
     except ValueError as error:
@@ -56,10 +57,6 @@ def main(argv: Sequence[str]) -> None:
             )
         )
     print(f"written to {run_dir}")
-
-
-def _finished(run_dir: Path) -> bool:
-    return (run_dir / CARD_FILE).is_file()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from dina_rl.data.stores.latents import PairStore, PairTable
 from dina_rl.data.stores.open import open_store
 from dina_rl.data.stores.order import TrainingOrder, fit_order
 from dina_rl.data.stores.units import GROUP_IMAGES, TrainingBatch, Unit, Units, fit_units, layout, training_batch
+from jobs.told import FATAL, NOTHING, check_told, told
 
 BLOCK_BYTES = 32 * 2**20  # well below the 128 MiB at which Ray splits a block
 BLOCK_UNITS = 512
@@ -47,7 +48,8 @@ _PLAN = pyarrow.schema(
 def pair_dataset(run: FitRun, directory: Path, *, first_step: int) -> Dataset:
     """Rows {step, share, step_pairs, key, prompt, latents, shape, chosen, rejected, probability}, from `first_step` on.
 
-    `share` is how many rows of its step a rank gets, `step_pairs` how many pairs all ranks get.
+    `share` is how many rows of its step a rank gets, `step_pairs` how many pairs all ranks get. Where a row's latents
+    cannot be read it says so (`told`).
 
     Args:
         directory: of the encoded pairs.
@@ -109,12 +111,27 @@ def ordered() -> DataConfig:
 def load_latents(block: pyarrow.Table, *, directory: Path) -> pyarrow.Table:
     """Ray Data task: replace row numbers by the bytes of fp32 latents, and the shape [n, C, h, w] of a unit's."""
     rows = block.column("rows").to_pylist()
-    latents = _reader(directory).latents(torch.tensor([row for unit in rows for row in unit]))
-    parts = latents.split([len(unit) for unit in rows])
+    shapes: list[list[int] | None] = [None] * len(rows)
+    content: list[bytes | None] = [None] * len(rows)
+    trouble = NOTHING
+    try:
+        latents = _reader(directory).latents(torch.tensor([row for unit in rows for row in unit]))
+    except FATAL as error:
+        trouble = told(error)
+    else:
+        parts = latents.split([len(unit) for unit in rows])
+        shapes = [list(part.shape) for part in parts]
+        content = [part.numpy().tobytes() for part in parts]
+    columns = {
+        "shape": pyarrow.array(shapes, _PLACES),
+        "latents": pyarrow.array(content, pyarrow.large_binary()),
+        "failed": pyarrow.array([trouble["failed"]] * len(rows), pyarrow.string()),
+        "number": pyarrow.array([trouble["number"]] * len(rows), pyarrow.int64()),
+    }
     block = block.drop_columns(["rows"])
-    block = block.append_column("shape", pyarrow.array([list(part.shape) for part in parts], _PLACES))
-    content = pyarrow.array([part.numpy().tobytes() for part in parts], pyarrow.large_binary())
-    return block.append_column("latents", content)
+    for name, column in columns.items():
+        block = block.append_column(name, column)
+    return block
 
 
 @lru_cache(maxsize=1)
@@ -124,7 +141,7 @@ def _reader(directory: Path) -> PairStore:
 
 
 def pair_batches(shard: DataIterator, prompts: Sequence[str], *, first_step: int) -> Iterator[TrainingBatch]:
-    """One rank's share of every step's batch, from `first_step` on."""
+    """One rank's share of every step's batch, from `first_step` on. Raises as `steps_of`."""
     # Whole blocks; Ray's annotation forgets None, its documentation does not.
     tables = shard.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow")  # type: ignore[arg-type]
     return steps_of(tables, prompts, first_step=first_step)
@@ -133,10 +150,16 @@ def pair_batches(shard: DataIterator, prompts: Sequence[str], *, first_step: int
 def steps_of(
     rank_blocks: Iterable[pyarrow.Table], prompts: Sequence[str], *, first_step: int
 ) -> Iterator[TrainingBatch]:
-    """A rank's blocks cut and joined into its shares of step after step."""
+    """A rank's blocks cut and joined into its shares of step after step.
+
+    Raises:
+        BadInput: latents are broken, or not there any more.
+        StorageFailed: they cannot be read now.
+    """
     step, held = first_step, []
     for block in rank_blocks:
         for row in block.to_pylist():
+            check_told(row)
             assert row["step"] == step, f"step {step} got a row of step {row['step']}"
             held.append(_unit(row, prompts))
             if len(held) == row["share"]:

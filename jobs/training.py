@@ -1,10 +1,13 @@
 """The fit by Ray Train: `Training` over workers of their own, fed by Ray Data, that continue after a crash."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from ray.data import Dataset
+from ray.train.v2._internal.exceptions import RayTrainError  # of a worker that does not answer; it has no other name
+from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.result import Result
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
@@ -17,20 +20,33 @@ from dina_rl.storage import writing
 from jobs.cluster import visible_gpus
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
+from jobs.told import FATAL
 from jobs.train_ranks import MeetingRanks
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stopped:
-    """A worker's answer in place of an `Outcome`: the fit cannot go on."""
+class EndsAtOnce(UserCallback):
+    """What a worker says that ends a job ends the fit: Ray Train would build the group `max_failures` times in vain.
 
-    reason: RunStopped
+    One worker may be alone in saying so, with the others in a collective, so it cannot be an answer: all are killed.
+    """
+
+    def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Called by Ray Train's controller; what is raised here it does not try again."""
+        for error in worker_exceptions.values():
+            if isinstance(error, FATAL):
+                raise error
 
 
 class RayTraining:
     """`Training` by Ray Train. Ray must be initialised."""
 
     def train(self, run: FitRun, latents: Path, run_dir: Path) -> Outcome:
+        """The same.
+
+        Raises:
+            ValueError, RunStopped: what the fit reads is broken, or it cannot go on; or more workers were lost than
+                `fit.max_failures`.
+        """
         from dina_rl.reward.inputs import loads  # here: Ray Train's controller imports this module, and needs no models
 
         _checkpointed_step(run, run_dir)  # before anything starts, where none is whole
@@ -39,12 +55,29 @@ class RayTraining:
             writing(run_dir / TRAIN),  # Ray Train tries its storage before anything else
             FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"),
         ):
-            result = _trainer(run, run_dir, latents).fit()
-        assert isinstance(result, Result)
-        if isinstance(result.return_value, Stopped):
-            raise result.return_value.reason
+            result = _ended(_trainer(run, run_dir, latents), run.fit.max_failures)
         assert isinstance(result.return_value, Outcome)
         return result.return_value
+
+
+def _ended(trainer: TorchTrainer, max_failures: int) -> Result:
+    """Its result, or in our words why there is none. An error of the program stays Ray's."""
+    try:
+        result = trainer.fit()
+    except ControllerError as failed:
+        if isinstance(failed.controller_failure, FATAL):
+            raise failed.controller_failure from None
+        raise
+    except WorkerGroupError as failed:
+        # When a worker is lost the others' collectives fail too: one loss among the errors tells what it was.
+        ranks = [rank for rank, error in failed.worker_failures.items() if isinstance(error, RayTrainError)]
+        if ranks:
+            raise RunStopped(
+                f"the fit's workers were lost {max_failures + 1} times (fit.max_failures), last rank {ranks[0]}"
+            ) from failed
+        raise
+    assert isinstance(result, Result)
+    return result
 
 
 def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
@@ -54,14 +87,15 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
         # Ray Train calls this for every group of workers it starts: after a crash the data continue at the checkpoint.
         return pair_dataset(run, latents, first_step=_checkpointed_step(run, run_dir))
 
-    def on_worker() -> Outcome | Stopped:
+    def on_worker() -> Outcome | None:
         # Imported here: see above. It takes seconds of CPU.
+        from dina_rl.reward.session import FirstRankStopped
         from jobs.fit_worker import fit_on_worker
 
         try:
             return fit_on_worker(run, latents=latents, run_dir=run_dir)
-        except RunStopped as stopped:  # on all ranks; an error Ray Train would retry, `max_failures` times in vain
-            return Stopped(reason=stopped)
+        except FirstRankStopped:
+            return None  # what the first rank raises ends the fit, whichever is heard of first
 
     resources = {"CPU": fit.cpus_per_worker} | ({"GPU": fit.gpus_per_worker} if fit.gpus_per_worker else {})
     return TorchTrainer(
@@ -75,6 +109,7 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=fit.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[EndsAtOnce()],
             worker_runtime_env=visible_gpus(fit.gpus_per_worker),
         ),
         datasets={"train": remaining_pairs},

@@ -1,4 +1,4 @@
-"""A real disk that can be full: a small tmpfs, for tests that may mount one."""
+"""A real disk that can be full, or be away for a while: a small tmpfs, for tests that may mount one."""
 
 import errno
 import os
@@ -39,6 +39,20 @@ def full(disk: Path) -> Iterator[None]:
         yield
     finally:
         (disk / FILLER).unlink()
+
+
+@contextmanager
+def away(disk: Path) -> Iterator[None]:
+    """`disk` is not mounted for the time of the block; what it holds is there again after it."""
+    elsewhere = disk.with_name("elsewhere")
+    elsewhere.mkdir()
+    subprocess.run(["mount", "--bind", str(disk), str(elsewhere)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "--bind", str(elsewhere), str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(elsewhere)], check=True)
 
 
 def files_below(directory: Path) -> dict[Path, bytes]:

@@ -14,8 +14,8 @@ from ray._private.node import Node
 from benchmarks.chaos.lab import Attempt, Lab, workers
 
 STARTING = (
-    "RolloutActor.__init__",
-    "ScorerActor.__init__",
+    "RolloutActor.open",
+    "ScorerActor.open",
     "LearnerActor.__init__",
     "LearnerActor.join",
     "LearnerActor.build",

@@ -73,8 +73,12 @@ class Checkpoints:
         return self._kept.newest(_checkpoint, STATE_FILE, RECORD_FILE)
 
     def done(self) -> int:
-        """Iterations behind the newest checkpoint, 0 without one. Reads nothing."""
-        return max(map(number_of, self._kept.all()), default=0)
+        """Iterations behind the newest checkpoint that is whole, 0 without one. Loads no weights.
+
+        Raises:
+            NothingWhole: there are checkpoints, and all of them are broken.
+        """
+        return self._kept.newest(number_of, STATE_FILE, RECORD_FILE) or 0
 
     def history(self) -> list[Entry]:
         """That of the newest checkpoint where it is whole. Reads no weights."""

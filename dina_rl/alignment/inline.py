@@ -13,10 +13,12 @@ from dina_rl.alignment.rewards import ScoringWorker
 from dina_rl.alignment.rollout import RolloutWorker, in_calls
 from dina_rl.alignment.texts import PromptEncoder
 from dina_rl.config import AlignRun
+from dina_rl.errors import opening
 from dina_rl.types import PolicyWeights, Rollout, SampledGroup, TrainingGroup, WorkItem
 
 
 class InlineExperience:
+    @opening()
     def __init__(self, run: AlignRun) -> None:
         self._rewards = run.rewards
         self._groups_per_call = run.rollout.groups_per_call
@@ -56,6 +58,7 @@ class InlineExperience:
 class InlineLearner:
     """One rank with plain torch AdamW."""
 
+    @opening()
     def __init__(self, run: AlignRun) -> None:
         self._learner = PolicyLearner(run, lambda module: TorchEngine(module, run.learner))
         self.policy = self._learner.policy

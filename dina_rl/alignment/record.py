@@ -216,7 +216,8 @@ class Recorder:
         """Finished iteration `number`, counted from 0: scores [P, G] by scorer and the learner's metrics.
 
         Args:
-            beside: what else there is to see of the scorers [P, G], by name: a judge's position bias.
+            beside: what else there is to see of the scorers [P, G], by name: a judge's position bias, and what is
+                missing of his verdicts.
         """
         rewards = weighted_sum(self.run.rewards, scores)
         whole = rewards.isfinite().all(1)

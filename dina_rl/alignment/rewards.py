@@ -6,10 +6,11 @@ import torch
 
 from dina_rl.alignment.measurement import EvaluationSamples
 from dina_rl.config import AlignRun
+from dina_rl.config.rewards import JudgeConfig
 from dina_rl.runtime import device, open_pipeline
 from dina_rl.scorers.base import Conditions, Space
 from dina_rl.scorers.mixture import weighted_sum
-from dina_rl.scorers.pairwise import BIAS, ask, position_bias, win_rates, wins_over
+from dina_rl.scorers.pairwise import BIAS, MISSING, ask, missing, position_bias, win_rates, wins_over
 from dina_rl.scorers.registry import open_judges, open_scorers
 from dina_rl.seeding import normal
 from dina_rl.types import PromptEmbeds, Rollout
@@ -24,6 +25,7 @@ class ScoringWorker:
         backbone = open_pipeline(run.pipeline)
         self._scorers = open_scorers(run.rewards, run.pipeline, backbone)
         self._judges = open_judges(run.rewards, device=backbone.device)
+        self._least = {each.name: each.min_compared for each in run.rewards.of_images if isinstance(each, JudgeConfig)}
         self._scores_images = any(scorer.space == "images" for scorer in self._scorers.values())
         self._codec = backbone.load_codec() if self._scores_images or self._judges else None
 
@@ -31,7 +33,8 @@ class ScoringWorker:
         """Scores [groups, G] by scorer of equally large groups, in one forward each (DiNa-LRM: one per draw).
 
         A judge, who compares, gives win rates within each whole group, however groups are split over calls, and beside
-        them his position bias [groups, G] as `NAME_position_bias`.
+        them, [groups, G] each, his position bias as `NAME_position_bias` and the share of verdicts that did not come as
+        `NAME_missing`.
 
         A failed score stays NaN or infinite. With `rewards.dina.noise` shared, the samples of a group meet the same
         noise: what it adds to all of them the centred reward does not see.
@@ -45,7 +48,11 @@ class ScoringWorker:
             images = samples["images"]
             groups = images.view(len(rollouts), -1, *images.shape[1:])
             verdicts = ask(judge, groups, [rollout.item.prompt for rollout in rollouts])
-            found |= {name: win_rates(verdicts), f"{name}_{BIAS}": position_bias(verdicts)}
+            found |= {
+                name: win_rates(verdicts, least=self._least[name]),
+                f"{name}_{BIAS}": position_bias(verdicts),
+                f"{name}_{MISSING}": missing(verdicts),
+            }
         return found
 
     def score_with_gradient(self, groups: Sequence[Rollout]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -214,12 +214,21 @@ class UnifiedRewardConfig(ServedScorerConfig):
     """name under which it serves the model"""
 
 
-class UnifiedRewardThinkConfig(ServedScorerConfig):
+class JudgeConfig(ServedScorerConfig):
+    """What compares two pictures."""
+
+    pairwise = True
+
+    min_compared: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """as a reward: the least share of the group's others with whom a sample must have been compared in both orders. Its
+    win rate is over those; with fewer it has failed, and its group is dropped"""
+
+
+class UnifiedRewardThinkConfig(JudgeConfig):
     """UnifiedReward-Think: which of two decoded images is better, by a server, in both orders. As a reward the share of
     the group's others that a sample wins over, for group_size x (group_size - 1) requests a group; no gradient."""
 
     name = "unified_reward_think"
-    pairwise = True
 
     processor: str = "UnifiedReward-Think"
     """name under which it serves the model"""

@@ -22,6 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from dina_rl.config.base import MAX_PIXELS
 from dina_rl.data.buckets import Size
+from dina_rl.storage import is_away, reading
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats of photographs; Pillow knows others that start foreign programs (EPS). JPEG's reader opens MPO too."""
@@ -97,7 +98,7 @@ def image_size(data: bytes) -> Size:
 def file_size(path: Path) -> Size:
     """`image_size` of a file, of which only the header is read."""
     try:
-        with path.open("rb") as stream:
+        with reading(path), path.open("rb") as stream:
             return _size(stream)
     except OSError as error:
         raise ValueError(f"unreadable image: {error}") from error
@@ -119,6 +120,8 @@ def _opened(stream: BinaryIO) -> Iterator[ImageFile.ImageFile]:
     except Image.UnidentifiedImageError:
         raise ValueError("unreadable image: not of a known format") from None
     except DECODER_ERRORS as error:
+        if is_away(error):  # of the file behind the stream
+            raise
         raise ValueError(f"unreadable image: {' '.join(str(error).split())}") from error
 
 

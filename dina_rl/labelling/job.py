@@ -6,6 +6,8 @@ run_dir/images/         the pictures that it names
 run_dir/cache/          scores and encoded images (`evaluation/score_store.py`), with which a killed run goes on
 run_dir/dropped.jsonl   what got no label, and why (absent if there is nothing)
 run_dir/teacher.json    the card: who labelled, by which scale, and what came of every pair; written last
+
+A run that is done is gone on with where a server gave no answer to something: it is asked again.
 """
 
 import json
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 
 from dina_rl.checkpoint import Input, write_json
-from dina_rl.config import EvaluateRun, LabelRun, SetConfig
+from dina_rl.config import EvaluateRun, LabelRun, ServedScorerConfig, SetConfig
 from dina_rl.data.sets.registry import open_set, prompts_of
 from dina_rl.evaluation.calibration import calibrate
 from dina_rl.evaluation.identity import Identities
@@ -34,6 +36,7 @@ from dina_rl.labelling.scale import likeliest_scale, median_scale, soft_label
 from dina_rl.labelling.teacher import Scores, teacher_scores
 from dina_rl.labelling.written import copy_pictures, write_dropped, write_records
 from dina_rl.runtime import open_pipeline, sized
+from dina_rl.textfiles import read_text
 
 CARD_FILE = "teacher.json"
 DROPPED_FILE = "dropped.jsonl"
@@ -155,7 +158,7 @@ def label(inputs: LabelInputs, run_dir: Path, open_workers: OpenWorkers) -> dict
     labels = zip(pairs, soft_label(margins, scale).tolist(), margins.tolist(), strict=True)
     untied = [(pair, probability) for pair, probability, margin in labels if margin]
     source = None if inputs.source is None else inputs.source.source
-    names = {} if source is None else copy_pictures(source, [pair for pair, _ in untied], run_dir)
+    names = {} if source is None else copy_pictures(source, [pair for pair, _ in untied], run_dir, among=work.pairs)
     write_records(run_dir / f"{run.split}.json", untied, scores, names)
     card = {
         "scorers": {
@@ -175,6 +178,15 @@ def label(inputs: LabelInputs, run_dir: Path, open_workers: OpenWorkers) -> dict
     }
     write_json(run_dir / CARD_FILE, card)
     return card
+
+
+def is_finished(run: LabelRun, run_dir: Path) -> bool:
+    """Whether the labelling in a directory is done, and no server could be asked again for a score that failed."""
+    file = run_dir / CARD_FILE
+    if not file.is_file():
+        return False
+    served = any(isinstance(each.scorer.of_images, ServedScorerConfig) for each in run.scorers.values())
+    return not (served and json.loads(read_text(file))["failed"])
 
 
 def _margin(scores: Scores, pair: Pair) -> float:

@@ -27,13 +27,21 @@ def write_dropped(file: Path, malformed: Sequence[str], failed: Sequence[Pair], 
         file.unlink(missing_ok=True)
 
 
-def copy_pictures(source: PreferenceSet, pairs: Sequence[Pair], run_dir: Path) -> dict[str, str]:
-    """Copy the set's pictures, as they are, to where the labelled set may name them; returns key -> path."""
+def copy_pictures(
+    source: PreferenceSet, pairs: Sequence[Pair], run_dir: Path, *, among: Sequence[Pair]
+) -> dict[str, str]:
+    """Copy the pictures of the pairs, as they are, to where the labelled set may name them; returns key -> path.
+
+    Args:
+        among: all pairs, with a score or without. A picture has its number among theirs: what got no score may get one
+            when the run goes on, and the pictures that are there keep their names.
+    """
+    wanted = {image for pair in pairs for image in pair.images}
     names: dict[str, str] = {}
-    for key in dict.fromkeys(image for pair in pairs for image in pair.images):
-        suffix = Path(key).suffix.lower()
-        number = len(names)
-        names[key] = f"{IMAGES}/{number // 1000:04d}/{number:07d}{suffix if suffix in suffixes() else ''}"
+    for number, key in enumerate(dict.fromkeys(image for pair in among for image in pair.images)):
+        if key in wanted:
+            suffix = Path(key).suffix.lower()
+            names[key] = f"{IMAGES}/{number // 1000:04d}/{number:07d}{suffix if suffix in suffixes() else ''}"
     for key, name in tqdm(names.items(), desc="copy", unit="img"):
         if not (run_dir / name).is_file():
             write_bytes(run_dir / name, source.image(key))

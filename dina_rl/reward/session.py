@@ -211,6 +211,10 @@ class HeldOutSets:
         return accuracies
 
 
+class FirstRankStopped(RunStopped):
+    """On the other ranks: the first says why."""
+
+
 class FirstRank:
     """Writes on the first rank. The others wait for it in collectives, so what stops it is told in one."""
 
@@ -245,7 +249,7 @@ class FirstRank:
         if self._stopped is not None:
             raise self._stopped
         if trouble:
-            raise RunStopped("the first rank cannot write")
+            raise FirstRankStopped("the first rank cannot write")
 
 
 class FitLog:

@@ -16,6 +16,7 @@ from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, SKIPPED_FILE
 from dina_rl.data.images import load_image
 from dina_rl.data.stores.latents import LatentStore
+from dina_rl.errors import BadInput
 from dina_rl.reward.fit import REWARD, RewardFit, fit
 from dina_rl.reward.inline import fit_inline, training_batches
 from dina_rl.reward.model import LatentRewardModel
@@ -221,6 +222,23 @@ def test_a_fit_that_cannot_go_on_ends_with_one_line(small_config, other, tiny_pi
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert "the gradient norm of step 2 is nan" in lines[0]
+
+
+def test_a_broken_shard_ends_a_fit_on_ray_at_once_with_its_line(ray_local, tiny_pipeline, tmp_path) -> None:
+    """A task of Ray Data finds it, and a worker of Ray Train raises it, which is not tried again."""
+    store = write_store(tmp_path / "store", str(tiny_pipeline), train=(8, 0), test=(2, 0))
+    shard = store.directory / "shard-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    fit = {"steps": 2, "batch_size": 4, "num_workers": 1, "max_failures": 1000}
+    run = FitRun(
+        run_dir=tmp_path / "run",
+        pipeline={"path": str(tiny_pipeline)},
+        latents=store.directory,
+        reward=TINY_REWARD,
+        fit=fit,
+    )
+    with pytest.raises(BadInput, match=f"{shard} is broken"):
+        fit_reward.fit_reward_model(run)
 
 
 def test_a_finished_run_returns_its_result(finished) -> None:

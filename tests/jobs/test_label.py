@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageStat
 
 from dina_rl.config import PictureScorerConfig
 from dina_rl.data.sets.hpdv3 import HPDv3
 from dina_rl.data.sets.records import PreferenceRecord
 from dina_rl.scoring import NoiseKey, open_scorer
 from jobs.label import main
+from tests.answering import Asked, answering
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_reward import write_preferences
 
@@ -80,6 +82,41 @@ def test_a_set_is_labelled_anew(teacher, preferences, tmp_path, capsys) -> None:
     before = (out / "train.json").stat().st_mtime_ns
     label(*words, "--max-broken", "0.5", "--resume")
     assert (out / "train.json").stat().st_mtime_ns == before
+
+
+def test_a_score_that_a_server_failed_to_give_is_asked_for_again(preferences, tmp_path) -> None:
+    """Also where all was done; the pictures that are there keep their names, so that none stands for another."""
+    out, silent = tmp_path / "labels", True
+
+    def grade(asked: Asked) -> None:
+        grey = sum(ImageStat.Stat(asked.picture).mean)
+        asked.say(
+            "I cannot say" if silent and asked.picture.tobytes() == quiet else f"Final Score: {1 + grey / 200:.2f}"
+        )
+
+    with answering(grade) as server:
+        words = [
+            "--scorers.a.kind",
+            "unified_reward",
+            "--scorers.a.path",
+            server.url,
+            "--scorers.a.server.timeout-s",
+            "600",
+        ]
+        words += ["--dataset.path", preferences, "--dataset.split", "train", "--run-dir", out, "--scale", "0.5"]
+        with Image.open(preferences / "images" / "train-0-dark.png") as picture:
+            quiet = picture.convert("RGB").resize((512, 512), Image.Resampling.BICUBIC).tobytes()
+        label(*words, "--max-broken", "0.5")
+        assert (card_of(out)["failed"], len(server.asked)) == (1, 10)
+        silent = False
+        label(*words, "--max-broken", "0.5", "--resume")
+        assert (card_of(out)["failed"], len(server.asked)) == (0, 11)
+        label(*words, "--max-broken", "0.5", "--resume")
+        assert len(server.asked) == 11, "nothing is left to ask"
+    originals = {file.read_bytes(): file.name for file in (preferences / "images").iterdir()}
+    for number, record in enumerate(records_of(out)):
+        shown = {originals[HPDv3(out).image(image)] for image in record.images}
+        assert shown == {f"train-{number}-{kind}.png" for kind in ("bright", "dark")}
 
 
 def scorer_of(teacher: list[str], name: str) -> PictureScorerConfig:

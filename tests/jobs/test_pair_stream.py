@@ -8,6 +8,7 @@ from dina_rl.config import FitConfig
 from dina_rl.data.stores.latents import LatentStore, StoredPair
 from dina_rl.data.stores.order import fit_order
 from dina_rl.data.stores.units import fit_units, read_units
+from dina_rl.errors import BadInput
 from jobs import pair_stream
 from tests.tiny_reward import PROMPTS, write_store
 
@@ -71,6 +72,27 @@ def test_ranks_together_see_every_steps_batch(
         assert {part.step_pairs for part in parts} == {len(expected)}
         sizes.add(len(expected))
     assert sizes == ({4, 8} if batch_of == "pairs" else {16, 32})
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_broken_shard_is_told_in_the_rows(tmp_path, gone: bool) -> None:
+    """A task that raised it would end the fit in Ray Data's traceback."""
+    store = write_store(tmp_path / "store", "shapes", train=(10, 20), test=(1, 1))
+    shard = store.directory / "shard-00000.parquet"
+    if gone:
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-5])
+    config = FitConfig(steps=20, batch_size=4, num_workers=1)
+    pairs = store.pairs("train")
+    units = fit_units(pairs, "pairs")
+    order = fit_order(units, store.latent_shapes, config, seed=SEED)
+    tables = pair_stream.blocks(order, units, pairs, store.latent_shapes, world_size=1, first_step=0)
+    loaded = [pair_stream.load_latents(block, directory=store.directory) for block in tables]
+    assert all(block.schema == loaded[0].schema for block in loaded)
+    assert loaded[0].column("latents").null_count == len(loaded[0]), "of blocks that are whole or told, not both"
+    with pytest.raises(BadInput, match=rf"{shard} .*jobs.encode --resume makes it again"):
+        list(pair_stream.steps_of(loaded, pairs.prompts, first_step=0))
 
 
 def test_rows_of_another_step_are_noticed(store: LatentStore) -> None:

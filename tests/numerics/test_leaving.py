@@ -1,10 +1,12 @@
-"""A run that is left early, by a loss or by SIGTERM, keeps what it has learnt and ends like one that was not."""
+"""A run that is left early, by a loss, by SIGTERM or for its disk, goes on and ends like one that was not."""
 
 import os
 import signal
+from contextlib import ExitStack
 
 import pytest
 
+from dina_rl import storage
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.prompts import load_prompts
@@ -12,8 +14,10 @@ from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import load_tensors
 from dina_rl.cli import EXIT_TERMINATED, interruptible
 from dina_rl.errors import WorkLost
+from dina_rl.storage import StorageFailed
 from dina_rl.termination import Terminated, deferred, heard, listening
 from jobs.align import exporter
+from tests.full_disk import away, full, mounted
 from tests.tensors import assert_same_tensors
 from tests.tiny_run import tiny_run
 
@@ -53,12 +57,12 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def make(run_dir, pipeline, reward):
+def make(run_dir, pipeline, reward, checkpoint_every=10):
     few = {
         "rollout": {"prompts_per_iteration": 2, "num_steps": 3},
         "golden": {"every": 1, "dev_samples": 2, "test_samples": 2, "guidances": [2.0], "num_steps": 2},
     }
-    return tiny_run(run_dir, pipeline, reward, iterations=2, checkpoint_every=10, **few)
+    return tiny_run(run_dir, pipeline, reward, iterations=2, checkpoint_every=checkpoint_every, **few)
 
 
 def perform(run, both=None):
@@ -91,7 +95,25 @@ def test_what_was_learnt_is_kept_and_the_next_attempt_ends_alike(
         perform(run, Struck(run, stage, time, strike))
     recorder = Recorder(run, run.run_dir, exporter(run))
     assert recorder.checkpoints.done() == 1
-    again = perform(run)
+    assert_ended_alike(perform(run), whole)
+
+
+@pytest.mark.parametrize("trouble", [full, away])
+@pytest.mark.parametrize(("stage", "time"), [("update", 2), ("measure", 3)])
+def test_a_disk_that_fills_or_goes_away_costs_no_number(
+    whole, tmp_path, tiny_pipeline, tiny_reward, monkeypatch, trouble, stage, time
+):
+    monkeypatch.setattr(storage, "WAITS_S", (0.01,))
+    with mounted(tmp_path / "disk") as disk, ExitStack() as troubled:
+        run = make(disk / "run", tiny_pipeline, tiny_reward, checkpoint_every=1)
+        with pytest.raises(StorageFailed, match="No space left" if trouble is full else "No such file|not there any"):
+            perform(run, Struck(run, stage, time, lambda: troubled.enter_context(trouble(disk))))
+        troubled.close()
+        assert Recorder(run, run.run_dir, exporter(run)).checkpoints.done() == (1 if stage == "update" else 0)
+        assert_ended_alike(perform(run), whole)
+
+
+def assert_ended_alike(again, whole):
     assert again.history.entries == whole.history.entries
     (ours,), (theirs,) = (each.exported.glob("*.safetensors") for each in (again, whole))
     assert_same_tensors(load_tensors(ours), load_tensors(theirs))

@@ -91,7 +91,7 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
     UnifiedRewardThinkConfig: {
         Mark.PROCESS: "concurrency timeout_s retries",
         Mark.PLACE: "path",
-        DECIDES: "weight mean std processor",
+        DECIDES: "weight mean std processor min_compared",
     },
     ServerConfig: {Mark.PROCESS: "concurrency timeout_s retries"},
     GoldenConfig: {

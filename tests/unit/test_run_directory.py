@@ -31,6 +31,25 @@ with run_directory(FitRun(), Path(sys.argv[1]), resume=False) as run_dir:
 """
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dina_rl import checkpoint
+from dina_rl.config import FitRun
+from dina_rl.run_directory import run_directory
+number, kept = int(sys.argv[2]), checkpoint.os.replace
+def replace(source, target):
+    global number
+    number -= 1
+    if number < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    kept(source, target)
+checkpoint.os.replace = replace
+with run_directory(FitRun(), Path(sys.argv[1]), resume=False):
+    raise AssertionError("it was to be killed")
+"""
+
+
 @contextmanager
 def held_by_another_process(run_dir: Path) -> Iterator[subprocess.Popen]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -63,6 +82,25 @@ def test_a_second_process_is_told_who_has_the_directory(tmp_path: Path) -> None:
         with run_directory(FitRun(), run_dir, resume=True) as found:
             assert found == run_dir
         assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "versions.json", "work"]
+
+
+@pytest.mark.parametrize("files", [0, 1])
+def test_a_start_that_was_killed_is_no_run_before_its_configuration(tmp_path: Path, files: int) -> None:
+    """Killed in the write of its first file, and of its second."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", KILLED, str(run_dir), str(files)]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = sorted(path.name for path in run_dir.iterdir())
+    assert [name.partition("-")[0] for name in left if name.startswith(".")] == [
+        (".config.yaml", ".versions.json")[files]
+    ]
+    if files:
+        with pytest.raises(ValueError, match="holds a run already"), run_directory(FitRun(), run_dir, resume=False):
+            pass
+    with run_directory(FitRun(), run_dir, resume=files == 1) as found:
+        (found / "work").write_text("")
+    assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "versions.json", "work"]
 
 
 def test_a_finished_run_is_shown_whoever_has_it_and_left_as_it_is(tmp_path: Path) -> None:

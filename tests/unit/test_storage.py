@@ -18,12 +18,16 @@ from dina_rl import storage
 from dina_rl.alignment.board import Board
 from dina_rl.alignment.checkpoints import Checkpoint, Checkpoints
 from dina_rl.alignment.disk import check_room, disk_use
+from dina_rl.alignment.inline import InlineExperience
 from dina_rl.checkpoint import open_run_dir, save_tensors, write_json
 from dina_rl.cli import interruptible
 from dina_rl.config import AlignRun, FilterConfig, FitRun
+from dina_rl.data.images import file_size
 from dina_rl.data.plan import EncodePlan
 from dina_rl.data.sets.records import UnlabelledRecord
+from dina_rl.data.sets.root import DataRoot
 from dina_rl.data.stores.files import write_lines, write_table
+from dina_rl.errors import BadInput
 from dina_rl.evaluation.score_store import _write_part
 from dina_rl.kept import Kept
 from dina_rl.report import plot_samples
@@ -38,6 +42,7 @@ from dina_rl.types import PolicyWeights
 from tests.full_disk import files_below, full, mounted
 from tests.tensors import assert_same_tensors
 from tests.tiny_reward import TINY_REWARD, write_store
+from tests.tiny_run import tiny_run
 
 NOISE = torch.randint(0, 256, (2**20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 """A MiB that no compression makes smaller."""
@@ -95,6 +100,8 @@ def test_of_broken_checkpoints_the_one_before_is_taken(
     if (name, harm) == (SUMS_FILE, Path.unlink):
         assert Checkpoints(tmp_path).last().iteration == 3, "an earlier version wrote none"
         return
+    assert Checkpoints(tmp_path).done() == 2
+    capsys.readouterr()
     found = Checkpoints(tmp_path).last()
     assert (found.iteration, found.seconds) == (2, {"start": 1.5})
     assert_same_tensors(found.state, checkpoint(2).state)
@@ -159,6 +166,8 @@ def test_a_broken_latent_or_reward_is_told(tmp_path: Path, tiny_pipeline: Path) 
     flip(tmp_path / "reward" / "backbone_lora" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="reward is broken: .* does not hold what was written"):
         load_reward(tmp_path / "reward", backbone)
+    with pytest.raises(BadInput, match="reward is broken: .* does not hold what was written"):
+        InlineExperience(tiny_run(tmp_path / "align", tiny_pipeline, tmp_path / "reward"))
 
 
 # --- a full disk ---------------------------------------------------------------------------------------------------
@@ -319,6 +328,52 @@ def test_a_checkpoint_waits_for_storage_that_is_away(tmp_path: Path, capsys, mon
         assert not run_dir.exists(), "nothing is made anew where another disk may be"
     told = [f"  {run_dir} is not there any more; the next try is in {wait} s" for wait in (0.01, 0.02, 0.03)]
     assert capsys.readouterr().out.splitlines() == told[: 2 if back else 3]
+
+
+MEMORY = Path("/proc/self/mem")
+"""A file whose beginning no process can read: the system's own I/O error."""
+
+
+def test_an_image_that_cannot_be_read_now_is_not_broken(tmp_path: Path) -> None:
+    """What is broken is left out for good."""
+    for read in (lambda: DataRoot(MEMORY.parent).read(MEMORY.name), lambda: file_size(MEMORY)):
+        with pytest.raises(StorageFailed, match=r"cannot read /proc/\w+/mem: Input/output error"):
+            read()
+    (tmp_path / "set").mkdir()
+    images = DataRoot(tmp_path / "set")
+    with pytest.raises(ValueError, match="unreadable image: no file 'a.png'"):
+        images.read("a.png")
+    (tmp_path / "set").rmdir()
+    with pytest.raises(StorageFailed, match="set is not there any more"):
+        images.read("a.png")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_tried_again_before_the_one_before_it(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(storage, "WAITS_S", (0.01, 0.02))
+    checkpoints = Checkpoints(tmp_path)
+    for number in (1, 2):
+        checkpoints.save(checkpoint(number))
+    older, newer = (tmp_path / "checkpoints" / f"iteration_00000{number}" / "state.safetensors" for number in (1, 2))
+    newer.unlink()
+    newer.symlink_to(MEMORY)
+    assert Checkpoints(tmp_path).last().iteration == 1
+    said = capsys.readouterr()
+    line = f"cannot read {newer.parent}: Input/output error"
+    assert said.out.splitlines() == [f"  {line}; the next try is in {wait} s" for wait in (0.01, 0.02)]
+    assert said.err.startswith(f"{newer.parent} is broken ({line}); the one before it is taken")
+    flip(older)
+    with pytest.raises(StorageFailed, match=line):
+        Checkpoints(tmp_path).last()
+
+
+def test_an_error_that_only_storage_gives_is_one_line_wherever_it_comes_up(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match="3"), interruptible(tmp_path):
+        MEMORY.read_bytes()
+    assert capsys.readouterr().err.startswith("\nerror: [Errno 5] Input/output error; when that is mended add --resume")
+    with pytest.raises(FileNotFoundError), interruptible(tmp_path):
+        (tmp_path / "nowhere").read_bytes()
 
 
 def test_troubles_of_others_are_not_storages(tmp_path: Path) -> None:

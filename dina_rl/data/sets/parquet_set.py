@@ -17,6 +17,7 @@ from dina_rl.data.images import image_size
 from dina_rl.data.sets.fields import Parse, Raw, parsed
 from dina_rl.data.sets.records import AnyRecord
 from dina_rl.errors import shown
+from dina_rl.storage import reading
 
 ROWS = 256  # read at once
 CELLS = 8  # images read at once: all of a row group may be more than the 2 GiB that Arrow reads, or the memory
@@ -99,7 +100,8 @@ class ParquetSet:
             raise ValueError(reason)
         opened = self._column(*where)
         try:
-            return opened.cell(int(row))
+            with reading(self._known[place]):
+                return opened.cell(int(row))
         except (pyarrow.ArrowException, OSError) as error:
             reason = f"unreadable image: {' '.join(str(error).split())}"
             self._broken[where] = opened.following, reason

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dina_rl.data.buckets import Size
 from dina_rl.data.images import file_size
+from dina_rl.storage import StorageFailed, check_there, reading
 
 
 def lies_inside(real: Path, root: Path) -> bool:
@@ -35,16 +36,21 @@ class DataRoot:
 
         Raises:
             ValueError: it is missing, or `key` leaves the directory: a path elsewhere, `..`, or a symlink to elsewhere.
+            StorageFailed: storage is away, or the whole directory.
         """
         path = self._lexically(key)  # before the file system is asked anything
         try:
-            real = path.resolve()
-            if not lies_inside(real, self._real):
-                raise ValueError(f"refused: {key!r} leads out of the data directory by a symlink")
-            found = real.is_file()  # not a directory, and not a pipe that would block the reader for ever
+            with reading(path):
+                real = path.resolve()
+                if not lies_inside(real, self._real):
+                    raise ValueError(f"refused: {key!r} leads out of the data directory by a symlink")
+                found = real.is_file()  # not a directory, and not a pipe that would block the reader for ever
+        except StorageFailed:
+            raise
         except (OSError, RuntimeError) as error:  # a name too long, a symlink that leads to itself
             raise ValueError(f"unreadable image: {key!r}: {error}") from error
         if not found:
+            check_there(self._real)
             raise ValueError(f"unreadable image: no file {key!r}")
         return real
 
@@ -60,7 +66,9 @@ class DataRoot:
     def read(self, key: str) -> bytes:
         """The content of the file at `key`. Raises ValueError as `file` does, or if it cannot be read."""
         try:
-            return self.file(key).read_bytes()
+            file = self.file(key)
+            with reading(file):
+                return file.read_bytes()
         except OSError as error:
             raise ValueError(f"unreadable image: {error}") from error
 

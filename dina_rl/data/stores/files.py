@@ -10,6 +10,7 @@ import pyarrow
 from pyarrow import parquet
 
 from dina_rl.checkpoint import replaced_file
+from dina_rl.storage import check_there, reading
 
 Item = TypeVar("Item")
 
@@ -33,13 +34,15 @@ def open_table(path: Path) -> Iterator[parquet.ParquetFile]:
     """A table of `write_table` for the time of a block that reads of it.
 
     Raises:
-        ValueError: what is read is not what was written.
+        ValueError: what is read is not what was written, or not there.
+        StorageFailed: storage is away.
     """
     try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        with reading(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        check_there(path.parent)
+        raise ValueError(f"{path} does not exist any more; jobs.encode --resume makes it again") from error
     except (OSError, pyarrow.ArrowInvalid) as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{path} is broken ({why}); delete it, and jobs.encode --resume makes it again") from error

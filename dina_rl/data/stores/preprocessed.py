@@ -22,6 +22,7 @@ from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Size
 from dina_rl.data.stores.latents import PairBatch, PairTable, read_batch
 from dina_rl.errors import shown
+from dina_rl.storage import reading
 
 NAME = "part_rank[0-9]*.parquet"
 PIXELS_PER_LATENT = 8
@@ -144,8 +145,11 @@ class PreprocessedStore:
         return *groups[number], pair - int(starts[number])
 
     def _read_column(self, file: Path, group: int, side: str) -> pyarrow.ChunkedArray:
-        with parquet.ParquetFile(file) as opened:
-            return opened.read_row_group(group, columns=[side]).column(0)
+        try:
+            with reading(file), parquet.ParquetFile(file) as opened:
+                return opened.read_row_group(group, columns=[side]).column(0)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file} is broken: {' '.join(str(error).split())}") from error
 
 
 def _parts(directory: Path) -> list[Path]:
@@ -161,12 +165,17 @@ def _rows(file: Path) -> int:
 def _read(file: Path, columns: list[str], *, needed: Sequence[str] = ()) -> pyarrow.Table:
     """Columns of a file. Raises ValueError if it is not parquet, or lacks one of them or of those `needed` later."""
     try:
-        missing = sorted({*columns, *needed} - set(parquet.read_schema(file).names))
-        if missing:
-            raise ValueError(f"{file} is not one of the published files: it has no column {', '.join(missing)}")
-        return parquet.read_table(file, columns=columns)
+        with reading(file):
+            return _columns(file, columns, needed)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not one of the published files: {' '.join(str(error).split())}") from error
+
+
+def _columns(file: Path, columns: list[str], needed: Sequence[str]) -> pyarrow.Table:
+    missing = sorted({*columns, *needed} - set(parquet.read_schema(file).names))
+    if missing:
+        raise ValueError(f"{file} is not one of the published files: it has no column {', '.join(missing)}")
+    return parquet.read_table(file, columns=columns)
 
 
 def _common_shape(first: object, second: object) -> tuple[int, int, int] | None:

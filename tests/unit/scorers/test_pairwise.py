@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dina_rl.scorers.base import Pair
-from dina_rl.scorers.pairwise import ask, position_bias, win_rates, wins_over
+from dina_rl.scorers.pairwise import ask, missing, position_bias, win_rates, wins_over
 
 NONE = float("nan")
 
@@ -34,7 +34,28 @@ def test_both_orders_are_averaged_by_hand():
 def test_a_missing_verdict_is_neither_a_tie_nor_a_loss():
     verdicts = torch.tensor([[NONE, 1.0, 1.0], [0.0, NONE, 1.0], [0.0, NONE, NONE]])
     assert win_rates(verdicts).isnan().tolist() == [False, True, True]
-    assert position_bias(verdicts).isnan().tolist() == [False, True, True]
+    assert win_rates(verdicts, least=0.5).tolist() == [1, 0, 0], "over picture 0 alone"
+    assert win_rates(verdicts, least=0.51).isnan().tolist() == [False, True, True]
+    assert missing(verdicts).tolist() == [0, 0.5, 0.5]
+    assert position_bias(verdicts).tolist() == [0, 0, 0]
+    silent = torch.full((2, 2), NONE)
+    assert win_rates(silent, least=0.5).isnan().all()
+    assert (missing(silent).tolist(), missing(silent[:1, :1]).tolist()) == ([1, 1], [0])
+
+
+def test_win_rates_over_verdicts_that_came_by_chance_are_right_in_the_mean():
+    """8 pictures, one verdict in 20 lost: few groups are dropped, and the rest is not pulled to 0 or to a half."""
+    source = torch.Generator().manual_seed(0)
+    strengths = torch.linspace(-2, 2, 8)
+    verdicts = (strengths[:, None] - strengths).sigmoid().expand(4000, 8, 8).clone()
+    verdicts[:, range(8), range(8)] = NONE
+    whole = win_rates(verdicts[0])
+    verdicts[torch.rand(verdicts.shape, generator=source) < 0.05] = NONE
+    rates = win_rates(verdicts, least=0.5)
+    kept = rates.isfinite().all(1)
+    assert win_rates(verdicts).isfinite().all(1).float().mean() < 0.1, "one missing verdict costs a group"
+    assert kept.float().mean() > 0.97
+    torch.testing.assert_close(rates[kept].mean(0), whole, rtol=0, atol=5e-3)
 
 
 class Brightness:

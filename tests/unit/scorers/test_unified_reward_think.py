@@ -269,12 +269,20 @@ def test_a_group_is_judged_whole_however_groups_are_split(rewarded):
     assert rates.sort(1).values.tolist() == [[0, 0.5, 1]] * 2
     groups, scorer = [group.handle.rollout for group in apart], experience._scorer
     together = scorer.score(groups)
-    assert set(together) == {"unified_reward_think", "unified_reward_think_position_bias"}
+    assert set(together) == {f"unified_reward_think{kind}" for kind in ("", "_position_bias", "_missing")}
     assert torch.equal(together["unified_reward_think"], rates)
 
     server.answer = lambda asked: brighter(asked) if asked.text.endswith(PROMPTS[0]) else asked.say("I cannot say")
-    advantages = group_advantages(scorer.score(groups)["unified_reward_think"])
+    scores = scorer.score(groups)
+    advantages = group_advantages(scores["unified_reward_think"])
     assert (advantages.failed, advantages.kept.tolist()) == (1, [True, False])
+    assert scores["unified_reward_think_missing"].tolist() == [[0] * 3, [1] * 3]
+
+    server.asked.clear()
+    server.answer = lambda asked: brighter(asked) if asked.number else asked.say("I cannot say")
+    scores = scorer.score(groups)
+    assert scores["unified_reward_think_missing"].sum().item() == 1, "a comparison is of two, each with two others"
+    assert group_advantages(scores["unified_reward_think"]).failed == 0
 
     server.answer = always_first
     biased = scorer.score(groups[:1])
