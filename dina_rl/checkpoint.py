@@ -24,7 +24,7 @@ from dina_rl import __version__
 from dina_rl.config.keys import Mark, covers, explain, marked, value_at, with_todays_names
 from dina_rl.fingerprint import Parts
 from dina_rl.storage import settle, writing
-from dina_rl.textfiles import parse_yaml, read_text
+from dina_rl.textfiles import parse_json, parse_yaml, read_text
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
@@ -175,7 +175,7 @@ def _saved_inputs(run_dir: Path) -> dict[str, Any]:
     """Empty where an earlier version, which kept none, began the run."""
     file = run_dir / INPUTS_FILE
     try:
-        saved: dict[str, Any] = json.loads(read_text(file)) if file.is_file() else {}
+        saved: dict[str, Any] = parse_json(read_text(file)) if file.is_file() else {}
         return {key: {"path": value["path"], "parts": dict(value["parts"])} for key, value in saved.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} holds no inputs; was it edited?") from error

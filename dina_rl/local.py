@@ -3,7 +3,6 @@
 world -> preferences -> latents -> DiNa-LRM -> rollouts, rewards, updates -> curves, samples, adapter, summary
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from dina_rl.memory import PeakMemory
 from dina_rl.reward.inputs import check_fit
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 from jobs import align
 from jobs.fit_reward import fit_reward_model
 from jobs.submitted import check_results
@@ -60,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
             run_dir = stack.enter_context(directory)
         except ValueError as error:
             fail(str(error))
-        summary = json.loads(read_text(run_dir / SUMMARY)) if done(run_dir) else run_all(run, run_dir)
+        summary = parse_json(read_text(run_dir / SUMMARY)) if done(run_dir) else run_all(run, run_dir)
     print(table(summary, run_dir))
 
 
@@ -132,7 +131,7 @@ class Stages:
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "stages.json"
-        self.seconds: dict[str, float] = json.loads(read_text(self._file)) if self._file.is_file() else {}
+        self.seconds: dict[str, float] = parse_json(read_text(self._file)) if self._file.is_file() else {}
         self._begin = 0.0
 
     def start(self, name: str, what: str) -> None:
@@ -180,7 +179,7 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
             f"accuracy {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
             f"{result.accuracy_ensemble:.3f} ensemble, ceiling {result.label_ceiling:.3f}",
         )
-    found: dict[str, float] = json.loads(read_text(metrics))
+    found: dict[str, float] = parse_json(read_text(metrics))
     return found
 
 

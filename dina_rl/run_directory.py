@@ -26,6 +26,7 @@ from dina_rl.checkpoint import (
     resumed_values,
 )
 from dina_rl.storage import writing
+from dina_rl.textfiles import parse_json
 
 BEFORE_ANY_WORK = (CONFIG_FILE, VERSIONS_FILE, INPUTS_FILE, LOCK_FILE, *REPORTS, "tensorboard")
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
@@ -124,7 +125,7 @@ def _check_current(handle: int, file: Path) -> None:
 
 def _holder(file: Path) -> str:
     try:
-        holder = json.loads(file.read_bytes())
+        holder = parse_json(file.read_bytes())
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # it has only just come or gone
         return "another process"

@@ -17,7 +17,7 @@ from dina_rl.checkpoint import load_part, load_tensors, save_tensors
 from dina_rl.kept import STATE_FILE, Kept, number_of
 from dina_rl.storage import NothingWhole, check_there, patiently, remove_leftovers
 from dina_rl.sums import check_sums, read_sums, sha256, write_sums
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 from dina_rl.types import PolicyWeights, Weights
 
 RECORD_FILE, WEIGHTS_FILE = "state.json", "weights.safetensors"
@@ -174,7 +174,7 @@ def _checkpoint(directory: Path) -> Checkpoint:
 
 
 def _record(directory: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(read_text(directory / RECORD_FILE))
+    record: dict[str, Any] = parse_json(read_text(directory / RECORD_FILE))
     return record
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from dina_rl.checkpoint import write_json, write_text
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 from dina_rl.types import Point
 
 FILE, SECONDS_FILE = "history.jsonl", "seconds.json"
@@ -72,7 +72,7 @@ def read_history(run_dir: Path) -> History:
     history, file = History(), run_dir / FILE
     try:
         text = read_text(file) if file.is_file() else ""
-        history.restore(json.loads(line) for line in text.split("\n") if line)
+        history.restore(parse_json(line) for line in text.split("\n") if line)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} holds no history; was it edited?") from error
     return history
@@ -91,7 +91,7 @@ def read_seconds(run_dir: Path) -> dict[int, float]:
     """
     file = run_dir / SECONDS_FILE
     try:
-        saved = json.loads(read_text(file)) if file.is_file() else {}
+        saved = parse_json(read_text(file)) if file.is_file() else {}
         return {int(iteration): float(seconds) for iteration, seconds in saved.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} holds no seconds; was it edited?") from error

@@ -4,7 +4,6 @@ A longer run must be the one that had its length from the start: what is done do
 setting act by the total length, a schedule for instance, makes `why_not_longer` say so.
 """
 
-import json
 from pathlib import Path
 
 from dina_rl.alignment.checkpoints import Checkpoints
@@ -12,7 +11,7 @@ from dina_rl.alignment.history import History
 from dina_rl.alignment.watch import DivergenceWatch
 from dina_rl.checkpoint import CONFIG_FILE, saved_config, write_json
 from dina_rl.config import AlignRun
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 
 ADAPTER, TRANSFORMER = "adapter", "transformer"
 RESULT_FILE = "result.json"
@@ -77,7 +76,7 @@ def _result_exists(run: AlignRun, run_dir: Path) -> bool:
 def _exported_length(run: AlignRun, run_dir: Path) -> int:
     file = run_dir / RESULT_FILE
     if file.is_file():
-        return int(json.loads(read_text(file))["iterations"])
+        return int(parse_json(read_text(file))["iterations"])
     checkpoints, history = Checkpoints(run_dir), History()  # of a version that wrote no such file
     history.restore(checkpoints.history())
     return run.iterations if DivergenceWatch(run.watch, history).stopped else checkpoints.done()

@@ -4,7 +4,6 @@ What a file means is what stock diffusers makes of it: per layer, B A times alph
 keys, in the file's header, or beside it in peft's `adapter_config.json`, and is the rank where it stands nowhere.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dina_rl.backbones.lora import LORA_FILE
 from dina_rl.backbones.trained import trained_parameters
 from dina_rl.config import PolicyLoRAConfig
 from dina_rl.sums import check_sums
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 
 PREFIXES = ("transformer.", "base_model.model.")  # diffusers', peft's
 PARTS = {  # how a key ends -> what it holds
@@ -146,10 +145,10 @@ def _settings(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """The adapter's settings in peft's words, from the header or from peft's own file; empty where there are none."""
     beside = file.with_name(PEFT_FILES[1])
     if LORA_ADAPTER_METADATA_KEY in header:
-        settings: dict[str, Any] = json.loads(header[LORA_ADAPTER_METADATA_KEY])
+        settings: dict[str, Any] = parse_json(header[LORA_ADAPTER_METADATA_KEY])
         return {name.removeprefix("transformer."): value for name, value in settings.items()}
     if file.name == PEFT_FILES[0] and beside.is_file():
-        settings = json.loads(read_text(beside))
+        settings = parse_json(read_text(beside))
         return settings
     return {}
 

@@ -5,7 +5,6 @@ go on: a tokenizer without its vocabulary knows two tokens and encodes every pro
 read.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from zipfile import is_zipfile
 from huggingface_hub import constants
 
 from dina_rl.backbones.source import Source, check_no_pointer, has_variant, index_file, read_json
+from dina_rl.textfiles import parse_json
 
 Need = Literal["transformer", "vae", "scheduler", "text"]
 """What of a pipeline is used; `text` is all text encoders and tokenizers."""
@@ -158,7 +158,7 @@ def _tensors(file: Path) -> set[str]:
         header = LENGTH_BYTES + int.from_bytes(stream.read(LENGTH_BYTES), "little")
         content = stream.read(header - LENGTH_BYTES) if header <= min(size, LONGEST_HEADER) else b""
     try:
-        entries: dict[str, Any] = json.loads(content)
+        entries: dict[str, Any] = parse_json(content)
         ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

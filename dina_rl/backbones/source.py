@@ -1,6 +1,5 @@
 """Where the files of a pipeline come from, and how its parts are asked for."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 
 INDEX = "model_index.json"
 LFS_POINTER = b"version https://git-lfs"
@@ -124,8 +123,8 @@ def read_json(file: Path) -> Mapping[str, Any]:
         raise ValueError(f"{file} is missing; download the pipeline again")
     check_no_pointer(file)
     try:
-        found = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+        found = parse_json(read_text(file))
+    except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); download it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no JSON object; download it again")

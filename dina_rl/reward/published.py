@@ -46,7 +46,7 @@ from dina_rl.reward.card import (
     save_adapter,
 )
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 
 CHECKPOINT_DIRECTORY = "checkpoint"
 HEAD_FILE = "rm_head.pt"
@@ -280,7 +280,7 @@ def _timestep(training: _Training, directory: Path) -> TimestepConfig:
 def _lora(directory: Path) -> LoRAConfig:
     file = directory / CHECKPOINT_DIRECTORY / LORA_DIRECTORY / LORA_CONFIG_FILE
     try:
-        adapter = json.loads(read_text(file))
+        adapter = parse_json(read_text(file))
         lora = LoRAConfig(rank=adapter["r"], alpha=adapter["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error

@@ -12,7 +12,6 @@ all. Row groups of a shard are small, so that a row costs little to read. A row 
 zeros, and no pair refers to it.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Size
 from dina_rl.data.stores.files import chunked, open_table, write_table
 from dina_rl.fingerprint import same_part
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 LatentDtype = Literal["float32", "bfloat16"]
@@ -208,7 +207,7 @@ class LatentStore:
         if not file.is_file():
             raise ValueError(f"latent store {directory} does not exist (no {STORE_FILE}); make it with jobs.encode")
         try:
-            raw = json.loads(read_text(file))
+            raw = parse_json(read_text(file))
             for key in ("buckets", "latent_shapes", "rows"):
                 raw[key] = tuple(tuple(value) if isinstance(value, list) else value for value in raw[key])
             self.info = StoreInfo(**raw)

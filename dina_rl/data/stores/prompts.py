@@ -9,7 +9,6 @@ Every file is zstd-compressed and appears whole or not at all: with the last sha
 groups are small (one prompt of a large text encoder), both for reading and for what writing keeps in memory.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from dina_rl.config import PipelineConfig
 from dina_rl.data.stores.files import chunked, open_table, write_table
 from dina_rl.data.stores.latents import CACHE_BYTES, INDEX_GROUP, ROW_GROUP_BYTES
 from dina_rl.fingerprint import pipeline_fingerprint, same_part
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 from dina_rl.types import PromptEmbeds
 
 PROMPTS = "prompts"
@@ -88,7 +87,7 @@ class PromptStore:
         file = self.directory / INFO_FILE
         if not file.is_file():
             raise ValueError(f"latent store {directory} has no prompt embeddings; make them with jobs.encode")
-        raw = json.loads(read_text(file))
+        raw = parse_json(read_text(file))
         self.info = PromptsInfo(**raw | {"shape": tuple(raw["shape"])})
         self.num_prompts = parquet.read_metadata(self.directory / INDEX_FILE).num_rows
         self._width: int = self.info.values * getattr(torch, self.info.dtype).itemsize  # bytes of a row
