@@ -3,9 +3,14 @@
 import json
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from dina_rl.errors import shown
+
+Record = TypeVar("Record")
 
 BOM = "\ufeff"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -31,6 +36,22 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it nests too deeply") from error
+
+
+def read_record(kind: type[Record], file: Path) -> Record:
+    """A JSON file of what is said to be in it: a dataclass, a typed dict, or a dict of plain values.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(parse_json(read_text(file)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) if isinstance(part, int) else shown(part)[1:-1] for part in first["loc"])
+        raise ValueError(f"{file} does not hold what was written ({place}: {first['msg']}); was it edited?") from error
+    except ValueError as error:
+        raise ValueError(f"{file} does not hold what was written ({error}); was it edited?") from error
 
 
 def parse_yaml(text: str) -> Any:

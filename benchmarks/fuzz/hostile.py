@@ -198,4 +198,6 @@ def write_bomb_cell(file: Path, mib: int) -> None:
     size = mib * 2**20
     ends = pyarrow.py_buffer(struct.pack("<qq", 0, size))
     cells = pyarrow.Array.from_buffers(pyarrow.large_binary(), 1, [None, ends, pyarrow.py_buffer(bytes(size))])
-    parquet.write_table(pyarrow.table({"image": cells}), file, compression="zstd", use_dictionary=False, write_statistics=False)
+    parquet.write_table(
+        pyarrow.table({"image": cells}), file, compression="zstd", use_dictionary=False, write_statistics=False
+    )

@@ -24,7 +24,20 @@ from jobs import align, encode, fit_reward
 
 PIPELINE, REWARD, SETS, PARQUET, PICTURES, PROMPTS = "pipeline", "reward", "sets", "parquet", "pictures", "prompts"
 ENCODED, FIT, ALIGNMENT, ADAPTERS, PUBLISHED = "encoded", "fit", "alignment", "adapters", "published"
-TAPS = ("--reward.taps", "1", "2", "--reward.num-heads", "4", "--reward.lora.rank", "4", "--reward.lora.alpha", "8")
+REWARD_PRESET = Path(__file__).resolve().parents[2] / "configs" / "shapes_reward.yaml"
+TAPS = (
+    "--config",
+    str(REWARD_PRESET),
+    "--reward.taps",
+    "1",
+    "2",
+    "--reward.num-heads",
+    "4",
+    "--reward.lora.rank",
+    "4",
+    "--reward.lora.alpha",
+    "8",
+)
 WORDS = ("a red circle", "a blue ring", "a green cross", "a small black ring on cyan")
 FORMATS = ("png", "jpg", "webp", "gif", "tif", "bmp", "ppm", "jp2", "avif")
 BOMB_MIB = 640

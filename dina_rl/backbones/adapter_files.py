@@ -99,7 +99,7 @@ def read_adapter(file: Path, convert: Convert) -> dict[str, LoRALayer]:
         with safe_open(file, framework="pt") as opened:
             names: list[str] = opened.keys()
             tensors, header = {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"learner.lora.init: {file} is no safetensors file ({error})") from error
     try:
         check_sums(file.parent, [file.name])
