@@ -102,8 +102,8 @@ def begin(trial: Trial, run: BenchmarkRun, world: Path, scratch: Path) -> Tried:
         outcome = watch.run(task, places, free_reading=kind.options, seconds=run.limit_s, memory_mib=run.memory_mib)
         watch.write_outcome(directory / OUTCOME, outcome)
     except BaseException as error:  # the damage itself failed: no trial, and to be seen as such
-        (directory / OUTCOME).write_text("")
-        (directory / SAID).write_text(repr(error))
+        failed = Outcome(ending="traceback", detail=f"the damage itself failed: {error!r}")
+        watch.write_outcome(directory / OUTCOME, failed)
     finally:
         os._exit(0)  # no handlers of the process that this one is a copy of
     raise AssertionError("unreachable")
@@ -172,6 +172,7 @@ def main(argv: Sequence[str]) -> None:
     if not names:
         fail(f"only {run.only}: no kind is called so; there are {', '.join(KINDS)}")
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # no thread in a process that is copied
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     with TemporaryDirectory(prefix="fuzz-") as made:

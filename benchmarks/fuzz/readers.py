@@ -5,7 +5,8 @@ import os
 import random
 import socket
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from contextlib import suppress
+from functools import cache
 from http import HTTPStatus
 from pathlib import Path
 
@@ -220,7 +221,7 @@ def _changed_column(rng: random.Random, damage: Damage, table: pyarrow.Table, wo
         pyarrow.array([b"\xff\xfe"] * rows, pyarrow.binary()).view(pyarrow.string()),  # text that is no UTF-8
     )
     if kind == 3 and rows:
-        bomb = parquet.read_table(world / worlds.PARQUET / "bomb.parquet", memory_map=True).column(0).chunk(0)
+        bomb = parquet.read_table(world / worlds.BOMB, memory_map=True).column(0).chunk(0)
         return table.slice(0, 1).set_column(at, name, bomb)
     return table.set_column(at, name, rng.choice(fresh))
 
@@ -447,7 +448,12 @@ def _scorer(world: Path) -> PictureScorer:
 
 
 def ready(world: Path) -> None:
-    """Open what all trials share."""
+    """Import and open once what every trial would import and open anew."""
+    if (world / worlds.PIPELINE).exists():
+        backbone = open_pipeline(PipelineConfig(path=str(world / worlds.PIPELINE)))
+        backbone.load_codec()
+        backbone.load_transformer()
+        backbone.load_text_encoder()(["a"])
     if (world / worlds.REWARD).exists():
         _scorer(world)
 
@@ -458,7 +464,7 @@ def requests(rng: random.Random, damage: Damage, world: Path, root: Path) -> Tas
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     whole = save({"latents": torch.zeros(2, 16, 8, 8)}, metadata=texts)
     asked = []
-    for _ in range(8):
+    for _ in range(4):
         length = int.from_bytes(whole[:8], "little")
         head = json.loads(whole[8 : 8 + length])
         head["__metadata__"] = {name: damage.text_of(damage.values(value)) for name, value in metadata.items()}
@@ -490,9 +496,13 @@ def _ask(scorer: PictureScorer, asked: Sequence[bytes]) -> None:
 def _answered(server: ScoreServer, request: bytes) -> int:
     """The status of the answer, whose body is one object of JSON; 0: what was asked is no request of HTTP."""
     with socket.create_connection(server.server_address[:2], timeout=20) as connection:
-        connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
-        reply = b"".join(iter(partial(connection.recv, 2**16), b""))
+        reply = b""
+        with suppress(OSError):  # it may answer and hang up before all is said
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionError):
+            while part := connection.recv(2**16):
+                reply += part
     head, _, body = reply.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 "):
         return 0

@@ -40,7 +40,7 @@ TAPS = (
 )
 WORDS = ("a red circle", "a blue ring", "a green cross", "a small black ring on cyan")
 FORMATS = ("png", "jpg", "webp", "gif", "tif", "bmp", "ppm", "jp2", "avif")
-BOMB_MIB = 640
+BOMB, BOMB_MIB = "bomb.parquet", 640
 
 
 def pipeline(world: Path) -> None:
@@ -91,7 +91,7 @@ def _record(kind: str, number: int, one: str, other: str) -> dict[str, object]:
 
 
 def parquet_sets(world: Path) -> None:
-    """Pick-a-Pic and GenAI-Bench, 4 rows a split, and a bomb."""
+    """Pick-a-Pic and GenAI-Bench, 4 rows a split."""
     root = world / PARQUET
     if root.exists():
         return
@@ -121,7 +121,12 @@ def parquet_sets(world: Path) -> None:
         (root / kind).mkdir()
         for split in ("train", "test"):
             parquet.write_table(pyarrow.table(columns), root / kind / f"{split}-00000-of-00001.parquet")
-    write_bomb_cell(root / "bomb.parquet", BOMB_MIB)
+
+
+def bomb(world: Path) -> None:
+    """A parquet file of nothing but zeros."""
+    if not (world / BOMB).exists():
+        write_bomb_cell(world / BOMB, BOMB_MIB)
 
 
 def pictures(world: Path) -> None:

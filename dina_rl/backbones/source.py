@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from safetensors import SafetensorError
 
 from dina_rl.textfiles import parse_json, read_text
 
 INDEX = "model_index.json"
 LFS_POINTER = b"version https://git-lfs"
 SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".sft", ".bin", ".pt", ".pth")
+
+
+STOCK_ERRORS = (OSError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
+                AssertionError, SafetensorError)  # fmt: skip
+"""What stock classes were seen to raise, or may, of files that are whole and mean nothing."""
 
 
 class Place(TypedDict):
@@ -62,6 +68,26 @@ class Options:
     )
     decode_batch: int | None = None  # latents decoded at once; None: all
     vae_tiling: bool = False
+
+
+class StockReading:
+    """A block in which stock classes read a pipeline's files.
+
+    Raises:
+        ValueError: what they raise of broken ones, in one line.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._path = source.path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        of_files = isinstance(error, STOCK_ERRORS) or type(error) is Exception  # tokenizers raises no class of its own
+        if of_files and not isinstance(error, torch.OutOfMemoryError):
+            said = " ".join(str(error).split())
+            raise ValueError(f"pipeline {self._path} cannot be read: {said or type(error).__name__}") from error
 
 
 def refuse_distilled_guidance(source: Source, options: Options) -> None:

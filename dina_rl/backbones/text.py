@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from dina_rl.backbones.source import Options, Source
+from dina_rl.backbones.source import Options, Source, StockReading
 from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
@@ -39,7 +39,7 @@ def load_text_pipeline(
     cls: type[Pipeline], source: Source, options: Options, left_out: Mapping[str, None] = MappingProxyType({})
 ) -> Pipeline:
     """Text encoders and tokenizers of a pipeline as its stock class loads them, but for parts that it is without."""
-    with loading(TEXT, source.path, source.variant):
+    with loading(TEXT, source.path, source.variant), StockReading(source):
         pipeline: Pipeline = cls.from_pretrained(
             source.path,
             transformer=None,
@@ -55,9 +55,10 @@ def load_text_pipeline(
 
 def load_tokenizers(cls: type[Pipeline], source: Source, left_out: Mapping[str, None]) -> Pipeline:
     """The tokenizers of a pipeline; `left_out` names its text encoders too."""
-    pipeline: Pipeline = cls.from_pretrained(
-        source.path, transformer=None, vae=None, revision=source.revision, **left_out
-    )
+    with StockReading(source):
+        pipeline: Pipeline = cls.from_pretrained(
+            source.path, transformer=None, vae=None, revision=source.revision, **left_out
+        )
     return pipeline
 
 
