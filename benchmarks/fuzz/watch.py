@@ -105,8 +105,9 @@ class Guard:
             self._opened(path, writes=writes)
         elif event in WRITES:
             for path in arguments:
-                if isinstance(path, str | bytes | os.PathLike):
-                    self._opened(path, writes=True)
+                if isinstance(path, str | bytes | os.PathLike):  # of links what is done is done to themselves
+                    directory, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+                    self._opened(os.path.join(os.path.realpath(directory), name), writes=True, follow=False)
         elif event in STARTS:
             words = arguments[1] if event == "subprocess.Popen" else arguments
             if not (isinstance(words, list | tuple) and any(tuple(words[: len(own)]) == own for own in OURS)):
@@ -121,11 +122,11 @@ class Guard:
             if isinstance(code, CodeType) and code.co_filename.startswith(str(self.places.root.parent)):
                 self.executed.append(f"code of {code.co_filename}")
 
-    def _opened(self, path: object, *, writes: bool) -> None:
+    def _opened(self, path: object, *, writes: bool, follow: bool = True) -> None:
         if not isinstance(path, str | bytes | os.PathLike):
             return
         with suppress(OSError, ValueError):  # no name that a file can have
-            real = os.path.realpath(os.fsdecode(path))
+            real = os.path.realpath(os.fsdecode(path)) if follow else os.fsdecode(path)
             allowed = (str(self.places.root), *DEVICES) if writes else self.places.readable
             if not (self.free_reading and not writes) and not any(
                 real == each or real.startswith(f"{each}/") for each in allowed

@@ -32,7 +32,7 @@ from dina_rl.data.sets.records import (
 )
 from dina_rl.data.stores.latents import StoredPair
 from dina_rl.seeding import derive_seed
-from dina_rl.storage import StorageFailed, writing
+from dina_rl.storage import StorageFailed, refuse_link, writing
 from dina_rl.textfiles import parse_json
 
 CHUNK = 512
@@ -97,6 +97,7 @@ class EncodePlan:
 
     def __init__(self, file: Path, made_of: Mapping[str, object]) -> None:
         self._file = file
+        refuse_link(file)
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()  # with the mode that the umask leaves; SQLite's own leaves the group out

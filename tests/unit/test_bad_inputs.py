@@ -13,10 +13,12 @@ from pyarrow import parquet
 from dina_rl.alignment.history import checked
 from dina_rl.backbones.files import check_files
 from dina_rl.backbones.source import Source, StockReading
-from dina_rl.config import PipelineConfig
+from dina_rl.config import PipelineConfig, ScoreRun
+from dina_rl.data.plan import EncodePlan
 from dina_rl.data.sets.fields import DEEPEST, json_array
 from dina_rl.data.stores.latents import LatentStore
 from dina_rl.pictures import Picture, Skipped, list_pictures
+from dina_rl.run_directory import run_directory
 from dina_rl.runtime import open_pipeline
 from dina_rl.scorers.pickled import module_tensors
 from dina_rl.sums import SUMS_FILE, check_all_sums, read_sums
@@ -140,6 +142,25 @@ def test_a_link_out_of_a_directory_is_not_followed(tmp_path: Path) -> None:
     found = list_pictures([str(tmp_path / "in")], prompt="p", root=None)
     assert [type(each) for each in found] == [Picture, Skipped, Picture, Skipped]
     assert [each.reason for each in found if isinstance(each, Skipped)][0].startswith("a link that leads out")
+
+
+def test_nothing_is_written_through_a_link_in_a_run_directory(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "run.lock").symlink_to(precious)
+    with pytest.raises(ValueError, match=r"run\.lock is a link or no file"):
+        held(run_dir)
+    (run_dir / "plan.sqlite").symlink_to(precious)
+    with pytest.raises(ValueError, match=r"plan\.sqlite is a link or no file"):
+        EncodePlan(run_dir / "plan.sqlite", {})
+    assert precious.read_text() == "kept"
+
+
+def held(run_dir: Path) -> None:
+    with run_directory(ScoreRun(), run_dir, resume=False):
+        pass
 
 
 def test_what_stock_classes_raise_of_files_is_one_line(tiny_pipeline: Path, tmp_path: Path) -> None:
