@@ -193,11 +193,11 @@ def hostile_pictures() -> dict[str, bytes]:
     }
 
 
-def write_bomb_cell(file: Path, mib: int) -> None:
-    """A parquet file with one image cell of zeros, which are nothing when they are compressed."""
+def write_bomb(file: Path, name: str, mib: int, others: Mapping[str, list[object]]) -> None:
+    """A parquet file of one row: a cell of zeros, which are nothing when they are compressed, and other columns."""
     size = mib * 2**20
     ends = pyarrow.py_buffer(struct.pack("<qq", 0, size))
     cells = pyarrow.Array.from_buffers(pyarrow.large_binary(), 1, [None, ends, pyarrow.py_buffer(bytes(size))])
     parquet.write_table(
-        pyarrow.table({"image": cells}), file, compression="zstd", use_dictionary=False, write_statistics=False
+        pyarrow.table({name: cells, **others}), file, compression="zstd", use_dictionary=False, write_statistics=False
     )

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from benchmarks.fuzz.hostile import CODE, hostile_text, hostile_weights
+from dina_rl.storage import StorageFailed
 from dina_rl.sums import SUMS_FILE, read_sums, sha256, write_sums
 
 SURPRISES: tuple[object, ...] = (
@@ -285,7 +286,7 @@ def _sum_anew(listed: Path) -> None:
         write_sums(
             listed.parent, {name: sha256(listed.parent / name) for name in names if (listed.parent / name).is_file()}
         )
-    except (OSError, ValueError):  # the list itself is what was changed
+    except (OSError, ValueError, StorageFailed):  # the list itself is what was changed
         return
 
 

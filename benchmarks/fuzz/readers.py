@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -179,24 +180,27 @@ def parquet_sets(rng: random.Random, damage: Damage, world: Path, root: Path) ->
     kind = rng.choice(("pickapic", "genai_bench"))
     data = copied(world / worlds.PARQUET / kind, root / "set")
     file = data / f"{rng.choice(SPLITS)}-00000-of-00001.parquet"
-    if rng.random() < 0.5:
+    draw = rng.random()
+    if draw < 0.03 and kind == "pickapic":
+        shutil.copy2(world / worlds.BOMB / "jpg_0.parquet", file)
+    elif draw < 0.5:
         damage.file(file)
     else:
         table = parquet.read_table(file)
         for _ in range(rng.choice((1, 1, 3))):
-            table = _changed_column(rng, damage, table, world)
+            table = _changed_column(rng, damage, table)
         parquet.write_table(
             table, file, row_group_size=rng.choice((1, 2, 100)), compression=rng.choice(("snappy", "zstd", "none"))
         )
     return _encode(world, root, kind, data)
 
 
-def _changed_column(rng: random.Random, damage: Damage, table: pyarrow.Table, world: Path) -> pyarrow.Table:
+def _changed_column(rng: random.Random, damage: Damage, table: pyarrow.Table) -> pyarrow.Table:
     if not table.num_columns:
         return table
     at = rng.randrange(table.num_columns)
     name, rows = table.column_names[at], table.num_rows
-    kind = rng.randrange(7)
+    kind = rng.randrange(6)
     if kind == 0:
         return table.drop_columns([name])
     if kind == 1:
@@ -220,9 +224,6 @@ def _changed_column(rng: random.Random, damage: Damage, table: pyarrow.Table, wo
         pyarrow.array([{"path": "../beside/decoy.png"}] * rows),
         pyarrow.array([b"\xff\xfe"] * rows, pyarrow.binary()).view(pyarrow.string()),  # text that is no UTF-8
     )
-    if kind == 3 and rows:
-        bomb = parquet.read_table(world / worlds.BOMB, memory_map=True).column(0).chunk(0)
-        return table.slice(0, 1).set_column(at, name, bomb)
     return table.set_column(at, name, rng.choice(fresh))
 
 
@@ -308,10 +309,13 @@ def _reading(backbone: Backbone) -> FitWork:
 def latents(rng: random.Random, damage: Damage, world: Path, root: Path) -> Task:
     """A latent store with prompt embeddings, as a fit reads it."""
     store = copied(world / worlds.ENCODED / "latents", root / "latents")
-    if rng.random() < 0.35:
+    draw = rng.random()
+    if draw < 0.03:
+        shutil.copy2(world / worlds.BOMB / "latent.parquet", store / "shard-00000.parquet")
+    elif draw < 0.35:
         file = rng.choice(sorted(store.rglob("*.parquet")))
         table = parquet.read_table(file)
-        parquet.write_table(_changed_column(rng, damage, table, world) if file.stat().st_size else table, file)
+        parquet.write_table(_changed_column(rng, damage, table) if file.stat().st_size else table, file)
     else:
         damage.directory(store, most=2)
     words = ["--run-dir", str(root / "run"), *worlds.fit_words(world, store)]

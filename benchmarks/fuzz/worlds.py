@@ -16,7 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import save_file
 
-from benchmarks.fuzz.hostile import archived_code, bomb_archive, hostile_pictures, pickled_code, write_bomb_cell
+from benchmarks.fuzz.hostile import archived_code, bomb_archive, hostile_pictures, pickled_code, write_bomb
 from benchmarks.untrained import save_untrained
 from dina_rl.config import LoRAConfig, PipelineConfig, PolicyLoRAConfig, RewardModelConfig
 from dina_rl.shapes.pipeline import build_pipeline
@@ -40,7 +40,7 @@ TAPS = (
 )
 WORDS = ("a red circle", "a blue ring", "a green cross", "a small black ring on cyan")
 FORMATS = ("png", "jpg", "webp", "gif", "tif", "bmp", "ppm", "jp2", "avif")
-BOMB, BOMB_MIB = "bomb.parquet", 640
+BOMB, BOMB_MIB = "bomb", 640
 
 
 def pipeline(world: Path) -> None:
@@ -124,9 +124,14 @@ def parquet_sets(world: Path) -> None:
 
 
 def bomb(world: Path) -> None:
-    """A parquet file of nothing but zeros."""
-    if not (world / BOMB).exists():
-        write_bomb_cell(world / BOMB, BOMB_MIB)
+    """Parquet files of zeros: a set with one picture, and a shard with one latent."""
+    root = world / BOMB
+    if root.exists():
+        return
+    root.mkdir()
+    labels = {"caption": ["a"], "jpg_1": [picture(0, "jpg")], "label_0": [1.0], "label_1": [0.0]}
+    write_bomb(root / "jpg_0.parquet", "jpg_0", BOMB_MIB, labels)
+    write_bomb(root / "latent.parquet", "latent", BOMB_MIB, {"problem": [None]})
 
 
 def pictures(world: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from dina_rl.textfiles import parse_json, read_text
@@ -16,7 +17,7 @@ SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".sft", ".bin", ".pt", ".pth")
 
 
 STOCK_ERRORS = (OSError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
-                AssertionError, SafetensorError)  # fmt: skip
+                AssertionError, SafetensorError, StrictDataclassError)  # fmt: skip
 """What stock classes were seen to raise, or may, of files that are whole and mean nothing."""
 
 

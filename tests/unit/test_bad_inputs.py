@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -181,6 +182,17 @@ def test_what_stock_classes_raise_of_files_is_one_line(tiny_pipeline: Path, tmp_
     (place / "transformer" / "config.json").write_text(json.dumps(config | {"num_attention_heads": "x"}))
     with pytest.raises(ValueError, match="pipeline .* cannot be read"):
         open_pipeline(PipelineConfig(path=str(place))).empty_transformer()
+
+
+def test_a_tokenizer_knows_no_token_without_an_embedding(tiny_pipeline: Path, tmp_path: Path) -> None:
+    place = tmp_path / "pipeline"
+    shutil.copytree(tiny_pipeline, place)
+    file = place / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["zzz"] = 10**6
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="its text_encoder embeds .* knows token 1000000"):
+        open_pipeline(PipelineConfig(path=str(place))).load_text_encoder()
 
 
 def test_shards_of_weights_lie_beside_their_index(tiny_pipeline: Path, tmp_path: Path) -> None:
