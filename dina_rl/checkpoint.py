@@ -24,7 +24,7 @@ from dina_rl import __version__
 from dina_rl.config.keys import Mark, covers, explain, marked, value_at, with_todays_names
 from dina_rl.fingerprint import Parts
 from dina_rl.storage import settle, writing
-from dina_rl.textfiles import parse_json, parse_yaml, read_text
+from dina_rl.textfiles import parse_json, parse_yaml, read_text, regular
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
@@ -315,12 +315,12 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path)
+    return load_file(regular(path))
 
 
 def load_part(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of a file whose names begin with `prefix`, which is left off; no other is read."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(regular(path), framework="pt") as file:
         names: list[str] = file.keys()
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
 

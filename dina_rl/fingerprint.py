@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from dina_rl.textfiles import parse_json
+from dina_rl.textfiles import parse_json, regular
 
 BLOCK = 2**16  # bytes of a large file read at one place
 BLOCKS = 64  # such places
@@ -198,7 +198,7 @@ def weight_files(part: Path, variant: str | None) -> list[Path]:
 
 def _tensors(file: Path) -> Iterator[str]:
     """A line for every tensor of a safetensors file: name, type, shape, and a digest of the bytes in its middle."""
-    with file.open("rb") as stream:
+    with regular(file).open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER:
             raise ValueError(f"{file} is not a safetensors file")

@@ -16,13 +16,24 @@ BOM = "\ufeff"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
+def regular(file: Path) -> Path:
+    """The file that is about to be opened. One that is missing is its reader's to tell.
+
+    Raises:
+        ValueError: a directory, a device or a pipe, which would block its reader for ever, stands in its place.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is no file")
+    return file
+
+
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file, without the byte order mark that some editors begin it with.
 
     Raises:
         ValueError: another encoding.
     """
-    content = file.read_bytes()
+    content = regular(file).read_bytes()
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:

@@ -268,10 +268,11 @@ def manifests(rng: random.Random, damage: Damage, world: Path, root: Path) -> Ta
     def read() -> None:
         found = list_pictures(names, prompt=rng.choice((None, "a")), root=None)
         for each in found:
-            if isinstance(each, Picture) and each.path.is_file():
+            if isinstance(each, Picture):
                 try:
-                    load_image(each.path.read_bytes(), height=8, width=8)
-                except ValueError as error:
+                    if each.path.is_file():
+                        load_image(each.path.read_bytes(), height=8, width=8)
+                except (OSError, ValueError) as error:  # as PictureScorer.read does
                     print(f"1 unreadable: {error}")
         report_skipped([each for each in found if not isinstance(each, Picture)], len(found), None)
 

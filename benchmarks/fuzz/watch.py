@@ -13,6 +13,7 @@ import resource
 import signal
 import struct
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -186,7 +187,8 @@ def limit(*, seconds: int, memory_mib: int) -> None:
     """Of this process: a signal ends it beyond the seconds, and beyond the memory nothing more is to be had."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 2))
-    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    for each in (signal.SIGXCPU, signal.SIGALRM):
+        signal.signal(each, signal.SIG_DFL)
     signal.alarm(15 * seconds)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     most = held + memory_mib * 2**20
@@ -197,6 +199,7 @@ def run(task: Callable[[], object], places: Places, *, free_reading: bool, secon
     """Do a task in this process, which is the trial's own, and tell how it ended."""
     os.chdir(places.root)
     os.environ |= {"HOME": str(places.root), "TMPDIR": str(places.root), "HF_HUB_OFFLINE": "1"}
+    tempfile.tempdir = str(places.root)
     guard = Guard(places=places, free_reading=free_reading)
     sys.addaudithook(guard.hook)
     limit(seconds=seconds, memory_mib=memory_mib)

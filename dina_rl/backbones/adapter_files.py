@@ -20,7 +20,7 @@ from dina_rl.backbones.lora import LORA_FILE
 from dina_rl.backbones.trained import trained_parameters
 from dina_rl.config import PolicyLoRAConfig
 from dina_rl.sums import check_sums
-from dina_rl.textfiles import parse_json, read_text
+from dina_rl.textfiles import parse_json, read_text, regular
 
 PREFIXES = ("transformer.", "base_model.model.")  # diffusers', peft's
 PARTS = {  # how a key ends -> what it holds
@@ -96,7 +96,7 @@ def read_adapter(file: Path, convert: Convert) -> dict[str, LoRALayer]:
         ValueError: it is no adapter of a transformer alone, or is made otherwise than LoRA.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(regular(file), framework="pt") as opened:
             names: list[str] = opened.keys()
             tensors, header = {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except (OSError, SafetensorError) as error:

@@ -70,7 +70,7 @@ def _check_vocabularies(source: Source, pipeline: DiffusionPipeline) -> None:
         places = encoder.config.max_position_embeddings if encoder.config.model_type == "clip_text_model" else None
         if places is not None and tokenizer.model_max_length > places:
             raise ValueError(
-                f"pipeline {source.path}: its {name} has places for {places} tokens, its tokenizer's model_max_length is "
+                f"pipeline {source.path}: its {name} has {places} places, its tokenizer's model_max_length is "
                 f"{tokenizer.model_max_length}"
             )
 

@@ -37,7 +37,7 @@ from dina_rl.evaluation.requests import PLAIN, EncodeRequest, Problem, ScoreRequ
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.loading import say
 from dina_rl.runtime import open_pipeline
-from dina_rl.textfiles import parse_json, read_text
+from dina_rl.textfiles import parse_json, read_text, regular
 
 Value = TypeVar("Value")
 PROBLEMS, SUM = "problems", "sha256"
@@ -379,7 +379,7 @@ def _is_whole(file: Path) -> bool:
 
 def _content(file: Path) -> tuple[torch.Tensor, str, str | None]:
     """(scores, problems as JSON, digest of the two)."""
-    with safe_open(file, "pt") as content:
+    with safe_open(regular(file), "pt") as content:
         metadata = content.metadata()
         return content.get_tensor("scores"), metadata[PROBLEMS], metadata.get(SUM)
 

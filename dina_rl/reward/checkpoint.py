@@ -34,7 +34,7 @@ from dina_rl.reward.card import (
 )
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.sums import check_all_sums, sum_files
-from dina_rl.textfiles import parse_json, read_text
+from dina_rl.textfiles import parse_json, read_text, regular
 
 HEAD_FILE = "head.safetensors"
 
@@ -122,7 +122,7 @@ def _read(directory: str | Path) -> tuple[Path, RewardCard, bool]:
 def _load_weights(model: LatentRewardModel, directory: Path) -> None:
     file = directory / HEAD_FILE
     try:
-        head = load_file(file)
+        head = load_file(regular(file))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     check_all_sums(directory)

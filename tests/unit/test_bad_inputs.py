@@ -14,6 +14,7 @@ from pyarrow import parquet
 from dina_rl.alignment.history import checked
 from dina_rl.backbones.files import check_files
 from dina_rl.backbones.source import Source, StockReading
+from dina_rl.checkpoint import load_tensors
 from dina_rl.config import PipelineConfig, ScoreRun
 from dina_rl.data.plan import EncodePlan
 from dina_rl.data.sets.fields import DEEPEST, json_array
@@ -21,9 +22,10 @@ from dina_rl.data.stores.latents import LatentStore
 from dina_rl.pictures import Picture, Skipped, list_pictures
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import open_pipeline
+from dina_rl.scorers import weights
 from dina_rl.scorers.pickled import module_tensors
 from dina_rl.sums import SUMS_FILE, check_all_sums, read_sums
-from dina_rl.textfiles import read_record
+from dina_rl.textfiles import read_record, read_text
 from tests.tiny_reward import write_store
 
 
@@ -39,6 +41,17 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / SUMS_FILE).write_text(f"{'0' * 64}  a\n")
     with pytest.raises(ValueError, match="is broken: a is not there"):
         check_all_sums(tmp_path)
+
+
+def test_no_reader_waits_for_a_pipe(tmp_path: Path, store: LatentStore) -> None:
+    pipe = store.directory / "pairs-train.parquet"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="is no file"):
+        store.pairs("train")
+    for read in (read_text, load_tensors, weights.load_tensors):
+        with pytest.raises(ValueError, match="is no file"):
+            read(pipe)
 
 
 def test_json_sets_nest_no_deeper_than_records_do(tmp_path: Path) -> None:

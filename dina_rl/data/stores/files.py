@@ -11,6 +11,7 @@ import pyarrow
 from pyarrow import parquet
 
 from dina_rl.checkpoint import replaced_file
+from dina_rl.textfiles import regular
 
 Item = TypeVar("Item")
 
@@ -59,7 +60,7 @@ def open_table(path: Path) -> Iterator[parquet.ParquetFile]:
         ValueError: it is not there, or what is read is not what was written.
     """
     try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        with parquet.ParquetFile(regular(path), page_checksum_verification=True) as file:
             yield file
     except (OSError, pyarrow.ArrowException, ValueError, LookupError) as error:
         why = " ".join(str(error).split())
