@@ -24,7 +24,7 @@ from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
 from dina_rl.memory import PeakMemory
 from dina_rl.reward.inputs import check_fit
-from dina_rl.reward.outcome import FitResult
+from dina_rl.reward.outcome import read_result
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
 from dina_rl.textfiles import read_record
@@ -182,7 +182,7 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
             f"accuracy {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
             f"{result.accuracy_ensemble:.3f} ensemble, ceiling {result.label_ceiling:.3f}",
         )
-    return asdict(read_record(FitResult, metrics))
+    return asdict(read_result(metrics))
 
 
 def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:

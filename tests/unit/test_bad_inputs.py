@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import pyarrow
@@ -17,9 +18,11 @@ from dina_rl.backbones.source import Source, StockReading
 from dina_rl.checkpoint import load_tensors
 from dina_rl.config import PipelineConfig, ScoreRun
 from dina_rl.data.plan import EncodePlan
+from dina_rl.data.sets import pickapic
 from dina_rl.data.sets.fields import DEEPEST, json_array
 from dina_rl.data.stores.latents import LatentStore
 from dina_rl.pictures import Picture, Skipped, list_pictures
+from dina_rl.reward.outcome import FitResult, read_result
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import open_pipeline
 from dina_rl.scorers import weights
@@ -217,3 +220,15 @@ def test_shards_of_weights_lie_beside_their_index(tiny_pipeline: Path, tmp_path:
     (place / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="'/etc/passwd', which is no file beside it"):
         check_files(Source(path=str(place)), "vae")
+
+
+def test_a_fit_has_accuracies_of_its_held_out_sets(tmp_path: Path) -> None:
+    numbers = {field.name: 1 for field in fields(FitResult)} | {"reward": "r", "held_out": {}}
+    (tmp_path / "metrics.json").write_text(json.dumps(numbers))
+    with pytest.raises(ValueError, match="held_out lacks accuracies"):
+        read_result(tmp_path / "metrics.json")
+
+
+def test_labels_of_another_type_are_malformed() -> None:
+    with pytest.raises(ValueError, match="label_0 and label_1 must be"):
+        pickapic._compared(0, {"label_0": {"a": 1}, "label_1": [0.0]})
