@@ -24,7 +24,7 @@ from dina_rl import __version__
 from dina_rl.config.keys import Mark, covers, explain, marked, value_at, with_todays_names
 from dina_rl.fingerprint import Parts
 from dina_rl.storage import remove_leftovers, settle, writing
-from dina_rl.textfiles import parse_yaml, read_text
+from dina_rl.textfiles import parse_json, parse_yaml, read_text, regular
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
@@ -182,7 +182,7 @@ def _saved_inputs(run_dir: Path) -> dict[str, Any]:
     """Empty where an earlier version, which kept none, began the run."""
     file = run_dir / INPUTS_FILE
     try:
-        saved: dict[str, Any] = json.loads(read_text(file)) if file.is_file() else {}
+        saved: dict[str, Any] = parse_json(read_text(file)) if file.is_file() else {}
         return {key: {"path": value["path"], "parts": dict(value["parts"])} for key, value in saved.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} holds no inputs; was it edited?") from error
@@ -322,12 +322,12 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path)
+    return load_file(regular(path))
 
 
 def load_part(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of a file whose names begin with `prefix`, which is left off; no other is read."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(regular(path), framework="pt") as file:
         names: list[str] = file.keys()
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
 

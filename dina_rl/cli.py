@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dina_rl.config.keys import NAME, RENAMED, can_be_off, explain, is_named, section_of
-from dina_rl.errors import RunStopped, shown
+from dina_rl.errors import RunStopped, one_line, shown
 from dina_rl.storage import STORAGE_ALONE, StorageFailed
 from dina_rl.termination import Terminated, listening
 from dina_rl.textfiles import parse_yaml, read_text
@@ -33,7 +33,7 @@ EXIT_RAY_LOST = 4  # 3 is storage.StorageFailed's
 
 def fail(message: str) -> NoReturn:
     """End the program over a mistake of the user: one line on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(EXIT_BAD_INPUT)
 
 
@@ -53,16 +53,20 @@ def interruptible(run_dir: Path) -> Iterator[None]:
         print(f"\nterminated; add --resume to continue {run_dir}", file=sys.stderr)
         raise SystemExit(EXIT_TERMINATED) from None
     except StorageFailed as failed:
-        print(f"\nerror: {failed}; when that is mended add --resume to continue {run_dir}", file=sys.stderr)
+        _say_mend(str(failed), run_dir)
         raise SystemExit(failed.exit_code) from None
     except RunStopped as stopped:
-        print(f"\nerror: {stopped}", file=sys.stderr)
+        print(f"\nerror: {one_line(str(stopped))}", file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None
     except OSError as error:  # where nobody expected it: storage that is away fails at whatever looks at it
         if error.errno not in STORAGE_ALONE:
             raise
-        print(f"\nerror: {error}; when that is mended add --resume to continue {run_dir}", file=sys.stderr)
+        _say_mend(str(error), run_dir)
         raise SystemExit(StorageFailed.exit_code) from None
+
+
+def _say_mend(what: str, run_dir: Path) -> None:
+    print(f"\nerror: {one_line(what)}; when that is mended add --resume to continue {run_dir}", file=sys.stderr)
 
 
 @contextmanager
@@ -71,7 +75,7 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except RunStopped as stopped:
-        print(f"error: {stopped}", file=sys.stderr)
+        print(f"error: {one_line(str(stopped))}", file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None
 
 
@@ -91,7 +95,7 @@ def load(model: type[Run], argv: Sequence[str], *, program: str, default_config:
         config = model.model_validate(values)
     except ValidationError as error:
         for line in explain(error)[:-1]:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {one_line(line)}", file=sys.stderr)
         fail(explain(error)[-1])
     except ValueError as error:
         fail(str(error))

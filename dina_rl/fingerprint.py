@@ -13,6 +13,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from dina_rl.textfiles import parse_json, regular
+
 BLOCK = 2**16  # bytes of a large file read at one place
 BLOCKS = 64  # such places
 WHOLE_BYTES = 64 * 2**20  # files up to this size are read in full
@@ -196,11 +198,11 @@ def weight_files(part: Path, variant: str | None) -> list[Path]:
 
 def _tensors(file: Path) -> Iterator[str]:
     """A line for every tensor of a safetensors file: name, type, shape, and a digest of the bytes in its middle."""
-    with file.open("rb") as stream:
+    with regular(file).open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER:
             raise ValueError(f"{file} is not a safetensors file")
-        header = json.loads(stream.read(length))
+        header = parse_json(stream.read(length))
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -218,7 +220,7 @@ def _vae_digest(part: Path, variant: str | None) -> str | None:
     weights, config = _weights_digest(part, variant), part / "config.json"
     if weights is None or not config.is_file():
         return None
-    values = json.loads(config.read_bytes())
+    values = parse_json(config.read_bytes())
     return _digest_of(weights, *(f"{name} {values.get(name)}" for name in _SCALES))
 
 

@@ -3,14 +3,15 @@
 world -> preferences -> latents -> DiNa-LRM -> rollouts, rewards, updates -> curves, samples, adapter, summary
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TypedDict
+
+from typing_extensions import TypedDict  # typing's own cannot be read from a file before Python 3.12
 
 from dina_rl.alignment.algorithms.registry import open_algorithm
 from dina_rl.alignment.planning import describe
@@ -23,9 +24,10 @@ from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
 from dina_rl.memory import PeakMemory
 from dina_rl.reward.inputs import check_fit
+from dina_rl.reward.outcome import read_result
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, open_pipeline
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import read_record
 from jobs import align
 from jobs.fit_reward import fit_reward_model
 from jobs.submitted import check_results
@@ -58,9 +60,9 @@ def main(argv: Sequence[str]) -> None:
         directory = run_directory(run, run.run_dir, resume=run.resume, may_grow=grows, finished=done)
         try:
             run_dir = stack.enter_context(directory)
+            summary = read_record(Summary, run_dir / SUMMARY) if done(run_dir) else run_all(run, run_dir)
         except ValueError as error:
             fail(str(error))
-        summary = json.loads(read_text(run_dir / SUMMARY)) if done(run_dir) else run_all(run, run_dir)
     print(table(summary, run_dir))
 
 
@@ -132,7 +134,7 @@ class Stages:
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "stages.json"
-        self.seconds: dict[str, float] = json.loads(read_text(self._file)) if self._file.is_file() else {}
+        self.seconds: dict[str, float] = read_record(dict[str, float], self._file) if self._file.is_file() else {}
         self._begin = 0.0
 
     def start(self, name: str, what: str) -> None:
@@ -180,8 +182,7 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
             f"accuracy {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
             f"{result.accuracy_ensemble:.3f} ensemble, ceiling {result.label_ceiling:.3f}",
         )
-    found: dict[str, float] = json.loads(read_text(metrics))
-    return found
+    return asdict(read_result(metrics))
 
 
 def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:

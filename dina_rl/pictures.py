@@ -8,14 +8,13 @@ A manifest is a `.jsonl` file of {"image": ..., "prompt": ...} or a `.csv` file 
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dina_rl.data.images import file_size, suffixes
 from dina_rl.data.sets.root import lies_inside
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 
 LATENTS_SUFFIX = ".safetensors"
 MANIFESTS = (".csv", ".jsonl")
@@ -68,12 +67,12 @@ def list_pictures(names: Sequence[str], *, prompt: str | None, root: Path | None
 
 
 def _files_in(directory: Path) -> list[Path | Skipped]:
-    """All that lies in a directory and those below it, by path; links to directories are not followed."""
-    found: list[Path | Skipped] = []
+    """All that lies in a directory and those below it, by path; no link to a directory or out of it is followed."""
+    found, root = list[Path | Skipped](), directory.resolve()
     for path in sorted(directory.rglob("*")):
         if path.is_dir() and not path.is_symlink():
             continue
-        reason = _no_picture(path)
+        reason = _no_picture(path, root)
         found.append(path if reason is None else Skipped(image=str(path), reason=reason))
     if not any(isinstance(each, Path) for each in found):
         others = f", but {len(found)} other files" if found else ""
@@ -81,10 +80,15 @@ def _files_in(directory: Path) -> list[Path | Skipped]:
     return found
 
 
-def _no_picture(path: Path) -> str | None:
+def _no_picture(path: Path, root: Path) -> str | None:
     """Why a path in a directory is not taken for a picture; None: it is."""
-    if path.is_dir():
-        return "a link to a directory, which is not followed"
+    try:
+        if path.is_dir():
+            return "a link to a directory, which is not followed"
+        if not lies_inside(path.resolve(), root):
+            return f"a link that leads out of {root}"
+    except (OSError, RuntimeError) as error:  # a loop of links
+        return str(error)
     if path.suffix.lower() in suffixes() or path.suffix.lower() == LATENTS_SUFFIX:
         return None
     if path.suffix:
@@ -114,8 +118,8 @@ def _jsonl(text: str) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold its others
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError:
+                yield number, parse_json(line)
+            except ValueError:
                 yield number, None
 
 

@@ -25,7 +25,8 @@ from dina_rl.checkpoint import (
     open_run_dir,
     resumed_values,
 )
-from dina_rl.storage import writing
+from dina_rl.storage import refuse_link, writing
+from dina_rl.textfiles import parse_json
 
 BEFORE_ANY_WORK = (CONFIG_FILE, VERSIONS_FILE, INPUTS_FILE, LOCK_FILE, *REPORTS, "tensorboard")
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
@@ -90,8 +91,9 @@ def run_directory(
 def _held(run_dir: Path) -> Iterator[None]:
     """An operating system's lock on a file of the directory: it is gone when the process is, however that ends."""
     file = run_dir / LOCK_FILE
+    refuse_link(file)
     with writing(file):
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _check_current(handle, file)
@@ -124,7 +126,7 @@ def _check_current(handle: int, file: Path) -> None:
 
 def _holder(file: Path) -> str:
     try:
-        holder = json.loads(file.read_bytes())
+        holder = parse_json(file.read_bytes())
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # it has only just come or gone
         return "another process"

@@ -31,6 +31,7 @@ from dina_rl.scorers.base import Conditions, Scorer, Space
 from dina_rl.scorers.dina import DiNaScorer, cautious_mean, open_dina
 from dina_rl.scorers.registry import image_scorer_bytes, open_image_scorer
 from dina_rl.seeding import normal
+from dina_rl.textfiles import regular
 
 log = logging.getLogger(__name__)
 
@@ -390,7 +391,7 @@ def _open_images(config: PictureScorerConfig, images: ImageScorerConfig, seed: i
 def _read_latent(file: Path) -> torch.Tensor:
     """The one tensor of a safetensors file, [C, h, w] or [1, C, h, w], fp32."""
     try:
-        tensors = load_file(file)
+        tensors = load_file(regular(file))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"not a safetensors file: {error}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -155,6 +155,16 @@ def check_there(directory: Path) -> None:
         raise StorageFailed(f"{directory} is not there any more", errno.ENOENT)
 
 
+def refuse_link(file: Path) -> None:
+    """Before a file is written in its place, and not anew: a run directory from elsewhere may have a link there.
+
+    Raises:
+        ValueError: it is one, or no file at all.
+    """
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise ValueError(f"{file} is a link or no file; what is written there would be written elsewhere: remove it")
+
+
 def settle(path: Path) -> None:
     """Have the content of a file, or the names in a directory, survive a crash of the machine.
 

@@ -5,9 +5,10 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dina_rl.checkpoint import write_text
+from dina_rl.errors import shown
 from dina_rl.loading import LARGE, say, shown_bytes
 from dina_rl.textfiles import read_text
 
@@ -20,10 +21,19 @@ def write_sums(directory: Path, sums: Mapping[str, str]) -> None:
 
 
 def read_sums(directory: Path) -> dict[str, str]:
-    """File name -> SHA-256; empty where none were written, as by earlier versions."""
+    """File name -> SHA-256; empty where none were written, as by earlier versions.
+
+    Raises:
+        ValueError: it is no such list, or names what does not lie below the directory.
+    """
     file = directory / SUMS_FILE
     lines = read_text(file).splitlines() if file.is_file() else []
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in sums:
+        place = PurePosixPath(name)
+        if not name.isprintable() or place.is_absolute() or ".." in place.parts or not place.parts:
+            raise ValueError(f"{file} names {shown(name)}, which is no file below it")
+    return sums
 
 
 def sum_files(directory: Path, pattern: str = "*.safetensors") -> None:
@@ -42,6 +52,8 @@ def check_sums(directory: Path, names: Sequence[str]) -> None:
     sums = read_sums(directory)
     for name in (each for each in names if each in sums):
         file = directory / name
+        if not file.is_file():
+            raise ValueError(f"{name} is not there")
         size = file.stat().st_size
         if size >= 16 * LARGE:
             say(f"checking {file}, {shown_bytes(size)}")

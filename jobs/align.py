@@ -47,9 +47,9 @@ def main(argv: Sequence[str]) -> None:
             prompts = preflight(run)
             check_room(run)
             run_dir = stack.enter_context(opened(run, prompts))
+            recorder = align_generator(run, prompts, run_dir)
         except ValueError as error:
             fail(str(error))
-        recorder = align_generator(run, prompts, run_dir)
     points = recorder.history.points()
     print(f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
     if recorder.watch.diverged_at is not None:

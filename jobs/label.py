@@ -9,7 +9,6 @@ that the generator makes of a prompt file (--prompts.path FILE). Run directory, 
     cache/                                    scores and encoded images, with which --resume goes on
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LabelRun
 from dina_rl.labelling.job import CARD_FILE, is_finished, label, label_inputs
 from dina_rl.run_directory import run_directory
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 from jobs.evaluate import open_workers
 from jobs.submitted import check_results
 
@@ -39,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
             run_directory(run, run.run_dir, resume=run.resume, inputs=inputs.made_from, finished=finished) as run_dir,
         ):
             card: dict[str, Any] = (
-                json.loads(read_text(run_dir / CARD_FILE))
+                parse_json(read_text(run_dir / CARD_FILE))
                 if finished(run_dir)
                 else label(inputs, run_dir, open_workers)
             )

@@ -1,10 +1,11 @@
 """The driver's progress bar over steps that are taken elsewhere, read from the log file of the rank that takes them."""
 
-import json
 import threading
 from pathlib import Path
 
 from tqdm import tqdm
+
+from dina_rl.textfiles import parse_json
 
 POLL_S = 0.5
 
@@ -43,7 +44,7 @@ class FollowedSteps:
         self._position += len(whole)
         if not whole:
             return
-        steps = [entry for entry in map(json.loads, whole.splitlines()) if "loss" in entry]  # others are evaluations
+        steps = [entry for entry in map(parse_json, whole.splitlines()) if "loss" in entry]  # others are evaluations
         if not steps:
             return
         last = steps[-1]

@@ -1,10 +1,10 @@
 """What is different in a job that `ray job submit` started: it runs in a temporary copy of what was sent along."""
 
-import json
 import os
 from pathlib import Path
 
 from dina_rl.cli import fail
+from dina_rl.textfiles import parse_json
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable by which Ray tells a submitted job's process what it was submitted with; no other process has it."""
@@ -29,6 +29,6 @@ def check_results(**places: Path | None) -> None:
                 f"{key} {place} is relative: in a submitted job that lies in Ray's temporary copy of the clone, and is "
                 f"gone with it; give an absolute path on storage that all nodes share: --{option} PATH"
             )
-    if json.loads(submitted).get("runtime_env", {}).get("working_dir"):
+    if parse_json(submitted).get("runtime_env", {}).get("working_dir"):
         sizes = [file.stat().st_size for file in Path.cwd().rglob("*") if file.is_file()]
         print(f"submitted with {len(sizes)} files, {sum(sizes) / MIB:.1f} MiB, in {Path.cwd()}", flush=True)

@@ -7,17 +7,17 @@ best/                            weights.safetensors, state.safetensors where th
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from typing_extensions import TypedDict  # typing's own cannot be read from a file before Python 3.12
 
-from dina_rl.alignment.history import Entry
+from dina_rl.alignment.history import Entry, checked
 from dina_rl.checkpoint import load_part, load_tensors, save_tensors
 from dina_rl.kept import STATE_FILE, Kept, number_of
 from dina_rl.storage import NothingWhole, check_there, patiently, remove_leftovers
 from dina_rl.sums import check_sums, read_sums, sha256, write_sums
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import read_record
 from dina_rl.types import PolicyWeights, Weights
 
 RECORD_FILE, WEIGHTS_FILE = "state.json", "weights.safetensors"
@@ -41,6 +41,11 @@ class Checkpoint:
     state: dict[str, torch.Tensor]  # of the learner
     history: list[Entry]
     seconds: dict[str, float]  # spent so far, by stage
+
+
+class _Record(TypedDict):
+    history: list[Entry]
+    seconds: dict[str, float]
 
 
 class Checkpoints:
@@ -177,11 +182,11 @@ def _checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(iteration=number_of(directory), state=state, history=record["history"], seconds=record["seconds"])
 
 
-def _record(directory: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(read_text(directory / RECORD_FILE))
+def _record(directory: Path) -> _Record:
+    record = read_record(_Record, directory / RECORD_FILE)
+    checked(record["history"])
     return record
 
 
 def _history(directory: Path) -> list[Entry]:
-    entries: list[Entry] = _record(directory)["history"]
-    return entries
+    return _record(directory)["history"]

@@ -8,14 +8,44 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # typing's own cannot be read from a file before Python 3.12
+
 from dina_rl.checkpoint import write_json, write_text
-from dina_rl.textfiles import read_text
+from dina_rl.errors import shown
+from dina_rl.textfiles import parse_json, read_record, read_text
 from dina_rl.types import Point
 
 FILE, SECONDS_FILE = "history.jsonl", "seconds.json"
 
 Entry = dict[str, object]
 """`kind` (iteration, measurement, diverged, drifted), `iteration` (how many are done), and what there is to say."""
+
+
+class _Measured(TypedDict):
+    """What is read of a measurement; versions differ in the rest."""
+
+    golden: float
+    proxy: float
+    proxy_std: float
+
+
+class _Drifted(TypedDict):
+    probe: str
+
+
+def checked(entries: object) -> list[Entry]:
+    """Entries as a file has them. Raises ValueError where they are none."""
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise ValueError("its entries are no objects")
+    for entry in entries:
+        kind, at = entry.get("kind"), entry.get("iteration", entry.get("step"))
+        if not isinstance(kind, str) or type(at) is not int:
+            raise ValueError(f"an entry has no kind or no iteration: {shown(entry)}")
+        wanted = {"measurement": _Measured, "drifted": _Drifted}.get(kind)
+        if wanted is not None:
+            TypeAdapter(wanted).validate_python(entry, strict=True)  # its error is a ValueError
+    return entries
 
 
 class History:
@@ -72,8 +102,8 @@ def read_history(run_dir: Path) -> History:
     history, file = History(), run_dir / FILE
     try:
         text = read_text(file) if file.is_file() else ""
-        history.restore(json.loads(line) for line in text.split("\n") if line)
-    except (ValueError, AttributeError) as error:
+        history.restore(checked([parse_json(line) for line in text.split("\n") if line]))
+    except ValueError as error:
         raise ValueError(f"{file} holds no history; was it edited?") from error
     return history
 
@@ -91,9 +121,8 @@ def read_seconds(run_dir: Path) -> dict[int, float]:
     """
     file = run_dir / SECONDS_FILE
     try:
-        saved = json.loads(read_text(file)) if file.is_file() else {}
-        return {int(iteration): float(seconds) for iteration, seconds in saved.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        return read_record(dict[int, float], file) if file.is_file() else {}
+    except ValueError as error:
         raise ValueError(f"{file} holds no seconds; was it edited?") from error
 
 

@@ -1,6 +1,5 @@
 """Everything an alignment run shows of itself: TensorBoard, history, measurements, pictures, the exported weights."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from dina_rl.config import AlignRun
 from dina_rl.report import plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.storage import check_there, patiently
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import read_record
 from dina_rl.types import Weights
 
 WORKING = ("rollout", "update", "publish")
@@ -290,8 +289,8 @@ class Recorder:
 
     def table(self, name: str) -> dict[float, dict[str, float]]:
         """Guidance scale -> golden, proxy and component means of a stored series of measurements."""
-        text = read_text(self.dir / "measurements" / f"{name}.json")
-        return {float(scale): row for scale, row in json.loads(text).items()}
+        file = self.dir / "measurements" / f"{name}.json"
+        return {float(scale): row for scale, row in read_record(dict[str, dict[str, float]], file).items()}
 
     def opponents(self, split: str) -> torch.Tensor | None:
         """The start's pictures [B, 3, H, W] uint8 of that split, for judges; None where the run has none."""

@@ -4,19 +4,24 @@ A longer run must be the one that had its length from the start: what is done do
 setting act by the total length, a schedule for instance, makes `why_not_longer` say so.
 """
 
-import json
 from pathlib import Path
+
+from typing_extensions import TypedDict  # typing's own cannot be read from a file before Python 3.12
 
 from dina_rl.alignment.checkpoints import Checkpoints
 from dina_rl.alignment.history import History
 from dina_rl.alignment.watch import DivergenceWatch
 from dina_rl.checkpoint import CONFIG_FILE, saved_config, write_json
 from dina_rl.config import AlignRun
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import read_record
 
 ADAPTER, TRANSFORMER = "adapter", "transformer"
 RESULT_FILE = "result.json"
 """How many iterations the run was to have whose result lies there, written last."""
+
+
+class _Result(TypedDict):
+    iterations: int
 
 
 def saved_run(run_dir: Path) -> AlignRun:
@@ -77,7 +82,7 @@ def _result_exists(run: AlignRun, run_dir: Path) -> bool:
 def _exported_length(run: AlignRun, run_dir: Path) -> int:
     file = run_dir / RESULT_FILE
     if file.is_file():
-        return int(json.loads(read_text(file))["iterations"])
+        return read_record(_Result, file)["iterations"]
     checkpoints, history = Checkpoints(run_dir), History()  # of a version that wrote no such file
     history.restore(checkpoints.history())
     return run.iterations if DivergenceWatch(run.watch, history).stopped else checkpoints.done()

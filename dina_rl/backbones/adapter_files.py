@@ -4,7 +4,6 @@ What a file means is what stock diffusers makes of it: per layer, B A times alph
 keys, in the file's header, or beside it in peft's `adapter_config.json`, and is the rank where it stands nowhere.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dina_rl.backbones.lora import LORA_FILE
 from dina_rl.backbones.trained import trained_parameters
 from dina_rl.config import PolicyLoRAConfig
 from dina_rl.sums import check_sums
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text, regular
 
 PREFIXES = ("transformer.", "base_model.model.")  # diffusers', peft's
 PARTS = {  # how a key ends -> what it holds
@@ -97,10 +96,10 @@ def read_adapter(file: Path, convert: Convert) -> dict[str, LoRALayer]:
         ValueError: it is no adapter of a transformer alone, or is made otherwise than LoRA.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(regular(file), framework="pt") as opened:
             names: list[str] = opened.keys()
             tensors, header = {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"learner.lora.init: {file} is no safetensors file ({error})") from error
     try:
         check_sums(file.parent, [file.name])
@@ -146,10 +145,10 @@ def _settings(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """The adapter's settings in peft's words, from the header or from peft's own file; empty where there are none."""
     beside = file.with_name(PEFT_FILES[1])
     if LORA_ADAPTER_METADATA_KEY in header:
-        settings: dict[str, Any] = json.loads(header[LORA_ADAPTER_METADATA_KEY])
+        settings: dict[str, Any] = parse_json(header[LORA_ADAPTER_METADATA_KEY])
         return {name.removeprefix("transformer."): value for name, value in settings.items()}
     if file.name == PEFT_FILES[0] and beside.is_file():
-        settings = json.loads(read_text(beside))
+        settings = parse_json(read_text(beside))
         return settings
     return {}
 

@@ -8,7 +8,7 @@ from diffusers.models import AutoencoderKL
 from torch.utils.checkpoint import checkpoint
 
 from dina_rl.backbones.files import check_files
-from dina_rl.backbones.source import Options, Source
+from dina_rl.backbones.source import Options, Source, StockReading
 from dina_rl.loading import VAE, loading
 
 
@@ -53,7 +53,7 @@ def load_kl_codec(source: Source, options: Options) -> KLCodec:
         ValueError: its files are missing or not whole.
     """
     check_files(source, "vae")
-    with loading(VAE, source.path, source.variant):
+    with loading(VAE, source.path, source.variant), StockReading(source):
         vae = AutoencoderKL.from_pretrained(source.path, **source.weights("vae"), dtype=options.dtype)
         if options.vae_tiling:
             vae.enable_tiling()

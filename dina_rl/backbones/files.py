@@ -5,7 +5,6 @@ go on: a tokenizer without its vocabulary knows two tokens and encodes every pro
 read.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,8 @@ from zipfile import is_zipfile
 from huggingface_hub import constants
 
 from dina_rl.backbones.source import Source, check_no_pointer, has_variant, index_file, read_json
+from dina_rl.errors import shown
+from dina_rl.textfiles import parse_json
 
 Need = Literal["transformer", "vae", "scheduler", "text"]
 """What of a pipeline is used; `text` is all text encoders and tokenizers."""
@@ -48,7 +49,7 @@ def check_files(source: Source, *needs: Need, text: Sequence[str] = (), optional
             raise ValueError(
                 f"{file} says null of {part}, which diffusers cannot read; a part left out is [null, null]"
             )
-        library = index.get(part, (None,))[0]
+        library = library_of(index, part, file)
         folder = file.parent / part
         if library is None:
             if part not in optional:
@@ -62,8 +63,18 @@ def check_files(source: Source, *needs: Need, text: Sequence[str] = (), optional
 
 def left_out(source: Source, parts: Collection[str]) -> dict[str, None]:
     """Those of `parts` that the pipeline is without, as its stock class wants to be told."""
-    index = read_json(index_file(source))
-    return {part: None for part in parts if index.get(part, (None,))[0] is None}
+    file = index_file(source)
+    index = read_json(file)
+    return {part: None for part in parts if library_of(index, part, file) is None}
+
+
+def library_of(index: Mapping[str, Any], part: str, file: Path) -> str | None:
+    """The library that has a part's class; None: the pipeline is without. Raises ValueError where it is no entry."""
+    entry = index.get(part, [None, None])
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(each, str | None) for each in entry):
+        raise ValueError(f"{file} says of {part} {shown(entry)}, where a library and a class should stand")
+    library: str | None = entry[0]
+    return library
 
 
 def _check_variant(source: Source, directory: Path) -> None:
@@ -147,7 +158,10 @@ def _weight_map(index: Path) -> Iterator[tuple[str, str]]:
     tensors = read_json(index).get("weight_map")
     if not isinstance(tensors, dict) or not tensors:
         raise ValueError(f"{index} lists no files; download it again")
-    yield from tensors.items()
+    for tensor, shard in tensors.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index} names {shown(shard)}, which is no file beside it")
+        yield tensor, shard
 
 
 def _tensors(file: Path) -> set[str]:
@@ -158,8 +172,8 @@ def _tensors(file: Path) -> set[str]:
         header = LENGTH_BYTES + int.from_bytes(stream.read(LENGTH_BYTES), "little")
         content = stream.read(header - LENGTH_BYTES) if header <= min(size, LONGEST_HEADER) else b""
     try:
-        entries: dict[str, Any] = json.loads(content)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        entries: dict[str, Any] = parse_json(content)
+        ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is cut off, or no safetensors file: it has no readable header; download it again"

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from dina_rl.backbones.base import Backbone
-from dina_rl.backbones.source import Options, Source, check_config, index_file, read_json
+from dina_rl.backbones.source import Options, Source, StockReading, check_config, index_file, read_json
 
 
 class Family(Protocol):
@@ -100,7 +100,5 @@ def open_backbone(
         decode_batch=decode_batch,
         vae_tiling=vae_tiling,
     )
-    try:
+    with StockReading(source):
         return BACKBONES[name]()(source, options)
-    except OSError as error:  # of a hub id whose files cannot be had
-        raise ValueError(f"pipeline {path} cannot be read: {' '.join(str(error).split())}") from error

@@ -7,7 +7,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
 from dina_rl.backbones.files import check_files
-from dina_rl.backbones.source import Source, index_file, read_json
+from dina_rl.backbones.source import Source, StockReading, index_file, read_json
 
 FOLLOWED = FlowMatchEulerDiscreteScheduler.__name__
 UNFOLLOWED = ("stochastic_sampling", "invert_sigmas")
@@ -16,12 +16,14 @@ UNFOLLOWED = ("stochastic_sampling", "invert_sigmas")
 
 def scheduled_sigmas(source: Source, num_steps: int, image_tokens: int) -> torch.Tensor:
     """The scheduler's own sigmas [num_steps + 1], from 1 down to 0, as SD3 takes them."""
-    return _sigmas(source, image_tokens, num_inference_steps=num_steps)
+    with StockReading(source):
+        return _sigmas(source, image_tokens, num_inference_steps=num_steps)
 
 
 def shifted_sigmas(source: Source, num_steps: int, image_tokens: int) -> torch.Tensor:
     """Sigmas [num_steps + 1] from 1 down to 0, evenly spaced and then shifted by the scheduler: FLUX and Z-Image."""
-    return _sigmas(source, image_tokens, sigmas=torch.linspace(1, 1 / num_steps, num_steps).tolist())
+    with StockReading(source):
+        return _sigmas(source, image_tokens, sigmas=torch.linspace(1, 1 / num_steps, num_steps).tolist())
 
 
 def _sigmas(

@@ -1,18 +1,24 @@
 """Where the files of a pipeline come from, and how its parts are asked for."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 
 INDEX = "model_index.json"
 LFS_POINTER = b"version https://git-lfs"
 SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".sft", ".bin", ".pt", ".pth")
+
+
+STOCK_ERRORS = (OSError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
+                AssertionError, SafetensorError, StrictDataclassError)  # fmt: skip
+"""What stock classes were seen to raise, or may, of files that are whole and mean nothing."""
 
 
 class Place(TypedDict):
@@ -63,6 +69,26 @@ class Options:
     )
     decode_batch: int | None = None  # latents decoded at once; None: all
     vae_tiling: bool = False
+
+
+class StockReading:
+    """A block in which stock classes read a pipeline's files.
+
+    Raises:
+        ValueError: what they raise of broken ones, in one line.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._path = source.path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        of_files = isinstance(error, STOCK_ERRORS) or type(error) is Exception  # tokenizers raises no class of its own
+        if of_files and not isinstance(error, torch.OutOfMemoryError):
+            said = " ".join(str(error).split())
+            raise ValueError(f"pipeline {self._path} cannot be read: {said or type(error).__name__}") from error
 
 
 def refuse_distilled_guidance(source: Source, options: Options) -> None:
@@ -124,8 +150,8 @@ def read_json(file: Path) -> Mapping[str, Any]:
         raise ValueError(f"{file} is missing; download the pipeline again")
     check_no_pointer(file)
     try:
-        found = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+        found = parse_json(read_text(file))
+    except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); download it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no JSON object; download it again")

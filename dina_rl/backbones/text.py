@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from dina_rl.backbones.source import Options, Source
+from dina_rl.backbones.source import Options, Source, StockReading
 from dina_rl.loading import TEXT, loading
 from dina_rl.types import PromptEmbeds
 
@@ -39,7 +39,7 @@ def load_text_pipeline(
     cls: type[Pipeline], source: Source, options: Options, left_out: Mapping[str, None] = MappingProxyType({})
 ) -> Pipeline:
     """Text encoders and tokenizers of a pipeline as its stock class loads them, but for parts that it is without."""
-    with loading(TEXT, source.path, source.variant):
+    with loading(TEXT, source.path, source.variant), StockReading(source):
         pipeline: Pipeline = cls.from_pretrained(
             source.path,
             transformer=None,
@@ -50,14 +50,37 @@ def load_text_pipeline(
             **left_out,
         )
         pipeline.to(options.device)
+        _check_vocabularies(source, pipeline)
     return pipeline
+
+
+def _check_vocabularies(source: Source, pipeline: DiffusionPipeline) -> None:
+    """Raises ValueError where a tokenizer knows tokens that its text encoder has no embedding of, or CLIP's gives more
+    of them than it has places for."""
+    for name, encoder in pipeline.components.items():
+        tokenizer = pipeline.components.get(name.replace("text_encoder", "tokenizer"))
+        if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
+            continue
+        last, rows = max(tokenizer.get_vocab().values(), default=-1), encoder.get_input_embeddings().num_embeddings
+        if last >= rows:
+            raise ValueError(
+                f"pipeline {source.path}: its {name} embeds {rows} tokens, its tokenizer knows token {last}; one of "
+                "them is another pipeline's"
+            )
+        places = encoder.config.max_position_embeddings if encoder.config.model_type == "clip_text_model" else None
+        if places is not None and tokenizer.model_max_length > places:
+            raise ValueError(
+                f"pipeline {source.path}: its {name} has {places} places, its tokenizer's model_max_length is "
+                f"{tokenizer.model_max_length}"
+            )
 
 
 def load_tokenizers(cls: type[Pipeline], source: Source, left_out: Mapping[str, None]) -> Pipeline:
     """The tokenizers of a pipeline; `left_out` names its text encoders too."""
-    pipeline: Pipeline = cls.from_pretrained(
-        source.path, transformer=None, vae=None, revision=source.revision, **left_out
-    )
+    with StockReading(source):
+        pipeline: Pipeline = cls.from_pretrained(
+            source.path, transformer=None, vae=None, revision=source.revision, **left_out
+        )
     return pipeline
 
 

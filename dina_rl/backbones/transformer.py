@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dina_rl.backbones.files import check_files
-from dina_rl.backbones.source import Source
+from dina_rl.backbones.source import Source, StockReading
 from dina_rl.loading import TRANSFORMER, loading
 
 Transformer = TypeVar("Transformer", bound=nn.Module)
@@ -32,13 +32,13 @@ def load_frozen(cls: StockClass[Transformer], source: Source, dtype: torch.dtype
         ValueError: its files are missing or not whole.
     """
     check_files(source, "transformer")
-    with loading(TRANSFORMER, source.path, source.variant):
+    with loading(TRANSFORMER, source.path, source.variant), StockReading(source):
         transformer = cls.from_pretrained(source.path, **source.weights("transformer"), dtype=dtype).to(device)
     return transformer.requires_grad_(False).eval()
 
 
 def without_weights(cls: StockClass[Transformer], source: Source, dtype: torch.dtype) -> Transformer:
     """The same on torch's meta device: names and shapes."""
-    config = cls.load_config(source.path, **source.config("transformer"))
-    with torch.device("meta"):
+    with StockReading(source), torch.device("meta"):
+        config = cls.load_config(source.path, **source.config("transformer"))
         return cls.from_config(config).to(dtype).eval()

@@ -10,6 +10,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from dina_rl.errors import shown
+
 NAME = "NAME"
 """Stands in a dotted key for a name that the user chooses: `sets.NAME.path`."""
 
@@ -111,5 +113,5 @@ def explain(error: ValidationError) -> list[str]:
         elif isinstance(item["input"], dict | BaseModel):
             lines.append(f"{path}: {message}" if path else message)
         else:
-            lines.append(f"{path}: {message} (got {item['input']!r})")
+            lines.append(f"{path}: {message} (got {shown(item['input'])})")
     return lines

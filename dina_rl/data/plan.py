@@ -32,7 +32,8 @@ from dina_rl.data.sets.records import (
 )
 from dina_rl.data.stores.latents import StoredPair
 from dina_rl.seeding import derive_seed
-from dina_rl.storage import StorageFailed, writing
+from dina_rl.storage import StorageFailed, refuse_link, writing
+from dina_rl.textfiles import parse_json
 
 CHUNK = 512
 """Images whose sizes are read together."""
@@ -96,6 +97,7 @@ class EncodePlan:
 
     def __init__(self, file: Path, made_of: Mapping[str, object]) -> None:
         self._file = file
+        refuse_link(file)
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()  # with the mode that the umask leaves; SQLite's own leaves the group out
@@ -381,7 +383,7 @@ class EncodePlan:
 
     def _read_counts(self) -> dict[Split, dict[str, int]]:
         facts = self._db.execute("SELECT name, value FROM facts WHERE name LIKE 'read %' ORDER BY rowid")
-        return {name.removeprefix("read "): json.loads(value) for name, value in facts}
+        return {name.removeprefix("read "): parse_json(value) for name, value in facts}
 
     def _list(self, split: str, file: str, record: int, reason: str, *, broken: int) -> None:
         values = (split, file, record, reason, broken)
@@ -400,7 +402,7 @@ class EncodePlan:
 
 def _placeless(made_of: str | None) -> object:
     """What a plan is made of, wherever that lies."""
-    sections: dict[str, object] = json.loads(made_of or "{}")
+    sections: dict[str, object] = parse_json(made_of or "{}")
     return {
         name: {key: value for key, value in section.items() if key != "path"} if isinstance(section, dict) else section
         for name, section in sections.items()

@@ -7,7 +7,6 @@ breakdown.csv       by pair of generators and by category, where the set has the
 accuracy.png sweep.png reliability.png
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from dina_rl.evaluation.tables import Cell, Row, Table, markdown, shown, write_r
 from dina_rl.evaluation.uncertainty import Uncertainty
 from dina_rl.markdown import grid
 from dina_rl.reward.held_out import GOLDEN_FILE, label_ceiling
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import read_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +185,7 @@ def _ceiling(data: EvaluationSet) -> float | None:
     if not file.is_file():
         return None
     pairs = [(r.images[better], r.images[worse]) for r in data.records for better, worse in r.ordered_pairs()]
-    return label_ceiling(json.loads(read_text(file)), pairs)
+    return label_ceiling(read_record(dict[str, float], file), pairs)
 
 
 def _main_table(report: Report, jobs: Sequence[tuple[NamedScorer, ScoringJob]]) -> Table:

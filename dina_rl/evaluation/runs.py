@@ -1,8 +1,7 @@
 """Fit runs on disk: what their `config.yaml` says of them, and which of them are one fit at different seeds."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -11,10 +10,10 @@ from pydantic import ValidationError
 from dina_rl.checkpoint import CONFIG_FILE
 from dina_rl.config import DatasetConfig, FitRun, PictureScorerConfig
 from dina_rl.config.keys import Mark, covers, dump_without, explain
-from dina_rl.data.stores.latents import STORE_FILE
+from dina_rl.data.stores.latents import STORE_FILE, StoreInfo
 from dina_rl.evaluation.requests import View
 from dina_rl.reward.fit import REWARD
-from dina_rl.textfiles import parse_yaml, read_text
+from dina_rl.textfiles import parse_yaml, read_record, read_text
 
 DATA_PATH = "data.path"
 
@@ -91,7 +90,7 @@ def training_data(run: FittedRun) -> dict[str, object]:
     store = latents.expanduser() / STORE_FILE
     if not store.is_file():
         return {DATA_PATH: str(latents)}
-    info = json.loads(read_text(store))
+    info = asdict(read_record(StoreInfo, store))
     dataset = _encoded_from(store.parent.parent / CONFIG_FILE)
     if dataset is not None and dataset.path == info["dataset"]:
         return _flat({"data": dump_without(dataset, *Mark)})

@@ -37,7 +37,7 @@ from dina_rl.evaluation.requests import PLAIN, EncodeRequest, Problem, ScoreRequ
 from dina_rl.evaluation.sets import EvaluationSet
 from dina_rl.loading import say
 from dina_rl.runtime import open_pipeline
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text, regular
 
 Value = TypeVar("Value")
 PROBLEMS, SUM = "problems", "sha256"
@@ -278,7 +278,7 @@ class ScoreStore:
             images = list(dict.fromkeys(image for record in data.records for image in record.images))
             source = data.source
             write_json(file, {image: _size(source, image) for image in tqdm(images, desc="sizes", unit="img")})
-        stored = json.loads(read_text(file))
+        stored = parse_json(read_text(file))
         return {image: size if isinstance(size, str) else (size[0], size[1]) for image, size in stored.items()}
 
     def _store_directory(self, job: ScoringJob) -> Path:
@@ -359,7 +359,7 @@ def _write_part(file: Path, scores: torch.Tensor, problems: Mapping[int, Problem
 
 def _read_part(file: Path) -> tuple[torch.Tensor, dict[int, Problem]]:
     scores, told, _ = _content(file)
-    return scores, {int(place): Problem(**problem) for place, problem in json.loads(told).items()}
+    return scores, {int(place): Problem(**problem) for place, problem in parse_json(told).items()}
 
 
 def _is_whole(file: Path) -> bool:
@@ -379,7 +379,7 @@ def _is_whole(file: Path) -> bool:
 
 def _content(file: Path) -> tuple[torch.Tensor, str, str | None]:
     """(scores, problems as JSON, digest of the two)."""
-    with safe_open(file, "pt") as content:
+    with safe_open(regular(file), "pt") as content:
         metadata = content.metadata()
         return content.get_tensor("scores"), metadata[PROBLEMS], metadata.get(SUM)
 

@@ -16,6 +16,7 @@ from dina_rl.fingerprint import Fingerprint, pipeline_fingerprint
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.reward.revision import pipeline_revision
 from dina_rl.runtime import image_size
+from dina_rl.textfiles import regular
 
 CARD_FILE = "config.json"
 LORA_DIRECTORY = "backbone_lora"
@@ -89,7 +90,7 @@ def load_adapter(model: LatentRewardModel, directory: Path) -> None:
     """
     file = directory / LORA_FILE
     try:
-        stored = load_file(file)
+        stored = load_file(regular(file))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}

@@ -11,7 +11,6 @@ which only the fit itself needs, stay in the checkpoints of its run directory. T
 are those of the published checkpoint (`published.py`). A directory appears whole or not at all.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from dina_rl.reward.card import (
 )
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.sums import check_all_sums, sum_files
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text, regular
 
 HEAD_FILE = "head.safetensors"
 
@@ -107,8 +106,8 @@ def _read(directory: str | Path) -> tuple[Path, RewardCard, bool]:
     if not file.is_file():
         raise ValueError(f"reward model {directory} does not exist (no {CARD_FILE}); fit one with jobs.fit_reward")
     try:
-        raw = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+        raw = parse_json(read_text(file))
+    except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     is_published = published.is_published(raw)
     try:
@@ -123,7 +122,7 @@ def _read(directory: str | Path) -> tuple[Path, RewardCard, bool]:
 def _load_weights(model: LatentRewardModel, directory: Path) -> None:
     file = directory / HEAD_FILE
     try:
-        head = load_file(file)
+        head = load_file(regular(file))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     check_all_sums(directory)

@@ -1,6 +1,5 @@
 """How well a reward model agrees with the held-out pairs of a latent store: what a fit reports of itself."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from dina_rl.backbones.base import TextEncoder
 from dina_rl.data.stores.latents import LatentStore, PairBatch
 from dina_rl.reward.model import LatentRewardModel
 from dina_rl.seeding import normal
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import read_record
 from dina_rl.types import PromptEmbeds
 
 GOLDEN_FILE = "golden.json"
@@ -48,7 +47,7 @@ def store_ceiling(store: LatentStore) -> float | None:
         (store.images[chosen], store.images[rejected])
         for chosen, rejected in zip(table.chosen.tolist(), table.rejected.tolist(), strict=True)
     ]
-    return label_ceiling(json.loads(read_text(file)), pairs)
+    return label_ceiling(read_record(dict[str, float], file), pairs)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@
 In one process and on Ray it is this same job; `Training` has a version for each, as `EncodeWork` has.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -33,11 +32,10 @@ from dina_rl.reward.inputs import (
     unseen_pairs,
     without_embeddings,
 )
-from dina_rl.reward.outcome import METRICS_FILE, FitResult, Outcome
+from dina_rl.reward.outcome import METRICS_FILE, FitResult, Outcome, read_result
 from dina_rl.reward.session import result_of
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import open_pipeline
-from dina_rl.textfiles import read_text
 
 
 class Training(Protocol):
@@ -75,14 +73,14 @@ def fit_reward(run: FitRun, open_work: Callable[[Backbone], FitWork]) -> FitResu
         run, run.run_dir, resume=run.resume, may_grow=grows, inputs=fit_inputs(run), finished=done
     ) as run_dir:
         if done(run_dir):
-            return FitResult(**json.loads(read_text(run_dir / METRICS_FILE)))
+            return read_result(run_dir / METRICS_FILE)
         return _fit(run, run_dir, backbone, open_work(backbone), begin)
 
 
 def _finished(run: FitRun, run_dir: Path) -> bool:
     """Whether the fit in a directory has measured what it reached, the last thing it does, after as many steps."""
     file = run_dir / METRICS_FILE
-    return file.is_file() and int(json.loads(read_text(file))["steps"]) >= run.fit.steps
+    return file.is_file() and read_result(file).steps >= run.fit.steps
 
 
 def why_not_longer(run: FitRun, run_dir: Path, before: int) -> str | None:

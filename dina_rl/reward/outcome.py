@@ -1,6 +1,9 @@
 """What a fit hands back. It imports no model: Ray Train's controller reads it too."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from dina_rl.textfiles import read_record
 
 METRICS_FILE = "metrics.json"
 """`FitResult` in the run directory, written last."""
@@ -41,3 +44,12 @@ class FitResult:
     fit_seconds: float  # the loop alone, on the workers
     total_seconds: float
     reward: str  # directory of the saved reward model
+
+
+def read_result(file: Path) -> FitResult:
+    """What a fit reached, as its directory has it. Raises ValueError where the file says something else."""
+    result = read_record(FitResult, file)
+    told = ("accuracy_single", "accuracy_ensemble")
+    if not result.held_out or any(name not in each for each in result.held_out.values() for name in told):
+        raise ValueError(f"{file} does not hold what was written (held_out lacks accuracies); was it edited?")
+    return result

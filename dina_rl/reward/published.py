@@ -46,7 +46,7 @@ from dina_rl.reward.card import (
     save_adapter,
 )
 from dina_rl.reward.model import LatentRewardModel
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text, regular
 
 CHECKPOINT_DIRECTORY = "checkpoint"
 HEAD_FILE = "rm_head.pt"
@@ -280,7 +280,7 @@ def _timestep(training: _Training, directory: Path) -> TimestepConfig:
 def _lora(directory: Path) -> LoRAConfig:
     file = directory / CHECKPOINT_DIRECTORY / LORA_DIRECTORY / LORA_CONFIG_FILE
     try:
-        adapter = json.loads(read_text(file))
+        adapter = parse_json(read_text(file))
         lora = LoRAConfig(rank=adapter["r"], alpha=adapter["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
@@ -303,7 +303,7 @@ def _width(directory: Path, *, frozen: bool) -> int:
     file = directory / CHECKPOINT_DIRECTORY / LORA_DIRECTORY / LORA_FILE
     name = f"{PEFT_PREFIX}transformer_blocks.0.attn.to_q.lora_A.weight"
     try:
-        with safe_open(file, "pt") as adapter:
+        with safe_open(regular(file), "pt") as adapter:
             if name not in adapter.keys():  # noqa: SIM118 - not a mapping
                 raise ValueError(f"{file} has no {name}")
             width: int = adapter.get_slice(name).get_shape()[-1]
@@ -319,7 +319,7 @@ def _load_head(file: Path) -> dict[str, torch.Tensor]:
         ValueError: missing, broken, or more than a state dict.
     """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(regular(file), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file} is damaged or holds more than a state dict of tensors; not loaded") from error
     except DAMAGED as error:

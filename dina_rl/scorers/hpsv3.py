@@ -31,6 +31,7 @@ from dina_rl.reward.card import check_tensors
 from dina_rl.scorers.base import Conditions, EmptyImageScorer, ImageKind, Space
 from dina_rl.scorers.hpsv3_input import REWARD_TOKEN, Grid, Pictures, Tokens, middle, tokens
 from dina_rl.scorers.weights import Tensors, file_if_here, load_tensors, released_file
+from dina_rl.textfiles import regular
 
 FILE = "HPSv3.safetensors"
 HEAD_WIDTHS = (1024, 16, 2)  # hpsv3/model/qwen2vl_trainer.py
@@ -211,7 +212,7 @@ def _check_tensors(found: Tensors, config: Qwen2VLConfig, file: Path) -> None:
 def _shapes(file: Path) -> Tensors:
     """The tensors of a safetensors file without data."""
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(regular(file), framework="pt") as opened:
             return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error

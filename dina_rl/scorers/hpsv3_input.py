@@ -1,6 +1,5 @@
 """What HPSv3 reads: a picture in patches, and the instruction with the prompt in it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 
 REWARD_TOKEN = "<|Reward|>"  # hpsv3/train.py: added to the base's tokens; the head reads what stands there
 IMAGE_TOKEN = "<|image_pad|>"
 PIXELS = 256 * 28 * 28  # hpsv3/inference.py: of a picture, at least and at most
-INSTRUCTION = "\n".join(json.loads(read_text(Path(__file__).parent / "hpsv3_instruction.json"))["lines"])
+INSTRUCTION = "\n".join(parse_json(read_text(Path(__file__).parent / "hpsv3_instruction.json"))["lines"])
 LONGEST = 200
 """Times the short edge that the base takes a picture to be long; of a longer one the ends go."""
 

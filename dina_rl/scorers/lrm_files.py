@@ -28,6 +28,7 @@ from dina_rl.reward.published import DAMAGED, HUB_ID
 from dina_rl.scorers.clip import COUNTED
 from dina_rl.scorers.lrm_model import LEFT_OUT, LRM, Head, TextModel, truncated
 from dina_rl.scorers.weights import Tensors, load_saved
+from dina_rl.textfiles import regular
 
 STATE = "state_dict.pt"
 SDXL_HAS = "addition_embed_type"  # in its UNet's configuration; SD1.5's is without
@@ -237,7 +238,7 @@ def _open_unet(folder: Path) -> UNet2DConditionModel:
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor of the file, on the meta device where it is not needed: it is not read then."""
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(regular(file), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is no dict)
                 left_out = name.startswith(LEFT_OUT)
                 shape = opened.get_slice(name).get_shape()

@@ -70,14 +70,20 @@ class _Unpickled:
         """What `("storage", type, key, location, length)` stands for."""
         _, dtype, key, *_ = reference
         if key not in self.storages:
-            content = self.archive.read(f"{self.prefix}data/{key}")
+            content = self.stored(f"{self.prefix}data/{key}")
             self.storages[key] = torch.frombuffer(bytearray(content), dtype=dtype)
         return self.storages[key]
+
+    def stored(self, name: str) -> bytes:
+        """A member of the archive. torch.save compresses none: what is compressed may be a thousand times its size."""
+        if self.archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed, which torch.save never does")
+        return self.archive.read(name)
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, source: _Unpickled) -> None:
-        super().__init__(BytesIO(source.archive.read(f"{source.prefix}{RECORD}")))
+        super().__init__(BytesIO(source.stored(f"{source.prefix}{RECORD}")))
         self._source = source
 
     def find_class(self, module: str, name: str) -> Any:

@@ -3,7 +3,6 @@
 Connections go straight to the server, not by a proxy of the environment.
 """
 
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 from zlib import crc32
 
 from dina_rl.seeding import derive_seed
+from dina_rl.textfiles import parse_json
 
 API_KEY = "DINA_RL_SERVER_KEY"
 """Environment variable of the key that servers are shown, where they ask for one. It stands in no file of a run."""
@@ -184,7 +184,7 @@ def check_server(server: Server, model: str) -> None:
     except (OSError, HTTPException, ValueError) as error:  # the last of an address that is none
         raise ValueError(f"server {server.url} cannot be asked: {type(error).__name__}: {error}") from error
     try:
-        models = [each["id"] for each in json.loads(reply.content)["data"]]
+        models = [each["id"] for each in parse_json(reply.content)["data"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"server {server.url} does not say what it serves: HTTP {reply.status} {_quoted(reply.content)}"
@@ -218,7 +218,7 @@ def _seconds(retry_after: str | None) -> float:
 def _text(content: bytes) -> str | Failure:
     """The text of a completion."""
     try:
-        text = json.loads(content)["choices"][0]["message"]["content"]
+        text = parse_json(content)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
         text = None
     return text if isinstance(text, str) else Failure(kind="malformed", reason=_quoted(content))

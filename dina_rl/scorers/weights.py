@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dina_rl.reward.published import DAMAGED, HUB_ID
+from dina_rl.textfiles import regular
 
 Tensors = dict[str, torch.Tensor]
 
@@ -59,8 +60,8 @@ def load_saved(file: Path) -> object:
     """
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return load_file(regular(file))
+        return torch.load(regular(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file} is damaged or holds more than a state dict of tensors; not loaded") from error
     except (*DAMAGED, SafetensorError) as error:

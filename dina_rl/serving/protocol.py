@@ -8,7 +8,6 @@ A sample's noise is drawn by seed and prompt alone, as `jobs.score` draws it: sa
 whatever requests they come.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -24,6 +23,7 @@ from dina_rl.config.base import NoiseLevels, Positive, Section, Texts
 from dina_rl.config.keys import explain
 from dina_rl.errors import shown
 from dina_rl.scoring import PictureScorer
+from dina_rl.textfiles import parse_json
 
 LONGEST_PROMPT = 10_000
 """Characters of a prompt; text encoders read some hundred tokens."""
@@ -152,7 +152,7 @@ def _unpacked(body: bytes) -> tuple[dict[str, _Packed], dict[str, str]]:
     except SafetensorError as error:
         raise _bad(f"no safetensors file: {error}") from error
     size = int.from_bytes(body[:LENGTH_BYTES], "little")
-    header = json.loads(body[LENGTH_BYTES : LENGTH_BYTES + size])
+    header = parse_json(body[LENGTH_BYTES : LENGTH_BYTES + size])
     tensors = {
         name: _Packed(dtype=each["dtype"], shape=tuple(each["shape"]), data=each["data"]) for name, each in found
     }
@@ -165,8 +165,8 @@ def _parameters(metadata: Mapping[str, str]) -> Parameters:
         if name == "format":  # which some writers add
             continue
         try:
-            values[name] = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values[name] = parse_json(text)
+        except ValueError as error:
             raise _bad(f"metadata {shown(name)} is not JSON: {error}") from error
     try:
         return Parameters.model_validate(values)

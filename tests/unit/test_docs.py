@@ -12,6 +12,7 @@ from pydantic import BaseModel
 import dina_rl
 from benchmarks import along, forward, layouts, loop, ray_overhead, reward_step, serve, two_hosts
 from benchmarks.chaos import settings as chaos
+from benchmarks.fuzz import settings as fuzz
 from benchmarks.gpu import settings as gpu
 from benchmarks.pixel_reward import cost, pretrain
 from benchmarks.pixel_reward import fit as pixel_fit
@@ -46,6 +47,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "benchmarks.two_hosts": two_hosts.BenchmarkRun,
     "benchmarks.gpu": gpu.BenchmarkRun,
     "benchmarks.chaos": chaos.BenchmarkRun,
+    "benchmarks.fuzz": fuzz.BenchmarkRun,
     "benchmarks.pixel_reward.align": AlignRun,
     "benchmarks.pixel_reward.cost": cost.CostRun,
     "benchmarks.pixel_reward.fit": pixel_fit.FitRun,

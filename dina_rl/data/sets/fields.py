@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from dina_rl.data.sets.records import AnyRecord, PreferenceRecord, SkippedRecord, UnlabelledRecord
 from dina_rl.errors import shown
@@ -14,6 +15,10 @@ Raw = Mapping[str, object]
 
 Parse = Callable[[int, Raw], PreferenceRecord | UnlabelledRecord]
 """(index, raw record) to a record. Raises ValueError if it is malformed."""
+
+
+DEEPEST = 1000  # levels of JSON; records have three
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def parsed(raws: Iterable[object], file: str, parse: Parse, *, first: int = 0) -> Iterator[AnyRecord]:
@@ -48,13 +53,46 @@ def json_array(file: Path) -> Iterator[object]:
         stream.seek(begin)
         position = 0
         try:
-            for element in ijson.items(stream, "item", use_float=True):
+            for element in ijson.items(_Nested(stream), "item", use_float=True):
                 yield element
                 position += 1
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON at record {position}, counted from 0: {error}") from error
         except ijson.JSONError as error:
             message = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
             place = f"at record {position}, counted from 0"
             raise ValueError(f"{file} is not valid JSON {place}: {_say(message)}") from error
+
+
+class _Nested:
+    """A stream of JSON that refuses to be read where it nests deeper than any record.
+
+    The parser keeps the path to where it is once for every level: 200,000 brackets would take 40 GB.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._depth = 0
+        self._begun = b""  # a string that goes on in what follows, all but how it began and ends
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises ValueError where it nests too deeply."""
+        content = self._stream.read(size)
+        structure, quote, rest = _STRING.sub(b"", self._begun + content).partition(b'"')
+        escapes = len(rest) - len(rest.rstrip(b"\\"))
+        self._begun = quote + b"\\" * (escapes % 2)
+        opened = structure.count(b"[") + structure.count(b"{")
+        if self._depth + opened > DEEPEST:
+            self._check(structure)
+        self._depth += opened - structure.count(b"]") - structure.count(b"}")
+        return content
+
+    def _check(self, structure: bytes) -> None:
+        depth = self._depth
+        for each in structure:
+            depth += (each in b"[{") - (each in b"]}")
+            if depth > DEEPEST:
+                raise ValueError(f"it nests deeper than {DEEPEST} levels")
 
 
 def _say(message: str) -> str:

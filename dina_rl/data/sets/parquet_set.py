@@ -18,6 +18,7 @@ from dina_rl.data.sets.fields import Parse, Raw, parsed
 from dina_rl.data.sets.records import AnyRecord
 from dina_rl.errors import shown
 from dina_rl.storage import reading
+from dina_rl.textfiles import regular
 
 ROWS = 256  # read at once
 CELLS = 8  # images read at once: all of a row group may be more than the 2 GiB that Arrow reads, or the memory
@@ -87,7 +88,7 @@ class ParquetSet:
                 raise ValueError(f"{file} has no column {', '.join(missing)}")
             name = file.relative_to(self._directory).as_posix()
             yield from parsed(_rows(file, name, list(columns)), name, parse, first=first)
-            with parquet.ParquetFile(file) as opened:
+            with parquet.ParquetFile(regular(file)) as opened:
                 first += opened.metadata.num_rows
 
     def cell(self, key: str) -> object:
@@ -165,13 +166,13 @@ class _Column:
         return self._cells[row - self._first].as_py()
 
     def _read(self) -> Iterator[pyarrow.RecordBatch]:
-        with parquet.ParquetFile(self._file, buffer_size=BUFFER) as opened:
+        with parquet.ParquetFile(regular(self._file), buffer_size=BUFFER) as opened:
             yield from opened.iter_batches(batch_size=CELLS, row_groups=[self._group], columns=[self._column])
 
 
 def _rows(file: Path, name: str, columns: list[str]) -> Iterator[Raw]:
     try:
-        with parquet.ParquetFile(file) as opened:
+        with parquet.ParquetFile(regular(file)) as opened:
             for group in range(opened.num_row_groups):
                 row = 0
                 for batch in opened.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns):
@@ -184,6 +185,6 @@ def _rows(file: Path, name: str, columns: list[str]) -> Iterator[Raw]:
 
 def _schema(file: Path) -> pyarrow.Schema:
     try:
-        return parquet.read_schema(file)
+        return parquet.read_schema(regular(file))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a parquet file: {' '.join(str(error).split())}") from error

@@ -50,7 +50,7 @@ def _compared(index: int, raw: Raw) -> PreferenceRecord | UnlabelledRecord:
     if not raw.get("has_label", True):
         return UnlabelledRecord(index=index, prompt=text(raw, "caption"))
     labels = raw["label_0"], raw["label_1"]
-    if labels not in RANKS:
+    if not all(isinstance(label, float | int) for label in labels) or labels not in RANKS:
         raise ValueError(f"label_0 and label_1 must be 1 and 0, or 0.5 both, got {shown(labels)}")
     return PreferenceRecord(
         index=index,

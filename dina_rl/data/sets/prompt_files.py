@@ -8,7 +8,6 @@ any other name   plain text, one prompt a line
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from dina_rl.data.buckets import Size
 from dina_rl.data.sets.fields import Raw, json_array, parsed, text
 from dina_rl.data.sets.records import AnyRecord, PreferenceRecord
 from dina_rl.errors import shown
-from dina_rl.textfiles import BOM, read_text
+from dina_rl.textfiles import BOM, parse_json, read_text
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv")
 
@@ -93,8 +92,8 @@ def _row(entry: object) -> object:
 
 def _json_record(index: int, raw: Raw) -> PreferenceRecord:
     try:
-        row = _row(json.loads(text(raw, "line")))
-    except json.JSONDecodeError as error:
+        row = _row(parse_json(text(raw, "line")))
+    except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"neither an object nor a string: {shown(row)}")

@@ -12,7 +12,6 @@ all. Row groups of a shard are small, so that a row costs little to read. A row 
 zeros, and no pair refers to it.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -28,9 +27,10 @@ import torch
 from dina_rl.checkpoint import write_json
 from dina_rl.config.fitting import Split
 from dina_rl.data.buckets import Size
-from dina_rl.data.stores.files import chunked, open_table, write_table
+from dina_rl.data.stores.files import chunked, fixed_bytes, open_table, texts, write_table
+from dina_rl.errors import shown
 from dina_rl.fingerprint import same_part
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import read_record
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 LatentDtype = Literal["float32", "bfloat16"]
@@ -40,6 +40,7 @@ ROWS_FILE = "rows.parquet"
 ROW_GROUP_BYTES = 2**20
 CACHE_BYTES = 64 * 2**20  # of row groups that a reader keeps: all of a miniature store, nothing of a real one's
 INDEX_GROUP = 4096  # rows of the index, or pairs, in one row group
+LARGEST_EDGE = 2**16  # of an image or a latent: more is a mistake, or made to be one
 NOT_FINITE = "the latent is not finite"
 _BYTES = {"float32": 4, "bfloat16": 2}
 _ROWS_SCHEMA = pyarrow.schema([("image", pyarrow.string())])
@@ -208,14 +209,24 @@ class LatentStore:
         if not file.is_file():
             raise ValueError(f"latent store {directory} does not exist (no {STORE_FILE}); make it with jobs.encode")
         try:
-            raw = json.loads(read_text(file))
-            for key in ("buckets", "latent_shapes", "rows"):
-                raw[key] = tuple(tuple(value) if isinstance(value, list) else value for value in raw[key])
-            self.info = StoreInfo(**raw)
-        except (ValueError, KeyError, TypeError) as error:
+            self.info = read_record(StoreInfo, file)
+            self._check_info()
+        except ValueError as error:
             raise ValueError(f"{file} does not describe a latent store of this format: {error}") from error
         largest = max(min(self.info.rows_per_shard * self._width(b), ROW_GROUP_BYTES) for b in range(len(self.buckets)))
         self._group = lru_cache(maxsize=max(1, CACHE_BYTES // largest))(self._read_group)
+
+    def _check_info(self) -> None:
+        """Raises ValueError where numbers mean nothing, or are not those of the store's own index."""
+        info = self.info
+        if not len(info.rows) == len(info.buckets) == len(info.latent_shapes) > 0:
+            raise ValueError("as many buckets, shapes and numbers of rows are needed")
+        sizes = [edge for shape in (*info.buckets, *info.latent_shapes) for edge in shape]
+        if min(info.rows_per_shard, *sizes) < 1 or max(sizes) > LARGEST_EDGE or min(info.rows) < 0:
+            raise ValueError("sizes that no image has")
+        with open_table(self.directory / ROWS_FILE) as index:
+            if index.metadata.num_rows != info.num_rows:
+                raise ValueError(f"{info.num_rows} rows, its {ROWS_FILE} has {index.metadata.num_rows}")
 
     def __reduce__(self) -> tuple[type["LatentStore"], tuple[Path]]:
         return LatentStore, (self.directory,)  # another process opens it anew: what was read here does not travel
@@ -265,8 +276,7 @@ class LatentStore:
     def iter_images(self) -> Iterator[str]:
         """Image of every row, read as they are asked for."""
         with open_table(self.directory / ROWS_FILE) as file:
-            for batch in file.iter_batches(columns=["image"]):
-                yield from batch.column(0).to_pylist()
+            yield from texts(file, "image")
 
     def images_of(self, rows: range) -> list[str]:
         """Images of consecutive rows."""
@@ -310,9 +320,11 @@ class LatentStore:
         """Row -> reason of every image that could not be read; needs all shards."""
         reasons: dict[int, str] = {}
         for number in range(self.info.num_shards):
-            with open_table(self._shard(number)) as file:
-                problems = file.read(columns=["problem"]).column(0).to_pylist()
             rows = self.info.shard(number)[1]
+            with open_table(self._shard(number)) as file:
+                problems = file.read(columns=["problem"]).column("problem").to_pylist()
+                if len(problems) != len(rows):
+                    raise ValueError(f"it has {len(problems)} rows, not {len(rows)}")
             reasons |= {row: problem for row, problem in zip(rows, problems, strict=True) if problem is not None}
         return reasons
 
@@ -342,6 +354,7 @@ class LatentStore:
         """A split's usable pairs."""
         with open_table(self._pairs(split)) as file:
             table = file.read()
+            self._check_pairs(table)
         prompts = table.column("prompt").dictionary_encode().combine_chunks()
         numbers = {name: torch.tensor(table.column(name).to_numpy()) for name in ("pair_id", "chosen", "rejected")}
         soft = table.column("probability") if "probability" in table.column_names else None
@@ -356,6 +369,21 @@ class LatentStore:
             if soft is None or soft.null_count == len(soft)
             else torch.tensor(soft.to_numpy(), dtype=torch.float64),
         )
+
+    def _check_pairs(self, table: pyarrow.Table) -> None:
+        """Raises ValueError where a table is not what `write_pairs` writes, or its pairs are of other rows."""
+        needed = {field.name: field.type for field in _PAIRS_SCHEMA if field.name != "probability"}
+        found = dict(zip(table.schema.names, table.schema.types, strict=True))
+        nulls = any(column.null_count for name, column in zip(found, table.columns, strict=False) if name in needed)
+        if len(found) < table.num_columns or nulls or {name: found.get(name) for name in needed} != needed:
+            raise ValueError(f"its columns are {shown(', '.join(f'{name} {kind}' for name, kind in found.items()))}")
+        if found.get("probability", pyarrow.float64()) not in (pyarrow.float64(), pyarrow.null()):
+            raise ValueError(f"its probability is {found['probability']}")
+        rows = torch.stack([torch.tensor(table.column(name).to_numpy()) for name in ("chosen", "rejected")])
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.info.num_rows:
+            raise ValueError(f"it names rows {int(rows.min())} to {int(rows.max())} of {self.info.num_rows}")
+        if not torch.equal(*self.info.bucket_of(rows)):
+            raise ValueError("the images of a pair are of two sizes")
 
     def complete(self) -> bool:
         """Whether all images and pairs are stored."""
@@ -374,12 +402,13 @@ class LatentStore:
 
     def _read_group(self, shard: int, group: int) -> torch.Tensor:
         """Latents [n, C, h, w] of one row group, as stored."""
-        bucket, _ = self.info.shard(shard)
+        bucket, rows = self.info.shard(shard)
+        per_group = self._rows_per_group(bucket)
+        count = min(per_group, len(rows) - group * per_group)
         with open_table(self._shard(shard)) as file:
-            column = file.read_row_group(group, columns=["latent"]).column(0).combine_chunks()
-        content = numpy.frombuffer(column.buffers()[1], numpy.uint8, offset=column.offset * self._width(bucket))
-        flat = torch.from_numpy(content[: len(column) * self._width(bucket)].copy())
-        return flat.view(getattr(torch, self.info.dtype)).view(len(column), *self.latent_shapes[bucket])
+            column = file.read_row_group(group, columns=["latent"]).column("latent")
+            flat = torch.from_numpy(fixed_bytes(column, self._width(bucket), count))
+        return flat.view(getattr(torch, self.info.dtype)).view(count, *self.latent_shapes[bucket])
 
     def _shard(self, number: int) -> Path:
         return self.directory / f"shard-{number:05d}.parquet"

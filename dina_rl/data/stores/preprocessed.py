@@ -23,6 +23,7 @@ from dina_rl.data.buckets import Size
 from dina_rl.data.stores.latents import PairBatch, PairTable, read_batch
 from dina_rl.errors import shown
 from dina_rl.storage import reading
+from dina_rl.textfiles import regular
 
 NAME = "part_rank[0-9]*.parquet"
 PIXELS_PER_LATENT = 8
@@ -133,7 +134,7 @@ class PreprocessedStore:
         """((file, row group) of every row group, first pair of each and of the end)."""
         groups, sizes = [], []
         for file in [*self._files["train"], *self._files["test"]]:
-            with parquet.ParquetFile(file) as opened:
+            with parquet.ParquetFile(regular(file)) as opened:
                 for group in range(opened.num_row_groups):
                     groups.append((file, group))
                     sizes.append(opened.metadata.row_group(group).num_rows)
@@ -146,7 +147,7 @@ class PreprocessedStore:
 
     def _read_column(self, file: Path, group: int, side: str) -> pyarrow.ChunkedArray:
         try:
-            with reading(file), parquet.ParquetFile(file) as opened:
+            with reading(file), parquet.ParquetFile(regular(file)) as opened:
                 return opened.read_row_group(group, columns=[side]).column(0)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{file} is broken: {' '.join(str(error).split())}") from error
@@ -157,7 +158,7 @@ def _parts(directory: Path) -> list[Path]:
 
 
 def _rows(file: Path) -> int:
-    with parquet.ParquetFile(file) as opened:
+    with parquet.ParquetFile(regular(file)) as opened:
         rows: int = opened.metadata.num_rows
     return rows
 
@@ -172,7 +173,7 @@ def _read(file: Path, columns: list[str], *, needed: Sequence[str] = ()) -> pyar
 
 
 def _columns(file: Path, columns: list[str], needed: Sequence[str]) -> pyarrow.Table:
-    missing = sorted({*columns, *needed} - set(parquet.read_schema(file).names))
+    missing = sorted({*columns, *needed} - set(parquet.read_schema(regular(file)).names))
     if missing:
         raise ValueError(f"{file} is not one of the published files: it has no column {', '.join(missing)}")
     return parquet.read_table(file, columns=columns)

@@ -9,26 +9,25 @@ Every file is zstd-compressed and appears whole or not at all: with the last sha
 groups are small (one prompt of a large text encoder), both for reading and for what writing keeps in memory.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
+from typing import get_args
 
-import numpy
 import pyarrow
 import torch
-from pyarrow import parquet
 
 from dina_rl.backbones.base import Backbone, TextEncoder
 from dina_rl.checkpoint import write_json
 from dina_rl.config import PipelineConfig
-from dina_rl.data.stores.files import chunked, open_table, write_table
-from dina_rl.data.stores.latents import CACHE_BYTES, INDEX_GROUP, ROW_GROUP_BYTES
+from dina_rl.data.stores.files import chunked, fixed_bytes, open_table, texts, write_table
+from dina_rl.data.stores.latents import CACHE_BYTES, INDEX_GROUP, ROW_GROUP_BYTES, LatentDtype
+from dina_rl.errors import shown
 from dina_rl.fingerprint import pipeline_fingerprint, same_part
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import read_record
 from dina_rl.types import PromptEmbeds
 
 PROMPTS = "prompts"
@@ -88,9 +87,11 @@ class PromptStore:
         file = self.directory / INFO_FILE
         if not file.is_file():
             raise ValueError(f"latent store {directory} has no prompt embeddings; make them with jobs.encode")
-        raw = json.loads(read_text(file))
-        self.info = PromptsInfo(**raw | {"shape": tuple(raw["shape"])})
-        self.num_prompts = parquet.read_metadata(self.directory / INDEX_FILE).num_rows
+        self.info = read_record(PromptsInfo, file)
+        if self.info.dtype not in get_args(LatentDtype) or min(self.info.prompts_per_shard, *self.info.shape) < 1:
+            raise ValueError(f"{file} does not describe prompt embeddings: {shown(asdict(self.info))}")
+        with open_table(self.directory / INDEX_FILE) as index:
+            self.num_prompts = index.metadata.num_rows
         self._width: int = self.info.values * getattr(torch, self.info.dtype).itemsize  # bytes of a row
         self._per_group = max(1, ROW_GROUP_BYTES // self._width)
         largest = self._width * min(self._per_group, self.info.prompts_per_shard)
@@ -130,8 +131,7 @@ class PromptStore:
     def iter_prompts(self) -> Iterator[str]:
         """Prompt of every row, read as they are asked for."""
         with open_table(self.directory / INDEX_FILE) as file:
-            for batch in file.iter_batches():
-                yield from batch.column(0).to_pylist()
+            yield from texts(file, "prompt")
 
     def rows(self, shard: int) -> range:
         """Rows of a shard."""
@@ -169,13 +169,16 @@ class PromptStore:
         return self._group(shard, group).select(slice(offset, offset + 1))
 
     def _read_group(self, shard: int, group: int) -> PromptEmbeds:
+        count = min(self._per_group, len(self.rows(shard)) - group * self._per_group)
         with open_table(self._shard(shard)) as file:
-            table = file.read_row_group(group).combine_chunks()
-        column, lengths = (table.column(name).chunk(0) for name in ("embedding", "length"))
-        content = numpy.frombuffer(column.buffers()[1], numpy.uint8, offset=column.offset * self._width)
-        flat = torch.from_numpy(content[: len(column) * self._width].copy()).view(getattr(torch, self.info.dtype))
+            table = file.read_row_group(group)
+            content = torch.from_numpy(fixed_bytes(table.column("embedding"), self._width, count))
+            lengths = table.column("length")
+            if lengths.type not in (pyarrow.int64(), pyarrow.null()):
+                raise ValueError(f"its lengths are {lengths.type}")
+        flat = content.view(getattr(torch, self.info.dtype))
         tokens, width, pooled = self.info.shape
-        embeds, pooled = flat.view(len(column), -1).split([tokens * width, pooled], dim=1)
+        embeds, pooled = flat.view(count, -1).split([tokens * width, pooled], dim=1)
         return PromptEmbeds(
             embeds=embeds.reshape(-1, tokens, width),
             pooled=pooled.contiguous(),
