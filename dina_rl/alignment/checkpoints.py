@@ -7,10 +7,11 @@ best/                            weights.safetensors, state.safetensors where th
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired  # typing's own cannot be read from a file before Python 3.12
 
 import torch
 from safetensors import SafetensorError
-from typing_extensions import TypedDict  # typing's own cannot be read from a file before Python 3.12
+from typing_extensions import TypedDict
 
 from dina_rl.alignment.history import Entry, checked
 from dina_rl.checkpoint import load_part, load_tensors, save_tensors
@@ -45,7 +46,7 @@ class Checkpoint:
 
 class _Record(TypedDict):
     history: list[Entry]
-    seconds: dict[str, float]
+    seconds: NotRequired[dict[str, float]]  # whoever asks for the history alone does without
 
 
 class Checkpoints:

@@ -88,7 +88,10 @@ class PromptStore:
         if not file.is_file():
             raise ValueError(f"latent store {directory} has no prompt embeddings; make them with jobs.encode")
         self.info = read_record(PromptsInfo, file)
-        if self.info.dtype not in get_args(LatentDtype) or min(self.info.prompts_per_shard, *self.info.shape) < 1:
+        if (
+            self.info.dtype not in get_args(LatentDtype)
+            or min(self.info.prompts_per_shard, *self.info.shape[:2], self.info.shape[2] + 1) < 1
+        ):
             raise ValueError(f"{file} does not describe prompt embeddings: {shown(asdict(self.info))}")
         with open_table(self.directory / INDEX_FILE) as index:
             self.num_prompts = index.metadata.num_rows
