@@ -4,13 +4,15 @@ Ray Train forms it before a worker's own first line, so that what has to be know
 """
 
 from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train.backend import BackendConfig
 from ray.train.torch.config import TorchConfig, _TorchBackend
 
 from actors.network import meet_over_the_nodes_network
 
 
 class _Meeting(_TorchBackend):
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+        assert isinstance(backend_config, TorchConfig)
         worker_group.execute(meet_over_the_nodes_network)
         super().on_start(worker_group, backend_config)
 

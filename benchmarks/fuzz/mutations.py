@@ -119,7 +119,8 @@ class Damage:
             places = list(_places(tree))
             if not places or self.rng.random() < 0.03:
                 return self.surprise()
-            self._change(*self.rng.choice(places), places)
+            holder, key = self.rng.choice(places)
+            self._change(holder, key, places)
         return tree
 
     def _change(self, holder: Any, key: Any, places: Sequence[tuple[Any, Any]]) -> None:

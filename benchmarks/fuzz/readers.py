@@ -500,7 +500,8 @@ def _ask(scorer: PictureScorer, asked: Sequence[bytes]) -> None:
 
 def _answered(server: ScoreServer, request: bytes) -> int:
     """The status of the answer, whose body is one object of JSON; 0: what was asked is no request of HTTP."""
-    with socket.create_connection(server.server_address[:2], timeout=20) as connection:
+    host, port = str(server.server_address[0]), server.server_address[1]
+    with socket.create_connection((host, port), timeout=20) as connection:
         reply = b""
         with suppress(OSError):  # it may answer and hang up before all is said
             connection.sendall(request)

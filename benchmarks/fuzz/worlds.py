@@ -129,7 +129,12 @@ def bomb(world: Path) -> None:
     if root.exists():
         return
     root.mkdir()
-    labels = {"caption": ["a"], "jpg_1": [picture(0, "jpg")], "label_0": [1.0], "label_1": [0.0]}
+    labels: dict[str, list[object]] = {
+        "caption": ["a"],
+        "jpg_1": [picture(0, "jpg")],
+        "label_0": [1.0],
+        "label_1": [0.0],
+    }
     write_bomb(root / "jpg_0.parquet", "jpg_0", BOMB_MIB, labels)
     write_bomb(root / "latent.parquet", "latent", BOMB_MIB, {"problem": [None]})
 

@@ -25,7 +25,9 @@ class ScoringWorker:
         backbone = open_pipeline(run.pipeline)
         self._scorers = open_scorers(run.rewards, run.pipeline, backbone)
         self._judges = open_judges(run.rewards, device=backbone.device)
-        self._least = {each.name: each.min_compared for each in run.rewards.of_images if isinstance(each, JudgeConfig)}
+        self._least: dict[str, float] = {
+            each.name: each.min_compared for each in run.rewards.of_images if isinstance(each, JudgeConfig)
+        }
         self._scores_images = any(scorer.space == "images" for scorer in self._scorers.values())
         self._codec = backbone.load_codec() if self._scores_images or self._judges else None
 
