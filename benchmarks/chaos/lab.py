@@ -33,7 +33,7 @@ OF_ALIGNMENT = ("iterations", "rollout", "grpo", "learner", "golden")
 """What of the smoke run is the alignment's."""
 FEWER = {
     "rollout": {"prompts_per_iteration": 4, "group_size": 4, "groups_per_call": 1},
-    "learner": {"micro_batch_size": 8},
+    "learner": {"micro_batch_size": 4},
     "golden": {"dev_samples": 8, "test_samples": 8, "guidances": [2.0], "aligned_guidances": [2.0], "batch_size": 8},
 }
 """Of the smoke run's samples: a trial is mostly the start of processes."""
