@@ -1,8 +1,7 @@
 """Numbered directories of which the last few stay, each with the sums of what is in it: checkpoints."""
 
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +16,7 @@ from dina_rl.sums import SUMS_FILE, check_sums, read_sums, sha256, write_sums
 STATE_FILE = "state.safetensors"
 
 Content = TypeVar("Content")
+Seen = tuple[Path, int, int]  # a file, its time of change in ns and its size
 
 
 class Kept:
@@ -35,7 +35,7 @@ class Kept:
         self._name = name
         self._digits = digits
         self._names = (name, *former)
-        self._checked: set[tuple[Path, int, int]] = set()  # files that were whole, with their times and sizes
+        self._checked: set[Seen] = set()  # files that were whole
 
     def all(self) -> list[Path]:
         """Oldest first."""
@@ -57,6 +57,7 @@ class Kept:
             for name, text in texts.items():
                 write_text(fresh / name, text)
             write_sums(fresh, {name: sha256(fresh / name) for name in (STATE_FILE, *texts)})
+        self._checked.update(_seen(place, (STATE_FILE, *texts)).values())  # a large one is not read to see it whole
         older = [each for each in self.all() if number_of(each) <= number]
         for each in self.all():
             if each not in older[-self._keep :]:
@@ -102,13 +103,14 @@ class Kept:
         unsaid = [name for name in names if name not in sums]
         if unsaid and (place / SUMS_FILE).is_file():
             raise ValueError(f"{SUMS_FILE} has no {unsaid[0]}")
-        seen = {name: (place / name, stat.st_mtime_ns, stat.st_size) for name, stat in _stats(place, names)}
+        seen = _seen(place, names)
         check_sums(place, [name for name in names if seen[name] not in self._checked])
         self._checked.update(seen.values())
 
 
-def _stats(place: Path, names: Sequence[str]) -> Iterator[tuple[str, os.stat_result]]:
-    return ((name, (place / name).stat()) for name in names)
+def _seen(place: Path, names: Sequence[str]) -> dict[str, Seen]:
+    stats = {name: (place / name).stat() for name in names}
+    return {name: (place / name, stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
 def number_of(directory: Path) -> int:

@@ -36,7 +36,7 @@ from dina_rl.labelling.scale import likeliest_scale, median_scale, soft_label
 from dina_rl.labelling.teacher import Scores, teacher_scores
 from dina_rl.labelling.written import copy_pictures, write_dropped, write_records
 from dina_rl.runtime import open_pipeline, sized
-from dina_rl.textfiles import read_text
+from dina_rl.textfiles import parse_json, read_text
 
 CARD_FILE = "teacher.json"
 DROPPED_FILE = "dropped.jsonl"
@@ -186,7 +186,7 @@ def is_finished(run: LabelRun, run_dir: Path) -> bool:
     if not file.is_file():
         return False
     served = any(isinstance(each.scorer.of_images, ServedScorerConfig) for each in run.scorers.values())
-    return not (served and json.loads(read_text(file))["failed"])
+    return not (served and parse_json(read_text(file))["failed"])
 
 
 def _margin(scores: Scores, pair: Pair) -> float:

@@ -60,7 +60,7 @@ OTHER_OPTIONS = {
     *("index-url", "logdir", "bind_all"),  # pip, tensorboard
     *("no-deps", "disable-pip"),  # pip-audit
     *("build-arg", "from-file"),  # docker, kubectl
-    *("out", "domain", "train-groups"),  # dina_rl.shapes.preferences
+    *("out", "domain", "train-groups", "test-groups"),  # dina_rl.shapes.preferences
 }
 FILE_ENDINGS = ("csv", "json", "jsonl", "md", "png", "py", "pt", "safetensors", "sqlite", "txt", "yaml")
 

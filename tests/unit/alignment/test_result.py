@@ -10,12 +10,13 @@ from dina_rl.config import AlignRun, GoldenConfig, LearnerConfig, WatchConfig
 
 
 def with_result(run_dir: Path, *, checkpoint: int | None) -> None:
-    """A directory with an exported adapter and, if asked for, a checkpoint without weights."""
+    """A directory with an exported adapter and, if asked for, a checkpoint without sums, whose weights nobody reads."""
     (run_dir / "adapter").mkdir()
     (run_dir / "adapter" / "pytorch_lora_weights.safetensors").touch()
     if checkpoint is not None:
         directory = run_dir / "checkpoints" / f"iteration_{checkpoint:06d}"
         directory.mkdir(parents=True)
+        (directory / "state.safetensors").touch()
         (directory / "state.json").write_text(json.dumps({"history": [{"kind": "diverged", "iteration": checkpoint}]}))
 
 

@@ -1,12 +1,14 @@
 """The paper's rows, derived from what the runs say they are; no weights are read."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dina_rl.config import EvaluateRun, FitRun, PictureScorerConfig, ThurstoneConfig
+from dina_rl.data.stores.latents import StoreInfo
 from dina_rl.evaluation.named_scorers import PLAIN, NamedScorer
 from dina_rl.evaluation.paper import plan_table, variance_label
 from dina_rl.evaluation.requests import View
@@ -95,8 +97,15 @@ def test_other_data_are_another_row_unless_pooled() -> None:
 def encoded(directory: Path, dataset: str, **section) -> Path:
     """The latent store of an encoding run, as far as it says what it holds; without a section, the store alone."""
     (directory / "latents").mkdir(parents=True)
-    info = {"dataset": dataset, "buckets": [[32, 32]], "dtype": "float32"}
-    (directory / "latents" / "store.json").write_text(json.dumps(info))
+    info = StoreInfo(
+        dataset=dataset,
+        pipeline="shapes",
+        buckets=((32, 32),),
+        latent_shapes=((4, 4, 4),),
+        rows=(2,),
+        rows_per_shard=2,
+    )
+    (directory / "latents" / "store.json").write_text(json.dumps(asdict(info)))
     if section:
         config = FitRun.model_validate({"dataset": {"path": dataset, **section}}).model_dump(mode="json")
         (directory / "config.yaml").write_text(yaml.safe_dump(config))
