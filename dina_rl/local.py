@@ -22,6 +22,7 @@ from dina_rl.backbones.files import EVERYTHING
 from dina_rl.checkpoint import versions, write_json
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import LocalRun
+from dina_rl.errors import opening
 from dina_rl.memory import PeakMemory
 from dina_rl.reward.inputs import check_fit
 from dina_rl.reward.outcome import read_result
@@ -60,9 +61,10 @@ def main(argv: Sequence[str]) -> None:
         directory = run_directory(run, run.run_dir, resume=run.resume, may_grow=grows, finished=done)
         try:
             run_dir = stack.enter_context(directory)
-            summary = read_record(Summary, run_dir / SUMMARY) if done(run_dir) else run_all(run, run_dir)
+            summary = read_record(Summary, run_dir / SUMMARY) if done(run_dir) else None
         except ValueError as error:
             fail(str(error))
+        summary = summary or run_all(run, run_dir)
     print(table(summary, run_dir))
 
 
@@ -132,6 +134,7 @@ class Summary(TypedDict):
 class Stages:
     """One line per stage, and its wall time, kept across resumes."""
 
+    @opening()
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "stages.json"
         self.seconds: dict[str, float] = read_record(dict[str, float], self._file) if self._file.is_file() else {}
@@ -182,7 +185,8 @@ def fit_reward(run: LocalRun, preferences: Path, run_dir: Path, stages: Stages) 
             f"accuracy {result.accuracy_single:.3f} at t={run.reward.single_level:g}, "
             f"{result.accuracy_ensemble:.3f} ensemble, ceiling {result.label_ceiling:.3f}",
         )
-    return asdict(read_result(metrics))
+    with opening():
+        return asdict(read_result(metrics))
 
 
 def align_generator(run: LocalRun, run_dir: Path, stages: Stages) -> Recorder:

@@ -23,7 +23,7 @@ from dina_rl.backbones.files import EVERYTHING
 from dina_rl.backbones.trained import check_targets, make_trainable, save_transformer
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun
-from dina_rl.errors import RunStopped, WorkLost
+from dina_rl.errors import RunStopped, WorkLost, opening
 from dina_rl.loading import say
 from dina_rl.reward.home import check_home
 from dina_rl.run_directory import run_directory
@@ -47,9 +47,9 @@ def main(argv: Sequence[str]) -> None:
             prompts = preflight(run)
             check_room(run)
             run_dir = stack.enter_context(opened(run, prompts))
-            recorder = align_generator(run, prompts, run_dir)
         except ValueError as error:
             fail(str(error))
+        recorder = align_generator(run, prompts, run_dir)
     points = recorder.history.points()
     print(f"golden on dev prompts {points[0]['golden']:.3f} -> {points[-1]['golden']:.3f}")
     if recorder.watch.diverged_at is not None:
@@ -155,10 +155,11 @@ def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
     Raises:
         RunStopped: the run stops itself, for whatever reason; also where all its checkpoints are broken.
     """
-    recorder = Recorder(run, run_dir, exporter(run))
-    if finished(run, run_dir):
-        recorder.recall()
-        return recorder
+    with opening():
+        recorder = Recorder(run, run_dir, exporter(run))
+        if finished(run, run_dir):
+            recorder.recall()
+            return recorder
     recorder.checkpoints.check()  # before anything starts
     if run.inline:
         from dina_rl.alignment.inline import InlineExperience, InlineLearner

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import psutil
 from ray._private.node import Node
 
-from benchmarks.chaos.lab import Attempt, Lab, workers
+from benchmarks.chaos.lab import FULL, Attempt, Lab, workers
 
 STARTING = (
     "RolloutActor.open",
@@ -107,7 +107,7 @@ def _fill_memory(process: psutil.Process, attempt: Attempt, lab: Lab) -> None:
     there, filling = set(workers()), list[bytes]()
     give_up = time.monotonic() + FILLING_S
     while time.monotonic() < give_up and there <= set(workers()):
-        if psutil.virtual_memory().percent < 100 * lab.full + 1:
+        if psutil.virtual_memory().percent < 100 * FULL + 1:
             filling.append(b"1" * CHUNK_BYTES)
         else:
             time.sleep(0.1)

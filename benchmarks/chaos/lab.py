@@ -24,7 +24,7 @@ from dina_rl.textfiles import parse_yaml, read_text
 WORKERS = 2  # nodes beside the head's, on which no actor finds room
 CPUS = 4  # of each: the actors of the run fit on one
 STORE_BYTES = 128 * 2**20
-ROOM = 0.25  # of the machine's memory, beyond what is in use at the start: past it Ray kills a worker of each node
+FULL = 0.8  # of the machine's memory, whoever has it: past it Ray kills workers of every node until it is less
 LIMIT_S = 600.0  # longest attempt
 POLL_S, POLLS = 0.02, 15
 
@@ -61,7 +61,6 @@ class Lab:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.full = min(psutil.virtual_memory().percent / 100 + ROOM, 0.95)
         self._cluster: Cluster | None = None
         save_untrained(directory / "reward", PipelineConfig(), REWARD)
         smoke = parse_yaml(read_text(SMOKE))
@@ -84,7 +83,7 @@ class Lab:
                 "num_cpus": 0,
                 "object_store_memory": STORE_BYTES,
                 "include_dashboard": False,
-                "_system_config": {"memory_usage_threshold": self.full},
+                "_system_config": {"memory_usage_threshold": FULL},
             }
             cluster = self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for node in [*cluster.worker_nodes]:

@@ -19,6 +19,7 @@ from dina_rl.alignment.result import exported, keep_length, note_finished
 from dina_rl.alignment.watch import DivergenceWatch, DriftWatch
 from dina_rl.checkpoint import load_tensors, save_tensors, write_json
 from dina_rl.config import AlignRun
+from dina_rl.errors import opening
 from dina_rl.report import plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
 from dina_rl.storage import check_there, patiently
@@ -79,6 +80,7 @@ class Recorder:
             self.seconds[stage] += seconds
         return checkpoint.iteration, checkpoint.state
 
+    @opening()
     def restore(self) -> tuple[int, dict[str, torch.Tensor] | None]:
         """`recall`, to go on from there. Opens TensorBoard."""
         done, state = self.recall()
