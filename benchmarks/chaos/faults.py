@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import psutil
 from ray._private.node import Node
 
-from benchmarks.chaos.lab import FULL, Attempt, Lab, workers
+from benchmarks.chaos.lab import FULL, LIMIT_S, Attempt, Lab, workers
 
 STARTING = (
     "RolloutActor.open",
@@ -32,12 +32,17 @@ WORKING = (
 )
 """What Ray calls the actors' processes, at the start and in each stage."""
 LOOP = "RolloutActor.rollout"
+ACTORS = ("ray::RolloutActor", "ray::ScorerActor", "ray::LearnerActor")
+PATIENCE_S = 1.0
 FILLING_S, CHUNK_BYTES = 30.0, 2**27
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """When somebody does what `title` says, at once, or so many seconds into the loop."""
+    """When somebody does what `title` says, at once, or so many seconds into the loop.
+
+    Some of it is done in no time: where it is not seen for a while, any actor's moment is as good.
+    """
 
     title: str
     into_loop_s: float | None
@@ -51,7 +56,8 @@ class Moment:
             attempt.until(f"ray::{LOOP}") is None or not attempt.sleep(self.into_loop_s)
         ):
             return None
-        return attempt.until(f"ray::{self.title}")
+        patience_s = LIMIT_S if self.into_loop_s is None else PATIENCE_S
+        return attempt.until(f"ray::{self.title}", seconds=patience_s) or attempt.until(*ACTORS)
 
 
 Strike = Callable[[psutil.Process, Attempt, Lab], None]  # the process that was at work

@@ -138,13 +138,17 @@ class Attempt:
         except subprocess.TimeoutExpired:
             return None
 
-    def until(self, title: str) -> psutil.Process | None:
-        """A worker process that is seen to do what `title` says, as Ray names them; None: the run ended first."""
-        while self.process.poll() is None and time.monotonic() - self.began < LIMIT_S:
+    def until(self, *titles: str, seconds: float = LIMIT_S) -> psutil.Process | None:
+        """A worker process that is seen to do what a title says, as Ray names them.
+
+        None: the run ended first, or none was seen for so long.
+        """
+        end = min(self.began + LIMIT_S, time.monotonic() + seconds)
+        while self.process.poll() is None and time.monotonic() < end:
             seen = workers()  # to list them is dear
             for _ in range(POLLS):
                 for process in seen:
-                    if title_of(process).startswith(title):
+                    if title_of(process).startswith(titles):
                         return process
                 time.sleep(POLL_S)
         return None
