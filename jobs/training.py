@@ -1,9 +1,10 @@
 """The fit by Ray Train: `Training` over workers of their own, fed by Ray Data, that continue after a crash."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ray.data import Dataset
+from ray.exceptions import RayError, RayTaskError
 from ray.train.v2._internal.exceptions import RayTrainError  # of a worker that does not answer; it has no other name
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -12,8 +13,8 @@ from ray.train.v2.api.result import Result
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from dina_rl.config import FitRun
-from dina_rl.errors import RunStopped
-from dina_rl.loading import announce
+from dina_rl.errors import RunStopped, WorkLost
+from dina_rl.loading import announce, say
 from dina_rl.reward.checkpoints import TRAIN, FitCheckpoints
 from dina_rl.reward.outcome import LOG_FILE, Outcome
 from dina_rl.storage import writing
@@ -55,9 +56,21 @@ class RayTraining:
             writing(run_dir / TRAIN),  # Ray Train tries its storage before anything else
             FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"),
         ):
-            result = _ended(_trainer(run, run_dir, latents), run.fit.max_failures)
+            result = _anew_where_lost(lambda: _trainer(run, run_dir, latents), run.fit.max_failures)
         assert isinstance(result.return_value, Outcome)
         return result.return_value
+
+
+def _anew_where_lost(trainer: Callable[[], TorchTrainer], max_failures: int) -> Result:
+    """Its result. Ray Train replaces lost workers, but not what serves them: it ends, and the fit begins anew."""
+    for again in range(max_failures + 1):
+        try:
+            return _ended(trainer(), max_failures)
+        except WorkLost as lost:
+            if again == max_failures:
+                raise RunStopped(f"{lost}; begun again {again} times (fit.max_failures)") from lost
+            say(f"{lost}; the fit goes on from its last checkpoint")
+    raise AssertionError("every attempt returns or raises")
 
 
 def _ended(trainer: TorchTrainer, max_failures: int) -> Result:
@@ -67,6 +80,9 @@ def _ended(trainer: TorchTrainer, max_failures: int) -> Result:
     except ControllerError as failed:
         if isinstance(failed.controller_failure, FATAL):
             raise failed.controller_failure from None
+        if isinstance(failed.controller_failure, RayError) and not isinstance(failed.controller_failure, RayTaskError):
+            why = str(failed.controller_failure).strip().partition("\n")[0]
+            raise WorkLost(f"Ray Train ended with what it had on a lost node: {why}") from failed
         raise
     except WorkerGroupError as failed:
         # When a worker is lost the others' collectives fail too: one loss among the errors tells what it was.
