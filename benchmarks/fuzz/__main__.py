@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import torch
 from tqdm import tqdm
 
-from benchmarks.fuzz import readers, watch
+from benchmarks.fuzz import kept_readers, watch
 from benchmarks.fuzz.kinds import KINDS, Kind
 from benchmarks.fuzz.mutations import Damage
 from benchmarks.fuzz.settings import BenchmarkRun
@@ -179,7 +179,7 @@ def main(argv: Sequence[str]) -> None:
         scratch = Path(made).resolve()
         begun = time.monotonic()
         prepare(scratch / "world", [KINDS[name] for name in names])
-        readers.ready(scratch / "world")
+        kept_readers.ready(scratch / "world")
         print(f"whole inputs made in {time.monotonic() - begun:.0f} s", flush=True)
         for trial, outcome in outcomes(run, names, scratch / "world", scratch):
             counts[trial.kind][outcome.ending] += 1

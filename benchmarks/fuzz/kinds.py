@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.fuzz import readers, worlds
+from benchmarks.fuzz import kept_readers, readers, worlds
 from benchmarks.fuzz.mutations import Damage
 
 Task = Callable[[], object]
@@ -38,13 +38,13 @@ KINDS: Mapping[str, Kind] = {
     "images": Kind(whole=(worlds.pipeline, worlds.sets, worlds.pictures), damaged=readers.images),
     "manifests": Kind(whole=(worlds.sets, worlds.pictures), damaged=readers.manifests),
     "prompts": Kind(whole=(worlds.prompt_files,), damaged=readers.prompts),
-    "latents": Kind(whole=(worlds.pipeline, worlds.sets, worlds.encoded, worlds.bomb), damaged=readers.latents),
-    "rewards": Kind(whole=(worlds.pipeline, worlds.reward), damaged=readers.rewards),
-    "adapters": Kind(whole=(worlds.pipeline, worlds.adapters), damaged=readers.adapters),
-    "pipelines": Kind(whole=(worlds.pipeline,), damaged=readers.pipelines),
-    "published": Kind(whole=(worlds.published,), damaged=readers.published),
-    "encoded runs": Kind(whole=(worlds.pipeline, worlds.sets, worlds.encoded), damaged=readers.encoded_runs),
-    "fits": Kind(whole=(worlds.pipeline, worlds.sets, worlds.encoded, worlds.fit), damaged=readers.fits),
-    "alignments": Kind(whole=(worlds.pipeline, worlds.reward, worlds.alignment), damaged=readers.alignments),
-    "requests": Kind(whole=(worlds.pipeline, worlds.reward), damaged=readers.requests),
+    "latents": Kind(whole=(worlds.pipeline, worlds.sets, worlds.encoded, worlds.bomb), damaged=kept_readers.latents),
+    "rewards": Kind(whole=(worlds.pipeline, worlds.reward), damaged=kept_readers.rewards),
+    "adapters": Kind(whole=(worlds.pipeline, worlds.adapters), damaged=kept_readers.adapters),
+    "pipelines": Kind(whole=(worlds.pipeline,), damaged=kept_readers.pipelines),
+    "published": Kind(whole=(worlds.published,), damaged=kept_readers.published),
+    "encoded runs": Kind(whole=(worlds.pipeline, worlds.sets, worlds.encoded), damaged=kept_readers.encoded_runs),
+    "fits": Kind(whole=(worlds.pipeline, worlds.sets, worlds.encoded, worlds.fit), damaged=kept_readers.fits),
+    "alignments": Kind(whole=(worlds.pipeline, worlds.reward, worlds.alignment), damaged=kept_readers.alignments),
+    "requests": Kind(whole=(worlds.pipeline, worlds.reward), damaged=kept_readers.requests),
 }
