@@ -23,13 +23,13 @@ from dina_rl.backbones.files import EVERYTHING
 from dina_rl.backbones.trained import check_targets, make_trainable, save_transformer
 from dina_rl.cli import fail, interruptible, load
 from dina_rl.config import AlignRun
-from dina_rl.errors import RunStopped, WorkLost, opening
-from dina_rl.loading import say
+from dina_rl.errors import WorkLost, opening
 from dina_rl.reward.home import check_home
 from dina_rl.run_directory import run_directory
 from dina_rl.runtime import configure_process, image_size, open_pipeline, sized
 from dina_rl.scorers.grid import TILE
 from dina_rl.scorers.registry import check_image_scorer
+from jobs.anew import anew_where_lost
 from jobs.submitted import check_results
 
 Run = TypeVar("Run", bound=AlignRun)
@@ -170,22 +170,25 @@ def align_generator(run: AlignRun, prompts: Prompts, run_dir: Path) -> Recorder:
     from actors.alignment import open_actors
     from jobs.cluster import start_ray
 
-    start_ray(run_dir)
-    for again in range(run.workers.max_restarts + 1):
+    def attempt() -> Recorder:
+        own = Recorder(run, run_dir, exporter(run))
         try:
             with ExitStack() as stack:
-                with recorder.timed("start"):
+                with own.timed("start"):
                     experience, learner = stack.enter_context(open_actors(run))
-                align(run, prompts, experience, learner, recorder)
-            return recorder
-        except WorkLost as lost:
-            recorder.close()
-            if again == run.workers.max_restarts:
-                raise RunStopped(f"{lost}; begun again {again} times (workers.max_restarts)") from lost
-            recorder = Recorder(run, run_dir, exporter(run))
-            done = recorder.checkpoints.done()
-            say(f"{lost}; all actors start anew, and the run goes on after iteration {done}")
-    raise AssertionError("every attempt returns or raises")
+                align(run, prompts, experience, learner, own)
+        except WorkLost:
+            own.close()
+            raise
+        return own
+
+    start_ray(run_dir)
+    return anew_where_lost(
+        attempt,
+        times=run.workers.max_restarts,
+        setting="workers.max_restarts",
+        goes_on=lambda: f"all actors start anew, and the run goes on after iteration {recorder.checkpoints.done()}",
+    )
 
 
 def exporter(run: AlignRun) -> Callable[[Path, dict[str, torch.Tensor]], Path]:

@@ -1,6 +1,6 @@
 """The fit by Ray Train: `Training` over workers of their own, fed by Ray Data, that continue after a crash."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ray.data import Dataset
@@ -14,10 +14,11 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from dina_rl.config import FitRun
 from dina_rl.errors import RunStopped, WorkLost
-from dina_rl.loading import announce, say
+from dina_rl.loading import announce
 from dina_rl.reward.checkpoints import TRAIN, FitCheckpoints
 from dina_rl.reward.outcome import LOG_FILE, Outcome
 from dina_rl.storage import writing
+from jobs.anew import anew_where_lost
 from jobs.cluster import visible_gpus
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
@@ -56,21 +57,15 @@ class RayTraining:
             writing(run_dir / TRAIN),  # Ray Train tries its storage before anything else
             FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"),
         ):
-            result = _anew_where_lost(lambda: _trainer(run, run_dir, latents), run.fit.max_failures)
+            # Ray Train replaces lost workers, but not what serves them: there it ends.
+            result = anew_where_lost(
+                lambda: _ended(_trainer(run, run_dir, latents), run.fit.max_failures),
+                times=run.fit.max_failures,
+                setting="fit.max_failures",
+                goes_on=lambda: "the fit goes on from its last checkpoint",
+            )
         assert isinstance(result.return_value, Outcome)
         return result.return_value
-
-
-def _anew_where_lost(trainer: Callable[[], TorchTrainer], max_failures: int) -> Result:
-    """Its result. Ray Train replaces lost workers, but not what serves them: it ends, and the fit begins anew."""
-    for again in range(max_failures + 1):
-        try:
-            return _ended(trainer(), max_failures)
-        except WorkLost as lost:
-            if again == max_failures:
-                raise RunStopped(f"{lost}; begun again {again} times (fit.max_failures)") from lost
-            say(f"{lost}; the fit goes on from its last checkpoint")
-    raise AssertionError("every attempt returns or raises")
 
 
 def _ended(trainer: TorchTrainer, max_failures: int) -> Result:

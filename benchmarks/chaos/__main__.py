@@ -19,7 +19,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from benchmarks.chaos.faults import FAULTS, LOOP, Fault, draw
+from benchmarks.chaos.faults import FAULTS, FULL, LOOP, Fault, draw
 from benchmarks.chaos.lab import Lab, Numbers, numbers
 from benchmarks.chaos.settings import BenchmarkRun
 from dina_rl.cli import EXIT_RAY_LOST, EXIT_STOPPED, EXIT_TERMINATED, fail, load
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rng, trials = random.Random(run.seed), list[Trial]()
     with TemporaryDirectory(prefix="chaos-") as scratch:
-        lab = Lab(run.keep or Path(scratch))
+        lab = Lab(run.keep or Path(scratch), full=FULL)
         try:
             usual = undisturbed(lab)
             print(f"undisturbed: {usual.seconds:.0f} s, {usual.loop_s:.0f} s of it in the loop", flush=True)

@@ -5,13 +5,12 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
 from ray._private.node import Node
 
-from benchmarks.chaos.lab import FULL, LIMIT_S, Attempt, Lab, workers
+from benchmarks.chaos.lab import LIMIT_S, Attempt, Lab, workers
 
 STARTING = (
     "RolloutActor.open",
@@ -32,6 +31,7 @@ WORKING = (
 )
 """What Ray calls the actors' processes, at the start and in each stage."""
 LOOP = "RolloutActor.rollout"
+FULL = 0.8  # of the machine's memory, whoever has it: past it Ray kills workers of every node until it is less
 ACTORS = ("ray::RolloutActor", "ray::ScorerActor", "ray::LearnerActor")
 PATIENCE_S = 1.0
 FILLING_S, CHUNK_BYTES = 30.0, 2**27
@@ -60,6 +60,10 @@ class Moment:
         return attempt.until(f"ray::{self.title}", seconds=patience_s) or attempt.until(*ACTORS)
 
 
+class Missed(Exception):
+    """Nothing came of a strike."""
+
+
 Strike = Callable[[psutil.Process, Attempt, Lab], None]  # the process that was at work
 
 
@@ -71,12 +75,14 @@ class Fault:
     moment: Moment
 
     def strike(self, attempt: Attempt, lab: Lab) -> bool:
-        """Whether its moment came."""
+        """Whether its moment came, and it struck."""
         process = self.moment.come(attempt)
         if process is None:
             return False
-        with suppress(psutil.NoSuchProcess):
+        try:
             FAULTS[self.name](process, attempt, lab)
+        except (psutil.NoSuchProcess, Missed):
+            return False
         return True
 
 
@@ -112,7 +118,9 @@ def _fill_memory(process: psutil.Process, attempt: Attempt, lab: Lab) -> None:
     """Until Ray has killed somebody for it: whom it likes, not always this process."""
     there, filling = set(workers()), list[bytes]()
     give_up = time.monotonic() + FILLING_S
-    while time.monotonic() < give_up and there <= set(workers()):
+    while there <= set(workers()):
+        if time.monotonic() > give_up:
+            raise Missed
         if psutil.virtual_memory().percent < 100 * FULL + 1:
             filling.append(b"1" * CHUNK_BYTES)
         else:

@@ -24,7 +24,6 @@ from dina_rl.textfiles import parse_yaml, read_text
 WORKERS = 2  # nodes beside the head's, on which no actor finds room
 CPUS = 4  # of each: the actors of the run fit on one
 STORE_BYTES = 128 * 2**20
-FULL = 0.8  # of the machine's memory, whoever has it: past it Ray kills workers of every node until it is less
 LIMIT_S = 600.0  # longest attempt
 POLL_S, POLLS = 0.02, 15
 
@@ -57,10 +56,15 @@ class Numbers:
 
 
 class Lab:
-    """The cluster, which is mended between trials, and where runs are kept."""
+    """The cluster, which is mended between trials, and where runs are kept.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        full: share of the machine's memory past which Ray kills workers of every node; None: Ray's own.
+    """
+
+    def __init__(self, directory: Path, *, full: float | None = None) -> None:
         self.directory = directory
+        self._full = full
         self._cluster: Cluster | None = None
         save_untrained(directory / "reward", PipelineConfig(), REWARD)
         smoke = parse_yaml(read_text(SMOKE))
@@ -83,7 +87,7 @@ class Lab:
                 "num_cpus": 0,
                 "object_store_memory": STORE_BYTES,
                 "include_dashboard": False,
-                "_system_config": {"memory_usage_threshold": FULL},
+                "_system_config": {} if self._full is None else {"memory_usage_threshold": self._full},
             }
             cluster = self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for node in [*cluster.worker_nodes]:

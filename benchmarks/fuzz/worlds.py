@@ -186,30 +186,13 @@ def fit(world: Path) -> None:
 
 def align_words(world: Path) -> list[str]:
     places = ["--pipeline.path", str(world / PIPELINE), "--rewards.dina.path", str(world / REWARD)]
-    steps = ["--rollout.num-steps", "4", "--rollout.window-steps", "2", "--rollout.prompts-per-iteration", "2"]
-    sizes = ["--rollout.group-size", "2", "--rollout.groups-per-call", "2", "--learner.micro-batch-size", "2"]
-    golden = [
-        "--golden.every",
-        "1",
-        "--golden.dev-samples",
-        "2",
-        "--golden.test-samples",
-        "2",
-        "--golden.guidances",
-        "1.0",
-    ]
-    few = ["--golden.aligned-guidances", "1.0", "--checkpoint-every", "1", "--learner.updates-per-iteration", "1"]
-    short = [
-        "--iterations",
-        "2",
-        "--learner.lora.rank",
-        "2",
-        "--workers.learner-ranks",
-        "1",
-        "--golden.batch-size",
-        "2",
-    ]
-    return ["--config", str(PRESET), "--inline", *places, *steps, *sizes, *golden, *few, *short]
+    steps = "--rollout.num-steps 4 --rollout.window-steps 2 --rollout.prompts-per-iteration 2 --rollout.group-size 2 "
+    steps += "--rollout.groups-per-call 2 --learner.micro-batch-size 2"
+    golden = "--golden.every 1 --golden.dev-samples 2 --golden.test-samples 2 --golden.batch-size 2"
+    guidances = "--golden.guidances 1.0 --golden.aligned-guidances 1.0"
+    short = "--iterations 2 --checkpoint-every 1 --learner.updates-per-iteration 1 --learner.lora.rank 2"
+    settings = f"{steps} {golden} {guidances} {short} --workers.learner-ranks 1".split()
+    return ["--config", str(PRESET), "--inline", *places, *settings]
 
 
 PRESET = Path(__file__).resolve().parents[2] / "configs" / "shapes_flow_grpo_fast.yaml"
