@@ -32,7 +32,8 @@ def listening() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     listen()
     try:
-        yield
+        with _unwrapped():
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
         _Signal.came = False
@@ -55,9 +56,24 @@ def heard() -> Iterator[None]:
     try:
         if _Signal.came:
             raise Terminated
-        yield
+        with _unwrapped():
+            yield
     finally:
         _Signal.interrupts = before
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """What a signal raised, out of Ray's compiled calls too.
+
+    Where one has its result already, it returns that although the handler raised inside it: to Python a SystemError.
+    """
+    try:
+        yield
+    except SystemError as error:
+        if isinstance(error.__cause__, Terminated | KeyboardInterrupt):
+            raise error.__cause__ from None
+        raise
 
 
 def _on_signal(_number: int, _frame: FrameType | None) -> None:

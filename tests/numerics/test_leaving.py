@@ -12,7 +12,7 @@ from dina_rl.alignment.loop import align
 from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import load_tensors
-from dina_rl.cli import EXIT_TERMINATED, interruptible
+from dina_rl.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, interruptible
 from dina_rl.errors import WorkLost
 from dina_rl.storage import StorageFailed
 from dina_rl.termination import Terminated, deferred, heard, listening
@@ -136,3 +136,24 @@ def test_sigterm_interrupts_unless_deferred_and_ends_a_program_with_its_own_code
     assert signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(Terminated), listening():
         terminate()
+
+
+def terminate_in_a_compiled_call():
+    """As Ray's, which has its result when the signal comes."""
+    try:
+        terminate()
+    except Terminated as raised:
+        raise SystemError("returned a result with an exception set") from raised
+
+
+def test_sigterm_is_heard_out_of_a_compiled_call_that_returns_all_the_same(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end, interruptible(tmp_path):
+        terminate_in_a_compiled_call()
+    assert (end.value.code, capsys.readouterr().err.count("\n")) == (EXIT_TERMINATED, 2)
+    with pytest.raises(Terminated), listening(), deferred(), heard():
+        terminate_in_a_compiled_call()
+    with pytest.raises(SystemError), listening():
+        raise SystemError("of another kind")
+    with pytest.raises(SystemExit) as end, interruptible(tmp_path):
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+    assert end.value.code == EXIT_INTERRUPTED
