@@ -1,11 +1,11 @@
 """DeepSpeed behind the library's `Engine` Protocol: the one module that imports deepspeed.
 
-Checkpoints leave here as whole plain tensors under parameter names, never as DeepSpeed's pickled shards, so a run
-resumes on any number of ranks and ZeRO stage.
+Checkpoints leave here as whole plain tensors under parameter names, each from one rank, never as DeepSpeed's pickled
+shards, so a run resumes on any number of ranks and ZeRO stage.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import deepspeed
 import torch
@@ -19,7 +19,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from dina_rl.adamw import MOMENTS
-from dina_rl.alignment.engine import build_optimizer, set_rate
+from dina_rl.alignment.engine import build_optimizer, set_rate, share
 from dina_rl.backbones.lora import trainable
 from dina_rl.backbones.trained import check_names, copy_in, copy_out, trained_parameters
 from dina_rl.config import LearnerConfig
@@ -40,6 +40,9 @@ class DeepSpeedEngine:
 
     def __init__(self, policy: nn.Module, config: LearnerConfig, *, persistence_threshold: int = 100_000) -> None:
         _adopt_process_group()
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+        self.mine = share(trained_parameters(policy), self.rank, self.world_size)  # stage 3 leaves them no sizes
         self._policy = policy
         self._stage = config.zero_stage
         self._max_grad_norm = config.max_grad_norm
@@ -66,8 +69,6 @@ class DeepSpeedEngine:
                 "steps_per_print": None,
             },
         )
-        self.rank = torch.distributed.get_rank()
-        self.world_size = torch.distributed.get_world_size()
         self._create_moments()
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
@@ -78,11 +79,12 @@ class DeepSpeedEngine:
         self.module.step()
         return float(self._norm if self._stage == 0 else self.module.get_global_grad_norm())
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self, names: Container[str] | None = None) -> dict[str, torch.Tensor]:
         state = {}
         for name, parameter in trained_parameters(self._policy).items():  # one by one: whole, they may not fit a GPU
             with deepspeed.zero.GatheredParameters([parameter]):
-                state[name] = copy_out(parameter)
+                if names is None or name in names:
+                    state[name] = copy_out(parameter)
         return state
 
     def load_weights(self, state: dict[str, torch.Tensor]) -> None:
@@ -96,6 +98,7 @@ class DeepSpeedEngine:
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         tensors = {"step": self._shards()[0]["step"].cpu().clone()}
+        mine = {id(parameter) for name, parameter in trained_parameters(self._policy).items() if name in self.mine}
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
                 whole = (
@@ -103,7 +106,8 @@ class DeepSpeedEngine:
                     if self._stage == 0
                     else safe_get_full_optimizer_state(parameter, moment)
                 )
-                tensors[f"{name}.{moment}"] = whole.cpu().clone()
+                if id(parameter) in mine:
+                    tensors[f"{name}.{moment}"] = whole.cpu().clone()
         return tensors
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ from actors.handles import Actor, AnyRef, Handle, both
 from actors.losses import losses_told
 from actors.placement import ActorOptions, Placement
 from actors.pool import Pool
-from actors.remote import RemoteRollout, RemoteWeights
+from actors.remote import RemoteRollout, RemoteWeights, in_parts
 from actors.rollout import RolloutActor
 from actors.scorer import ScorerActor
 from actors.shifts import Shifts
@@ -78,7 +78,7 @@ class RayExperience:
         self._part_bytes = workers.weights_part_mib * 2**20
         self._shifts = shifts
         self._has_text_workers = workers.text_workers > 0
-        self._unsent: tuple[ray.ObjectRef[PolicyWeights], ...] = ()
+        self._unsent: RemoteWeights | None = None
 
         def text(options: ActorOptions) -> Handle[TextActor]:
             return ray.remote(**options)(TextActor).remote(run)
@@ -156,10 +156,10 @@ class RayExperience:
         ]
 
     def publish(self, weights: RemoteWeights | PolicyWeights) -> None:
-        if isinstance(weights, RemoteWeights):
-            self._unsent = weights.parts
-        else:
-            self._unsent = tuple(ray.put(part) for part in weights.split(self._part_bytes))
+        if isinstance(weights, PolicyWeights):
+            parts = tuple(ray.put(part) for part in in_parts(weights.tensors, self._part_bytes))
+            weights = RemoteWeights(version=weights.version, parts=parts, timeout_s=self._timeout_s)
+        self._unsent = weights
 
     @losses_told()
     def measure(self, items: Sequence[EvaluationItem]) -> Measurement:
@@ -231,14 +231,16 @@ class RayExperience:
         return list(results) if self._shifts.in_turns else results
 
     def _send_weights(self) -> None:
-        parts, self._unsent = self._unsent, ()
+        unsent, self._unsent = self._unsent, None
+        if unsent is None:
+            return
+        version, parts = unsent.version, unsent.parts
 
         def load(actor: Handle[RolloutActor]) -> AnyRef:
             # In order, one at a time; the actor refuses what follows a part that it did not get.
-            return [actor.load_weights.remote(part) for part in parts][-1]
+            return [actor.load_weights.remote(version, n, len(parts), part) for n, part in enumerate(parts)][-1]
 
-        if parts:
-            self.rollouts.broadcast(load)
+        self.rollouts.broadcast(load)
 
 
 def _numbered(

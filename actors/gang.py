@@ -116,17 +116,23 @@ class Gang(Generic[Member]):
         address, port = ray.get(meeting_point, timeout=start_timeout_s)
         self._run([handle.join.remote(address, port) for handle in self._handles], start_timeout_s, "rendezvous")
 
-    def call(self, call: Callable[[Handle[Member]], ray.ObjectRef[Result]]) -> ray.ObjectRef[Result]:
-        """Submit `call` to every rank and wait for all; returns rank 0's finished result.
+    def call(self, call: Callable[[Handle[Member]], ray.ObjectRef[Result]]) -> list[ray.ObjectRef[Result]]:
+        """Submit `call` to every rank and wait for all; returns their finished results, in order.
 
         Raises:
             GangLost: a rank died or exceeded the limit; all ranks are killed.
             ray.exceptions.RayTaskError: a rank raised; all ranks are killed, since the others may wait for it forever.
-        ray.exceptions.ObjectLostError: what they were to read was lost with its node; all ranks are killed.
+            ray.exceptions.ObjectLostError: what they were to read was lost with its node; all ranks are killed.
         """
-        refs = [call(handle) for handle in self._handles]
-        self._run(refs, self._call_timeout_s, "call")
-        return refs[0]
+        return [ref for (ref,) in self.call_often(call, [1] * len(self._handles))]
+
+    def call_often(
+        self, call: Callable[[Handle[Member]], ray.ObjectRef[Result]], times: Sequence[int]
+    ) -> list[list[ray.ObjectRef[Result]]]:
+        """As `call`, but so many times of each rank, one after the other."""
+        refs = [[call(handle) for _ in range(count)] for handle, count in zip(self._handles, times, strict=True)]
+        self._run([ref for of_rank in refs for ref in of_rank], self._call_timeout_s, "call")
+        return refs
 
     def shutdown(self) -> None:
         """Kill all ranks."""

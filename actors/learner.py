@@ -1,13 +1,14 @@
 """The learner actor: one rank of `PolicyLearner`."""
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import ray
 import torch
 
 from actors.gang import GangMember
+from actors.remote import StoredTensors, in_parts
 from actors.shifts import OnSharedGPU
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
@@ -15,18 +16,20 @@ from dina_rl.config import AlignRun
 from dina_rl.errors import opening
 from dina_rl.runtime import configure_process
 from dina_rl.sleep import SharedGPU
-from dina_rl.types import PolicyWeights, Rollout, TrainingGroup
+from dina_rl.types import Rollout, TrainingGroup
+
+Offering = Literal["policy", "average", "state"]
 
 
 class LearnerActor(GangMember, OnSharedGPU):
-    """A rank of the gang. What every rank computes alike is sent to the driver by rank 0 alone."""
+    """A rank of the gang. Of weights and state each rank gives its share, in parts."""
 
     def __init__(self, rank: int, run: AlignRun) -> None:
         super().__init__(rank, run.workers.learner_ranks, timeout_s=run.workers.call_timeout_s)
         configure_process(run.workers.threads_per_actor)
         self._run = run
         self._learner: PolicyLearner
-        self._offered: dict[int, PolicyWeights] = {}
+        self._offered: deque[StoredTensors] = deque()
         self._gpu = SharedGPU(sleeps=run.workers.sleep)
 
     @ray.method
@@ -65,24 +68,29 @@ class LearnerActor(GangMember, OnSharedGPU):
         return self._learner.update(iteration, groups, kl_scale)
 
     @ray.method
-    def offer(self, which: Literal["policy", "average"]) -> tuple[int, int]:
-        """Get the weights ready to be taken part by part; returns their version and the number of parts."""
-        weights = self._learner.policy() if which == "policy" else self._learner.average()
-        self._offered = dict(enumerate(weights.split(self._run.workers.weights_part_mib * 2**20)))
-        return weights.version, len(self._offered)
+    def offer(self, what: Offering) -> tuple[int, int]:
+        """Get this rank's share ready to be taken part by part; returns the weights' version and the number of parts.
+
+        All ranks must be asked.
+        """
+        self._offered.clear()  # the new offer needs its room
+        learner = self._learner
+        match what:
+            case "policy":
+                tensors = learner.policy().tensors
+            case "average":
+                tensors = learner.average().tensors
+            case "state":
+                tensors = learner.state()
+        self._offered.extend(in_parts(tensors, self._run.workers.weights_part_mib * 2**20))
+        return learner.version, len(self._offered)
 
     @ray.method
-    def take(self, part: int) -> PolicyWeights:
-        """One of the parts offered last; it is not kept. Only rank 0's holds tensors."""
-        taken = self._offered.pop(part)
-        return taken if self.rank == 0 else replace(taken, tensors={})
+    def take(self) -> StoredTensors:
+        """The next part of what was offered last; it is not kept."""
+        return self._offered.popleft()
 
     @ray.method
-    def state(self) -> dict[str, torch.Tensor]:
-        """The learner's state; empty but on rank 0."""
-        state = self._learner.state()
-        return state if self.rank == 0 else {}
-
-    @ray.method
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self._learner.load_state(state)
+    def load_state(self, *parts: StoredTensors) -> None:
+        """Go on from all ranks' shares of a state."""
+        self._learner.load_state({name: tensor for part in parts for name, tensor in part.tensors.items()})

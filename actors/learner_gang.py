@@ -3,23 +3,21 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import ray
 import torch
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from actors.gang import Gang, GangLost
-from actors.handles import Handle
-from actors.learner import LearnerActor
+from actors.learner import LearnerActor, Offering
 from actors.losses import losses_told
 from actors.placement import Placement
-from actors.remote import RemoteRollout, RemoteWeights
+from actors.remote import Part, RemoteRollout, RemoteWeights, brought_here, in_parts
 from actors.shifts import Shifts
 from dina_rl.config import AlignRun
 from dina_rl.errors import RunStopped
-from dina_rl.types import PolicyWeights, Rollout
+from dina_rl.types import Rollout
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +37,10 @@ class RemoteUpdate:
     objects: tuple[ray.ObjectRef[list[Rollout]] | ray.ObjectRef[torch.Tensor] | None, ...]
 
     def on(self, gang: Gang[LearnerActor]) -> ray.ObjectRef[dict[str, float]]:
-        """Make it; returns its metrics."""
+        """Make it; returns its metrics, which all ranks compute alike."""
         return gang.call(
             lambda rank: rank.update.remote(self.iteration, self.picks, self.advantages, self.kl_scale, *self.objects)
-        )
+        )[0]
 
 
 class RayLearner:
@@ -50,8 +48,8 @@ class RayLearner:
 
     When a rank is lost, the new gang loads the snapshot (weights, moments, average), makes these updates again in their
     order, and then the call that was lost, so that a run with losses ends with the numbers of a run without. A snapshot
-    is made every `workers.snapshot_every` updates, and whenever somebody asks for the state. It lies on rank 0's node,
-    the rollouts on theirs: where a node takes them along, every method raises `WorkLost`.
+    is made every `workers.snapshot_every` updates, and whenever somebody asks for the state. Of it each rank's share
+    lies on that rank's node, and rollouts on theirs: where a node takes them along, every method raises `WorkLost`.
     """
 
     def __init__(self, run: AlignRun, placement: Placement, shifts: Shifts) -> None:
@@ -59,7 +57,7 @@ class RayLearner:
         self._run = run
         self._placement = placement
         self._shifts = shifts
-        self._snapshot: ray.ObjectRef[State] | None = None  # None: as built from the configuration's seed
+        self._snapshot: tuple[Part, ...] | None = None  # None: as built from the configuration's seed
         self._since: list[RemoteUpdate] = []  # in order
         self._gang: Gang[LearnerActor] | None = None  # between a loss and the next call
         while self._gang is None:
@@ -90,17 +88,23 @@ class RayLearner:
 
     @losses_told()
     def policy(self) -> RemoteWeights:
-        return self._weights("policy")
+        return self._shares("policy")
 
     @losses_told()
     def average(self) -> RemoteWeights:
-        return self._weights("average")
+        return self._shares("average")
 
-    def _weights(self, which: Literal["policy", "average"]) -> RemoteWeights:
+    def _shares(self, what: Offering) -> RemoteWeights:
+        """The shares of all ranks, each in the store of its node."""
+
         def take_parts(gang: Gang[LearnerActor]) -> RemoteWeights:
-            version, count = self._fetch(gang.call(lambda rank: rank.offer.remote(which)))
-            parts = tuple(gang.call(partial(_take, part)) for part in range(count))
-            return RemoteWeights(version=version, parts=parts, timeout_s=self._run.workers.call_timeout_s)
+            offers = [self._fetch(offer) for offer in gang.call(lambda rank: rank.offer.remote(what))]
+            taken = gang.call_often(lambda rank: rank.take.remote(), [count for _, count in offers])
+            return RemoteWeights(
+                version=offers[0][0],
+                parts=tuple(part for of_rank in taken for part in of_rank),
+                timeout_s=self._run.workers.call_timeout_s,
+            )
 
         return self._survive(take_parts)
 
@@ -109,17 +113,18 @@ class RayLearner:
         if self._snapshot is None or self._since:
             self._take_snapshot()
         assert self._snapshot is not None
-        return self._fetch(self._snapshot)
+        return brought_here(self._snapshot, timeout_s=self._run.workers.call_timeout_s)
 
     @losses_told()
     def load_state(self, state: State) -> None:
-        kept = self._snapshot = ray.put(state)
+        part_bytes = self._run.workers.weights_part_mib * 2**20
+        kept = self._snapshot = tuple(ray.put(part) for part in in_parts(state, part_bytes))
         self._since = []
-        self._survive(lambda gang: gang.call(lambda rank: rank.load_state.remote(kept)))
+        self._survive(lambda gang: gang.call(lambda rank: rank.load_state.remote(*kept)))
 
     def _take_snapshot(self) -> None:
         """The state as it is; the updates that led to it, and with them their rollouts, are no longer needed."""
-        self._snapshot = self._survive(lambda gang: gang.call(lambda rank: rank.state.remote()))
+        self._snapshot = self._shares("state").parts
         self._since = []
 
     def shutdown(self) -> None:
@@ -138,7 +143,7 @@ class RayLearner:
         gang.call(lambda rank: rank.build.remote())
         kept = self._snapshot
         if kept is not None:
-            gang.call(lambda rank: rank.load_state.remote(kept))
+            gang.call(lambda rank: rank.load_state.remote(*kept))
         for update in self._since:
             update.on(gang)
         return gang
@@ -187,7 +192,3 @@ class RayLearner:
 
     def _fetch(self, ref: ray.ObjectRef[Result]) -> Result:
         return ray.get(ref, timeout=self._run.workers.call_timeout_s)
-
-
-def _take(part: int, rank: Handle[LearnerActor]) -> ray.ObjectRef[PolicyWeights]:
-    return rank.take.remote(part)

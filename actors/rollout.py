@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import ray
 
+from actors.remote import StoredTensors
 from actors.shifts import OnSharedGPU
 from dina_rl.alignment.measurement import EvaluationItem, EvaluationSamples
 from dina_rl.alignment.rollout import RolloutWorker
@@ -32,7 +33,9 @@ class RolloutActor(OnSharedGPU):
         self._worker = RolloutWorker(self._run)
 
     @ray.method
-    def load_weights(self, weights: PolicyWeights) -> int:
+    def load_weights(self, version: int, number: int, parts: int, part: StoredTensors) -> int:
+        """Part `number` of `parts`, in order; the one that comes last makes these the weights to sample with."""
+        weights = PolicyWeights(version=version, tensors=part.tensors, part=number, parts=parts)
         return self._worker.load_weights(weights)
 
     @ray.method

@@ -84,21 +84,6 @@ class PolicyWeights:
     part: int = 0  # number of this part, of `parts` in all
     parts: int = 1
 
-    def split(self, part_bytes: int) -> "list[PolicyWeights]":
-        """The same weights in parts of about `part_bytes`, at least one tensor each, in order."""
-        parts: list[dict[str, torch.Tensor]] = [{}]
-        size = 0
-        for name, tensor in self.tensors.items():
-            if parts[-1] and size + tensor.nbytes > part_bytes:
-                parts.append({})
-                size = 0
-            parts[-1][name] = tensor
-            size += tensor.nbytes
-        return [
-            PolicyWeights(version=self.version, tensors=tensors, part=number, parts=len(parts))
-            for number, tensors in enumerate(parts)
-        ]
-
 
 class Rollout(Protocol):
     """What every algorithm's record of one group's rollout holds; the rest of it is the algorithm's own business."""

@@ -1,6 +1,6 @@
 """What the learner needs of a training engine, and the plain one; DeepSpeed's is `actors/engine.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from dina_rl.adamw import MOMENTS
 from dina_rl.backbones.lora import trainable
-from dina_rl.backbones.trained import load_trained_state, trained_state
+from dina_rl.backbones.trained import load_trained_state, trained_parameters, trained_state
 from dina_rl.config import LearnerConfig
 
 
@@ -22,6 +22,8 @@ class Engine(Protocol):
     module: nn.Module  # what to call forward on
     rank: int
     world_size: int
+    mine: frozenset[str]
+    """Names of the trained tensors that leave this rank's process. Each is one rank's, see `share`."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate gradients; `last` marks the final call before `step`."""
@@ -31,17 +33,22 @@ class Engine(Protocol):
         """Average over ranks, clip, update, clear. Returns the gradient norm before clipping."""
         ...
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The whole trained part, CPU fp32, on every rank. All ranks must call it."""
+    def weights(self, names: Container[str] | None = None) -> dict[str, torch.Tensor]:
+        """The trained part, CPU fp32, or what `names` holds of it. All ranks must call it, each with names it likes."""
         ...
 
     def load_weights(self, state: dict[str, torch.Tensor]) -> None: ...
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """`<parameter>.exp_avg`, `<parameter>.exp_avg_sq` in full size and one `step`, whatever the sharding."""
+        """`<parameter>.exp_avg`, `<parameter>.exp_avg_sq` in full size of what is `mine`, and `step`.
+
+        All ranks must call it.
+        """
         ...
 
-    def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None: ...
+    def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take it over from all ranks' together."""
+        ...
 
     def reduce(self, values: Sequence[float], operation: str) -> list[float]:
         """`sum` or `max` of each value over ranks."""
@@ -51,6 +58,21 @@ class Engine(Protocol):
 def build_optimizer(parameters: Sequence[nn.Parameter], config: LearnerConfig) -> torch.optim.AdamW:
     """The optimizer of every engine."""
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def share(parameters: Mapping[str, nn.Parameter], rank: int, world_size: int) -> frozenset[str]:
+    """Names of a rank's part of the parameters: neighbours, and about as many numbers as any other rank's.
+
+    No part leaves a process, or is copied to its host's memory, more than once.
+    """
+    total = sum(parameter.numel() for parameter in parameters.values())
+    names, before = set(), 0
+    for name, parameter in parameters.items():
+        middle = before + parameter.numel() / 2
+        if int(middle * world_size / total) == rank:
+            names.add(name)
+        before += parameter.numel()
+    return frozenset(names)
 
 
 def set_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
@@ -67,6 +89,7 @@ class TorchEngine:
 
     def __init__(self, module: nn.Module, config: LearnerConfig) -> None:
         self.module = module
+        self.mine = share(trained_parameters(module), self.rank, self.world_size)
         self._parameters = trainable(module)
         self._max_grad_norm = config.max_grad_norm
         self._optimizer = build_optimizer(list(self._parameters.values()), config)
@@ -81,8 +104,8 @@ class TorchEngine:
         self._optimizer.zero_grad()
         return float(norm)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        return trained_state(self.module)
+    def weights(self, names: Container[str] | None = None) -> dict[str, torch.Tensor]:
+        return trained_state(self.module, names)
 
     def load_weights(self, state: dict[str, torch.Tensor]) -> None:
         load_trained_state(self.module, state)

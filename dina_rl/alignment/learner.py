@@ -30,7 +30,8 @@ class PolicyLearner:
         self.run = run
         self._policy = Policy(run, make_engine)
         self._objective = open_algorithm(run).objective(self._policy)
-        self._ema = WeightsEMA(self._policy.engine.weights(), run.learner.ema_decay)
+        engine = self._policy.engine
+        self._ema = WeightsEMA(engine.weights(engine.mine), run.learner.ema_decay)
         self.version = 0
 
     def update(
@@ -106,11 +107,12 @@ class PolicyLearner:
 
     def _take_step(self) -> float:
         """One optimizer update; returns the gradient norm."""
-        norm = self._policy.engine.step(self._rate(self.version))
+        engine = self._policy.engine
+        norm = engine.step(self._rate(self.version))
         if not torch.isfinite(torch.tensor(norm)):
             raise RunStopped(f"the gradient norm is {norm} at policy version {self.version}; the update is void")
         self.version += 1
-        self._ema.update(self._policy.engine.weights())
+        self._ema.update(engine.weights(engine.mine))
         return norm
 
     def _rate(self, update: int) -> float:
@@ -128,34 +130,40 @@ class PolicyLearner:
         return means
 
     def policy(self) -> PolicyWeights:
-        """The weights to sample with. All ranks must call it."""
+        """This rank's share of the weights to sample with. All ranks must call it."""
         return PolicyWeights(version=self.version, tensors=self._objective.sampling_weights())
 
     def average(self) -> PolicyWeights:
-        """The averaged weights, to evaluate and export."""
+        """This rank's share of the averaged weights, to evaluate and export."""
         return PolicyWeights(
             version=self.version, tensors={name: tensor.clone() for name, tensor in self._ema.state.items()}
         )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that a resumed run needs, as plain tensors that fit any number of ranks. All ranks must call it."""
+        """This rank's share of all that a resumed run needs. All ranks must call it.
+
+        The shares together are whole plain tensors that fit any number of ranks; each is in one share, but for counts.
+        """
+        engine = self._policy.engine
         return {
             "version": torch.tensor(self.version),
             "ema_updates": torch.tensor(self._ema.updates),
-            **{f"policy/{name}": tensor for name, tensor in self._policy.engine.weights().items()},
+            **{f"policy/{name}": tensor for name, tensor in engine.weights(engine.mine).items()},
             **{f"ema/{name}": tensor.clone() for name, tensor in self._ema.state.items()},
-            **{f"optimizer/{name}": tensor for name, tensor in self._policy.engine.optimizer_state().items()},
+            **{f"optimizer/{name}": tensor for name, tensor in engine.optimizer_state().items()},
             **{f"objective/{name}": tensor for name, tensor in self._objective.state().items()},
         }
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue exactly where `state()` was taken."""
+        """Continue exactly where `state()` was taken, on all ranks' shares together."""
 
         def under(prefix: str) -> dict[str, torch.Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
+        engine, average = self._policy.engine, under("ema/")
         self.version = int(state["version"])
-        self._policy.engine.load_weights(under("policy/"))
-        self._policy.engine.load_optimizer_state(under("optimizer/"))
+        engine.load_weights(under("policy/"))
+        engine.load_optimizer_state(under("optimizer/"))
         self._objective.load_state(under("objective/"))
-        self._ema = WeightsEMA(under("ema/"), self.run.learner.ema_decay, int(state["ema_updates"]))
+        mine = {name: average[name] for name in average if name in engine.mine}
+        self._ema = WeightsEMA(mine, self.run.learner.ema_decay, int(state["ema_updates"]))

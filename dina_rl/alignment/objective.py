@@ -62,15 +62,15 @@ class Objective(Protocol[Trained]):
         ...
 
     def sampling_weights(self) -> dict[str, torch.Tensor]:
-        """The trained part to sample with from now on, CPU fp32."""
+        """The trained part to sample with from now on, CPU fp32: this rank's share, see `Engine.mine`."""
         ...
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What the objective itself remembers between iterations."""
+        """What the objective itself remembers between iterations, of weights this rank's share."""
         ...
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Continue exactly where `state()` was taken."""
+        """Continue exactly where `state()` was taken, on all ranks' shares together."""
         ...
 
 
@@ -85,7 +85,8 @@ class SamplesItself:
     def after_updates(self, updates: int) -> None: ...
 
     def sampling_weights(self) -> dict[str, torch.Tensor]:
-        return self._policy.engine.weights()
+        engine = self._policy.engine
+        return engine.weights(engine.mine)
 
     def state(self) -> dict[str, torch.Tensor]:
         return {}

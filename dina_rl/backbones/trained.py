@@ -3,7 +3,7 @@
 Both kinds travel, average and resume alike: as tensors by name, fp32, on the CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import torch
@@ -55,9 +55,10 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace(f".{ADAPTER}.", "."): value for name, value in named.items() if ".lora_" in name}
 
 
-def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A CPU fp32 copy of the trained part."""
-    return {name: copy_out(parameter) for name, parameter in trained_parameters(module).items()}
+def trained_state(module: nn.Module, names: Container[str] | None = None) -> dict[str, torch.Tensor]:
+    """A CPU fp32 copy of the trained part, or of what `names` holds of it."""
+    parameters = trained_parameters(module)
+    return {name: copy_out(parameter) for name, parameter in parameters.items() if names is None or name in names}
 
 
 def load_trained_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -62,7 +62,7 @@ def gang(handles, call_timeout_s: float) -> Iterator[Gang]:
         return handles[-1]
 
     gang = Gang(spawn, 2, name="learner", start_timeout_s=120, call_timeout_s=call_timeout_s)
-    assert ray.get(gang.call(lambda rank: rank.total.remote()), timeout=60) == 3
+    assert ray.get(gang.call(lambda rank: rank.total.remote()), timeout=60) == [3, 3]
     # Where its ranks meet others of the cluster come to, and nobody from the machine's other networks.
     assert ray.get(handles[0].listens_at.remote(), timeout=60) == {ray.util.get_node_ip_address()}
     yield gang

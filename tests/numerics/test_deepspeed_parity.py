@@ -125,7 +125,10 @@ class Rank(GangMember):
         return train_nft(learner, groups)
 
     def state(self) -> tuple[State, State]:
-        return self.engine.weights(), self.engine.optimizer_state()
+        return self.engine.weights(self.engine.mine), self.engine.optimizer_state()
+
+    def whole_weights(self) -> State:
+        return self.engine.weights()
 
     def load(self, adapter: State, optimizer: State) -> None:
         self.engine.load_weights(adapter)
@@ -158,12 +161,26 @@ def plain() -> Run:
     return Run(norms=norms, adapter=engine.weights(), optimizer=engine.optimizer_state(), interrupted=interrupted)
 
 
-Call = Callable[..., object]
+Call = Callable[..., list]
+
+
+def together(shares: Sequence[State]) -> State:
+    """What the ranks' shares are together. Nothing but a count is in two, and every rank has some."""
+    names = [name for share in shares for name, tensor in share.items() if tensor.ndim]
+    assert len(names) == len(set(names))
+    assert all(any(tensor.ndim for tensor in share.values()) for share in shares)
+    return {name: tensor for share in shares for name, tensor in share.items()}
+
+
+def state_of(ranks: Call) -> tuple[State, State]:
+    """All weights and moments."""
+    weights, moments = zip(*ranks("state"), strict=True)
+    return together(weights), together(moments)
 
 
 @contextmanager
 def open_gang(size: int) -> Iterator[Call]:
-    """`call(method, *args)` calls all ranks of a gang and returns rank 0's value."""
+    """`call(method, *args)` calls all ranks of a gang and returns the value of each."""
 
     def spawn(rank: int) -> ray.actor.ActorHandle:
         options = actor_options(WorkersConfig(), num_gpus=0)
@@ -171,7 +188,7 @@ def open_gang(size: int) -> Iterator[Call]:
 
     gang = Gang(spawn, size, name="learner", start_timeout_s=180, call_timeout_s=120)
 
-    def call(method: str, *args: object) -> object:
+    def call(method: str, *args: object) -> list:
         return ray.get(gang.call(lambda handle: getattr(handle, method).remote(*args)), timeout=60)
 
     yield call
@@ -193,10 +210,10 @@ def trained(ranks) -> Callable[[int], Run]:
     def run(stage: int) -> Run:
         if stage not in runs:
             ranks("build", stage)
-            norms = ranks("train", range(INTERRUPTED_AFTER))
-            interrupted = ranks("state")
-            norms += ranks("train", range(INTERRUPTED_AFTER, STEPS))
-            adapter, optimizer = ranks("state")
+            norms, _ = ranks("train", range(INTERRUPTED_AFTER))
+            interrupted = state_of(ranks)
+            norms += ranks("train", range(INTERRUPTED_AFTER, STEPS))[0]
+            adapter, optimizer = state_of(ranks)
             runs[stage] = Run(norms=norms, adapter=adapter, optimizer=optimizer, interrupted=interrupted)
         return runs[stage]
 
@@ -228,7 +245,7 @@ def test_a_restored_run_continues_exactly(stage, trained, ranks):
     ranks("build", stage)
     ranks("load", *run.interrupted)
     ranks("train", range(INTERRUPTED_AFTER, STEPS))
-    adapter, optimizer = ranks("state")
+    adapter, optimizer = state_of(ranks)
     assert_same_tensors(adapter, run.adapter)
     assert_same_tensors(optimizer, run.optimizer)
 
@@ -237,7 +254,7 @@ def test_a_checkpoint_of_plain_torch_continues_under_zero_3(plain, ranks):
     ranks("build", 3)
     ranks("load", *plain.interrupted)
     ranks("train", range(INTERRUPTED_AFTER, STEPS))
-    adapter, optimizer = ranks("state")
+    adapter, optimizer = state_of(ranks)
     assert_close(adapter, plain.adapter)
     assert_close(optimizer, plain.optimizer)
 
@@ -248,7 +265,7 @@ def test_the_reference_is_the_base_model_after_training_too(stage, ranks):
     expected = reference_output(TorchEngine(module, config(0)), module)
     ranks("build", stage)
     ranks("train", range(1))
-    torch.testing.assert_close(ranks("reference_output"), expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(ranks("reference_output")[0], expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +279,11 @@ def plain_whole() -> tuple[list[float], State, State]:
 def test_training_all_weights_equals_plain_torch(stage, plain_whole, ranks):
     norms, weights, moments = plain_whole
     ranks("build", stage, True)
-    assert ranks("train", range(2)) == pytest.approx(norms, abs=1e-5)
-    ours, optimizer = ranks("state")
+    for found in ranks("train", range(2)):
+        assert found == pytest.approx(norms, abs=1e-5)
+    ours, optimizer = state_of(ranks)
+    for everything in ranks("whole_weights"):
+        assert_same_tensors(everything, ours)
     assert_close(ours, weights)
     assert_close(optimizer, moments)
     assert len(ours) == sum(1 for _ in policy(whole=True).parameters())
@@ -285,20 +305,20 @@ def test_nft_and_its_sampling_copy_equal_plain_torch(stage, whole, nft, ranks):
     lora = None if whole else run.learner.lora
     run = run.model_copy(update={"learner": run.learner.model_copy(update={"zero_stage": stage, "lora": lora})})
     expected = train_nft(PolicyLearner(run, lambda module: TorchEngine(module, run.learner)), groups)
-    assert_close(ranks("train_nft", run, groups), expected)
+    assert_close(together(ranks("train_nft", run, groups)), expected)
 
 
 def test_metrics_are_reduced_over_ranks(ranks):
     ranks("build", 0)
-    assert ranks("reduce") == [[1 + 2, 0 - 1], [2, 0]]
+    assert ranks("reduce") == [[[1 + 2, 0 - 1], [2, 0]]] * 2
 
 
 def test_a_rank_alone_equals_plain_torch_too(plain, ray_local):
     """The laptop's gang, at the default stage: nothing is split, and a sum over ranks has one term."""
     with open_gang(1) as alone:
         alone("build", LearnerConfig().zero_stage)
-        assert alone("train", range(STEPS)) == pytest.approx(plain.norms, abs=1e-5)
-        adapter, optimizer = alone("state")
-        assert alone("reduce") == [[1, 0], [1, 0]]
+        assert alone("train", range(STEPS)) == [pytest.approx(plain.norms, abs=1e-5)]
+        adapter, optimizer = state_of(alone)
+        assert alone("reduce") == [[[1, 0], [1, 0]]]
     assert_close(adapter, plain.adapter)
     assert_close(optimizer, plain.optimizer)

@@ -244,7 +244,8 @@ class NFTObjective:
             self._old[name].lerp_(tensor, 1 - kept)
 
     def sampling_weights(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in self._old.items()}
+        mine = self._policy.engine.mine
+        return {name: tensor.clone() for name, tensor in self._old.items() if name in mine}
 
     def state(self) -> dict[str, torch.Tensor]:
         return self.sampling_weights()
