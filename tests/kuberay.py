@@ -1,7 +1,7 @@
-"""The fields of a Kubernetes manifest that ours have, and no others: a misspelt one is refused, as by a server.
+"""The fields of a Kubernetes manifest that ours have, and no others: a misspelt one is refused, as by `kubectl apply`.
 
 Names and kinds are those of KubeRay 1.6's reference of ray.io/v1 and of Kubernetes' core/v1. Of the fields' own rules
-there stand those that a server checks: names of DNS labels, quantities, modes, requests equal to limits of a GPU.
+there stand those that a server or KubeRay's operator checks: names, quantities, modes, what goes with what.
 """
 
 from decimal import Decimal
@@ -13,6 +13,9 @@ from pydantic.alias_generators import to_camel
 from dina_rl.textfiles import parse_yaml
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+NAMES_STARTING_PODS = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+ClusterName = Annotated[str, Field(pattern=NAMES_STARTING_PODS, max_length=53)]
+JobName = Annotated[str, Field(pattern=NAMES_STARTING_PODS, max_length=47)]
 Quantity = Annotated[str, Field(pattern=r"^[1-9]\d*(m|Ki|Mi|Gi|Ti)?$")]
 Count = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(gt=0, lt=65_536)]
@@ -27,8 +30,20 @@ class Part(BaseModel):
     )
 
 
+TOKENS_SINCE = (2, 52, 0)
+"""Ray's version whose token the operator sets."""
+
+
 class Metadata(Part):
     name: Name
+
+
+class ClusterMetadata(Part):
+    name: ClusterName
+
+
+class JobMetadata(Part):
+    name: JobName
 
 
 class Key(Part):
@@ -196,6 +211,11 @@ class Cluster(Part):
     head_group_spec: Head
     worker_group_specs: list[Workers]
 
+    @model_validator(mode="after")
+    def _ray_knows_tokens(self) -> Self:
+        assert tuple(map(int, self.ray_version.split("."))) >= TOKENS_SINCE
+        return self
+
     def total(self, resource: str) -> int:
         """Of the workers, in whole ones."""
         asked = (
@@ -208,7 +228,7 @@ class Cluster(Part):
 class RayCluster(Part):
     api_version: Literal["ray.io/v1"]
     kind: Literal["RayCluster"]
-    metadata: Metadata
+    metadata: ClusterMetadata
     spec: Cluster
 
 
@@ -224,11 +244,16 @@ class Job(Part):
     ttl_seconds_after_finished: Count
     ray_cluster_spec: Cluster
 
+    @model_validator(mode="after")
+    def _what_stays_a_while_ends(self) -> Self:
+        assert self.shutdown_after_job_finishes or not self.ttl_seconds_after_finished
+        return self
+
 
 class RayJob(Part):
     api_version: Literal["ray.io/v1"]
     kind: Literal["RayJob"]
-    metadata: Metadata
+    metadata: JobMetadata
     spec: Job
 
 
@@ -257,7 +282,7 @@ KINDS: dict[str, type[RayCluster] | type[RayJob] | type[StorageClaim]] = {
 
 
 def read(text: str) -> RayCluster | RayJob | StorageClaim:
-    """A manifest. Raises ValueError where a server would refuse it."""
+    """A manifest. Raises ValueError where a server or the operator would refuse it, or it is less safe than ours."""
     values: dict[str, Any] = parse_yaml(text)
     return KINDS[values["kind"]].model_validate(values)
 

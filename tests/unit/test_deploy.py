@@ -91,6 +91,10 @@ def test_every_manifest_is_one_that_a_server_takes() -> None:
         lambda text: text.replace("name: shared, mountPath", "name: other, mountPath"),
         lambda text: text.replace("containerPort: 8265", 'containerPort: "8265"'),
         lambda text: text.replace("0.2.0-cuda", "0.2.0 cuda"),
+        lambda text: text.replace("name: dina-rl-align", "name: 2-dina-rl-align"),
+        lambda text: text.replace("name: dina-rl-align", f"name: dina-rl-align{'-x' * 18}"),
+        lambda text: text.replace("shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false"),
+        lambda text: text.replace('"2.60.0"', '"2.51.0"'),
     ],
 )
 def test_a_damaged_one_is_refused(damage: Callable[[str], str]) -> None:
