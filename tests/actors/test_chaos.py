@@ -1,15 +1,17 @@
 """A few fixed faults of a cluster of three nodes; `benchmarks.chaos` draws them by the hundred.
 
-None that fills the memory: the machine has others.
+None that fills the memory: the machine has others. A cluster that takes it to be full kills as well.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from benchmarks.chaos.__main__ import Usual, tried, undisturbed
 from benchmarks.chaos.faults import Fault, Moment
 from benchmarks.chaos.lab import Lab
+from dina_rl.cli import EXIT_STOPPED
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +36,19 @@ def usual(lab: Lab) -> Usual:
 def test_a_run_ends_with_the_undisturbed_numbers_at_once_or_resumed(lab, usual, name, title, ending):
     fault = Fault(name=name, moment=Moment(title=title, into_loop_s=0.0))
     assert tried(lab, lab.directory / name.replace(" ", "_"), fault, usual).ending == ending
+
+
+def test_where_ray_kills_for_memory_as_often_as_it_is_tried_the_run_ends_with_a_line(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, full=0.001)  # of the machine's: no worker has room
+    try:
+        lab.mend()
+        with lab.attempt(tmp_path / "run", resume=False) as attempt:
+            assert attempt.wait() == EXIT_STOPPED
+    finally:
+        lab.shutdown()
+    said = attempt.said()
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "killed due to the node running low on memory" in last
+    assert last.endswith("replaced 3 times (workers.max_restarts)")
