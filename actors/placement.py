@@ -87,6 +87,17 @@ class Placement:
             remove_placement_group(self._group)
 
 
+def wait_for_room(asked: Sequence[Resources], timeout_s: float) -> None:
+    """Return once the cluster has room for all of it, for somebody who then takes it without saying what is missing.
+
+    Raises:
+        RunStopped: not within `timeout_s` seconds.
+    """
+    group = _reserve(asked, timeout_s)
+    if group is not None:
+        remove_placement_group(group)
+
+
 def _asked(layout: Layout, cpus_per_actor: float) -> Iterator[tuple[Bundle, Resources]]:
     """What each bundle reserves, maybe nothing. Colocated ones are alike, so that any may be the first rank's."""
     most = max(len(bundle.seats) for bundle in layout.bundles)

@@ -14,6 +14,7 @@ import ray
 from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
+from actors.placement import wait_for_room
 from dina_rl.backbones.base import LatentCodec, TextEncoder
 from dina_rl.config import DatasetConfig, FitRun, PipelineConfig
 from dina_rl.data.encode import encode_shard, measure_images
@@ -111,6 +112,7 @@ class RayEncoding:
             yield from ((chunk, measure_images(source, plan.images(chunk))) for chunk in chunks)
             return
         dataset = run.dataset
+        wait_for_room([{"CPU": run.fit.cpus_per_worker}], run.fit.start_timeout_s)
 
         def sizes(chunk: dict[str, Any]) -> dict[str, int | str | list[int] | list[str]]:
             return load_sizes(chunk, dataset)
@@ -142,12 +144,15 @@ def _on_actors(
     """How much of every shard is done, as it is. An actor is made of `arguments` and its number of threads.
 
     Raises:
+        RunStopped: there was no room for the actors within `fit.start_timeout_s`.
         StorageFailed: an actor could not write or read.
         BadInput: the pipeline or the set cannot be opened, or is broken.
     """
     gpus = run.fit.gpus_per_worker
     actors = run.fit.num_workers if gpus else 1  # on a CPU one model with all threads beats two, and starts sooner
     threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
+    needs = {"CPU": run.fit.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    wait_for_room([needs] * actors, run.fit.start_timeout_s)
     announce(f"{actors} encoding actors", sizes(run.pipeline.location, actor.loads, variant=run.pipeline.variant))
     done = ray.data.from_items([{"shard": shard} for shard in shards]).map(
         actor,  # type: ignore[arg-type]  # Ray's annotation knows functions alone, its documentation classes too

@@ -12,6 +12,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.result import Result
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from actors.placement import resources, wait_for_room
 from dina_rl.config import FitRun
 from dina_rl.errors import RunStopped, WorkLost
 from dina_rl.loading import announce
@@ -24,6 +25,9 @@ from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
 from jobs.told import FATAL
 from jobs.train_ranks import MeetingRanks
+
+FOR_DATA = {"CPU": 1.0}
+"""What Ray Data's tasks, which read the latents, need beside the workers: without it they never begin."""
 
 
 class EndsAtOnce(UserCallback):
@@ -47,15 +51,16 @@ class RayTraining:
 
         Raises:
             ValueError, RunStopped: what the fit reads is broken, or it cannot go on; or more workers were lost than
-                `fit.max_failures`.
+                `fit.max_failures`, or there was no room for them within `fit.start_timeout_s`.
         """
         from dina_rl.reward.inputs import loads  # here: Ray Train's controller imports this module, and needs no models
 
         _checkpointed_step(run, run_dir)  # before anything starts, where none is whole
+        wait_for_room([_of_a_worker(run)] * run.fit.num_workers + [FOR_DATA], run.fit.start_timeout_s)
         announce(f"{run.fit.num_workers} workers", loads(run, latents))
         with (
             writing(run_dir / TRAIN),  # Ray Train tries its storage before anything else
-            FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward"),
+            FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward", around=resources),
         ):
             # Ray Train replaces lost workers, but not what serves them: there it ends.
             result = anew_where_lost(
@@ -108,12 +113,11 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
         except FirstRankStopped:
             return None  # what the first rank raises ends the fit, whichever is heard of first
 
-    resources = {"CPU": fit.cpus_per_worker} | ({"GPU": fit.gpus_per_worker} if fit.gpus_per_worker else {})
     return TorchTrainer(
         on_worker,
         torch_config=MeetingRanks(),
         scaling_config=ScalingConfig(
-            num_workers=fit.num_workers, use_gpu=fit.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=fit.num_workers, use_gpu=fit.gpus_per_worker > 0, resources_per_worker=_of_a_worker(run)
         ),
         run_config=RunConfig(  # checkpoints are our own: Ray Train's copies appear bit by bit, and without sums
             name=TRAIN,
@@ -126,6 +130,12 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
         datasets={"train": remaining_pairs},
         dataset_config=ordered(),
     )
+
+
+def _of_a_worker(run: FitRun) -> dict[str, float]:
+    """What Ray reserves for one."""
+    gpus = run.fit.gpus_per_worker
+    return {"CPU": run.fit.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
 
 
 def _checkpointed_step(run: FitRun, run_dir: Path) -> int:

@@ -210,6 +210,8 @@ class FitConfig(Section):
     """CPUs Ray reserves for one worker (leave some for Ray Data)"""
     threads_per_worker: Annotated[Positive, Mark.PROCESS] = 1
     """torch threads of one worker on the CPU"""
+    start_timeout_s: Annotated[Rate, Mark.PROCESS] = 300.0
+    """longest wait for a cluster that has room for the workers, and a CPU more for Ray Data"""
     max_failures: Annotated[NonNegative, Mark.PROCESS] = 3
     """crashes of a worker after which the fit continues from its last checkpoint"""
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from actors.placement import Placement
+from actors.placement import Placement, wait_for_room
 from actors.pool import Pool
 from dina_rl.alignment.layout import KINDS, Kind
 from dina_rl.config import WorkersConfig
+from dina_rl.errors import RunStopped
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 # Workers cannot import test modules by name.
@@ -106,3 +107,12 @@ def test_actors_that_ask_for_nothing_reserve_nothing():
 def test_ranks_are_reserved_together_or_not_at_all():
     with pytest.raises(RuntimeError, match=r"no room for 2 x GPU 16 within 1 s; cluster: [12] node"):
         Placement(WorkersConfig(gpus_per_rank=16, start_timeout_s=1))
+
+
+def test_room_is_waited_for_and_left_to_others(ray_local):
+    everything = {"CPU": ray.cluster_resources()["CPU"]}
+    for _ in range(2):
+        wait_for_room([everything], 60)
+    with pytest.raises(RunStopped, match=r"no room for 2 x CPU 1000 within 0.2 s; cluster: \d node"):
+        wait_for_room([{"CPU": 1000.0}] * 2, 0.2)
+    wait_for_room([everything], 60)

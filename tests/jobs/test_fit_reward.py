@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from dina_rl.config import FitRun
 from dina_rl.data.encode import LATENTS, SKIPPED_FILE
 from dina_rl.data.images import load_image
 from dina_rl.data.stores.latents import LatentStore
-from dina_rl.errors import BadInput
+from dina_rl.errors import BadInput, RunStopped
 from dina_rl.reward.fit import REWARD, RewardFit, fit
 from dina_rl.reward.inline import fit_inline, training_batches
 from dina_rl.reward.model import LatentRewardModel
@@ -239,6 +240,21 @@ def test_a_broken_shard_ends_a_fit_on_ray_at_once_with_its_line(ray_local, tiny_
     )
     with pytest.raises(BadInput, match=f"{shard} is broken"):
         fit_reward.fit_reward_model(run)
+
+
+def test_a_fit_for_which_the_cluster_has_no_room_says_so_in_time(ray_local, dataset, tiny_pipeline, tmp_path) -> None:
+    """Room for its workers alone is none: Ray Data, which feeds them, would never begin."""
+    all_cpus = ray.cluster_resources()["CPU"]
+    fit = {"steps": 1, "batch_size": 4, "num_workers": 1, "cpus_per_worker": all_cpus, "start_timeout_s": 0.5}
+    shared = {"pipeline": {"path": str(tiny_pipeline)}, "reward": TINY_REWARD, "fit": fit}
+    store = write_store(tmp_path / "store", str(tiny_pipeline), train=(8, 0), test=(2, 0))
+    encoded = FitRun(run_dir=tmp_path / "fit", latents=store.directory, **shared)
+    with pytest.raises(RunStopped, match=rf"no room for 1 x CPU {all_cpus:g} and 1 x CPU 1 within 0.5 s; cluster: "):
+        fit_reward.fit_reward_model(encoded)
+    fit["cpus_per_worker"] = 2 * all_cpus
+    images = FitRun(run_dir=tmp_path / "encode", dataset={"path": str(dataset), "max_skipped": 0.2}, **shared)
+    with pytest.raises(RunStopped, match=rf"no room for 1 x CPU {2 * all_cpus:g} within 0.5 s; cluster: "):
+        fit_reward.fit_reward_model(images)
 
 
 def test_a_finished_run_returns_its_result(finished) -> None:
