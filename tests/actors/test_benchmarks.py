@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import layouts, ray_overhead
+from benchmarks import layouts, ray_overhead, state_way
 from benchmarks.clocks import CLOCKS
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -31,3 +31,10 @@ def test_an_iteration_through_ray_is_timed_beside_one_in_this_process(tiny_rewar
         ray_overhead.RAY: 1,
     }
     assert "through Ray / in one process" in ray_overhead.report(measured)
+
+
+def test_a_state_goes_both_ways_and_comes_back():
+    small = state_way.BenchmarkRun(mib=72, part_mib=36, repeats=1)
+    kept, got = state_way.measure(small)
+    assert kept.keys() == got.keys() == {state_way.WHOLE, state_way.SHARES}
+    assert "whole / shares, got again" in state_way.report(small, kept, got)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 import dina_rl
-from benchmarks import along, forward, layouts, loop, ray_overhead, reward_step, serve, two_hosts
+from benchmarks import along, forward, layouts, loop, ray_overhead, reward_step, serve, state_way, two_hosts
 from benchmarks.chaos import settings as chaos
 from benchmarks.fuzz import settings as fuzz
 from benchmarks.gpu import settings as gpu
@@ -44,6 +44,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "benchmarks.ray_overhead": ray_overhead.BenchmarkRun,
     "benchmarks.reward_step": reward_step.BenchmarkRun,
     "benchmarks.serve": serve.BenchmarkRun,
+    "benchmarks.state_way": state_way.BenchmarkRun,
     "benchmarks.two_hosts": two_hosts.BenchmarkRun,
     "benchmarks.gpu": gpu.BenchmarkRun,
     "benchmarks.chaos": chaos.BenchmarkRun,
@@ -59,7 +60,7 @@ OTHER_OPTIONS = {
     *("served-model-name", "port", "limit-mm-per-prompt.image"),  # vllm
     *("index-url", "logdir", "bind_all"),  # pip, tensorboard
     *("no-deps", "disable-pip"),  # pip-audit
-    *("build-arg", "from-file"),  # docker, kubectl
+    *("build-arg", "from-file", "tail"),  # docker, kubectl
     *("out", "domain", "train-groups", "test-groups"),  # dina_rl.shapes.preferences
 }
 FILE_ENDINGS = ("csv", "json", "jsonl", "md", "png", "py", "pt", "safetensors", "sqlite", "txt", "yaml")

@@ -53,8 +53,8 @@ PINNED: dict[type[BaseModel], dict[Mark | None, str]] = {
         DECIDES: "kind path train test buckets latent_dtype",
     },
     FitConfig: {
-        Mark.PROCESS: "num_workers cpus_per_worker gpus_per_worker threads_per_worker max_failures checkpoint_every "
-        "checkpoint_keep micro_batch_size gradient_checkpointing evaluation_batch_size",
+        Mark.PROCESS: "num_workers cpus_per_worker gpus_per_worker threads_per_worker start_timeout_s max_failures "
+        "checkpoint_every checkpoint_keep micro_batch_size gradient_checkpointing evaluation_batch_size",
         Mark.REPORT: "evaluate_every held_out",
         DECIDES: "steps batch_of batch_size bucket_batch learning_rate weight_decay warmup_steps decay_start "
         "max_grad_norm ema_decay autocast labels",
