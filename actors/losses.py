@@ -34,8 +34,15 @@ def losses_told() -> Iterator[None]:
 
 
 def cause_of(death: RayError) -> str:
-    """What an actor died of, for messages; one out of memory without Ray's lines of statistics."""
-    return _first_line(death) if isinstance(death, OutOfMemoryError) else str(death)
+    """What an actor died of, in a line: of Ray's own page the sentence that says it, and where the process was."""
+    lines = str(death).strip().splitlines()
+    if isinstance(death, OutOfMemoryError):
+        return lines[0]
+    page = [line.strip().partition(": ") for line in lines if line.startswith("\t")]
+    where = [f"{name} {value}" for name, _, value in page if name in ("pid", "ip")]
+    sentences = [line for line in lines if not line.startswith("\t")]
+    said = sentences[min(1, len(sentences) - 1)].partition(". ")[0]  # the first says only that it died
+    return f"{said} ({', '.join(where)})" if where else said
 
 
 def _first_line(error: object) -> str:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Generic, Literal, TypeVar
 
 import ray
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Purpose = Literal["start", "sync", "work"]
+ITEM_SHOWN = 200  # characters
 CAPACITY = 2  # items per actor: one running, one queued so that it never waits for the driver
 
 
@@ -241,7 +243,7 @@ class Pool(Generic[Actor]):
         kill(member.handle)
         lost = member.work()
         self.restarts += 1
-        which = f"item {lost[0].index} ({lost[0].item!r})" if lost else "no item"
+        which = f"item {lost[0].index} ({shorten(repr(lost[0].item), ITEM_SHOWN)})" if lost else "no item"
         if self.restarts > self._max_restarts:
             raise RunStopped(
                 f"pool {self.name!r}: actor {number} was lost with {which}, after {self._max_restarts} replaced actors "

@@ -193,6 +193,8 @@ def test_an_actor_killed_from_outside_mid_item_is_replaced(pool, handles, tmp_pa
     for index, ref in pool.stream(range(5), wait_for):
         if not marker.exists():
             ray.kill(worker_of_item_0[0])
+            with pytest.raises(ray.exceptions.RayActorError):  # it is gone before item 0 can end
+                ray.get(worker_of_item_0[0].multiply.remote(1), timeout=60)
             marker.touch()
         results[index] = ray.get(ref, timeout=60)
     assert results == {index: 10 * index for index in range(5)}
