@@ -198,9 +198,17 @@ def test_the_image_is_pinned_small_and_without_root() -> None:
     text = DOCKERFILE.read_text()
     assert text.rindex("\nUSER ") > text.rindex("\nRUN ")
     installs = [each for run in instructions("RUN") for each in re.findall(r"pip install ([^;&]+)", run)]
-    assert len(installs) == 3
+    assert len(installs) == 2
     for options in installs:  # a version of its own has nothing
         assert "-c requirements.lock" in options or "--no-deps" in options or "'^torch==' requirements.lock" in options
+
+
+def test_in_the_image_nothing_else_is_taken_for_the_package_and_anybody_may_read_it() -> None:
+    """The volume is called dina_rl, and lies where a shell begins."""
+    (top,) = instructions("WORKDIR")
+    assert f"PYTHONPATH={top}" in instructions("ENV")
+    text = DOCKERFILE.read_text()
+    assert text.rindex("\nCOPY ") < text.index("\nRUN chmod -R a+rX .\n") < text.index("\nUSER ")
 
 
 def test_what_the_image_runs_is_shell_and_what_it_sets_has_a_name() -> None:
