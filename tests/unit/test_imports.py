@@ -1,12 +1,16 @@
 """Who imports whom, read from the source: no circles, and nothing looks up. Imports inside functions count too."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+import dina_rl
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("dina_rl", "actors", "jobs")
@@ -134,3 +138,11 @@ def test_circles_are_seen_wherever_they_hide(tmp_path: Path) -> None:
     assert set(circle(grouped(graph, 2)).split(" imports ")) == {"house.inner", "house.other"}
     del graph["house.other"]
     assert circle(graph) == ""
+
+
+def test_a_directory_of_the_same_name_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """As ~ has one, where presets leave runs."""
+    (tmp_path / "dina_rl").mkdir()
+    ask = [sys.executable, "-c", "import dina_rl; print(dina_rl.__version__)"]
+    asked = subprocess.run(ask, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (asked.stdout, asked.returncode) == (f"{dina_rl.__version__}\n", 0), asked.stderr
