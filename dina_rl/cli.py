@@ -5,6 +5,7 @@ path. tyro renders `--help` from the same models.
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,7 +101,8 @@ def load(model: type[Run], argv: Sequence[str], *, program: str, default_config:
     except ValueError as error:
         fail(str(error))
     if wants_help:
-        _print_help(model, config, program)
+        with _read_as_far_as_wanted():
+            _print_help(model, config, program)
     return config
 
 
@@ -234,6 +236,19 @@ def example(section: type[Part]) -> Part:
     """A section whose every key has its own default; what has none is marked as required."""
     required = [key for key, field in section.model_fields.items() if field.is_required()]
     return section.model_construct(**dict.fromkeys(required, tyro.MISSING))
+
+
+@contextmanager
+def _read_as_far_as_wanted() -> Iterator[None]:
+    """What is printed may go to a pager or `head`, which close the pipe when they have seen enough."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(0) from None
 
 
 def _print_help(model: type[Run], config: Run, program: str) -> NoReturn:

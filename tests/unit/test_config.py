@@ -1,5 +1,7 @@
 """Configuration: what the files say, what overrides change, and one clear line for every mistake."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,14 @@ def test_help_lists_every_key_with_its_default(capsys):
     assert stopped.value.code == 0
     for key in ("--learner.lora.rank", "--reward.thurstone.sigma-u", "--world.train-groups", "--run-dir"):
         assert key in text
+
+
+def test_help_may_be_read_as_far_as_one_likes():
+    """`--help | head`: the pipe is closed while more comes."""
+    ask = "from dina_rl.cli import load; from dina_rl.config import FitRun; load(FitRun, ['--help'], program='test')"
+    with subprocess.Popen([sys.executable, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as asked:
+        asked.stdout.close()
+        assert (asked.stderr.read(), asked.wait(60)) == (b"", 0)
 
 
 def test_help_shows_what_a_named_section_may_hold(capsys):
