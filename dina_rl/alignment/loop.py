@@ -84,8 +84,22 @@ def align(
     Raises:
         RunStopped: too many groups of an iteration had a reward that is not finite.
         WorkLost: what was sampled or learnt went with a node; what could be kept of it is in a checkpoint.
+        StorageFailed: storage refuses.
         Terminated: SIGTERM came; what was learnt is in a checkpoint.
     """
+    try:
+        _align(run, prompts, experience, learner, recorder)
+    finally:
+        recorder.settle()  # whoever goes on finds it
+
+
+def _align(
+    run: AlignRun,
+    prompts: Prompts,
+    experience: Experience[Handle, Published],
+    learner: Learner[Handle, Published],
+    recorder: Recorder,
+) -> None:
     algorithm, watch = open_algorithm(run), recorder.watch
     start, state = recorder.restore()
     if state is not None:
@@ -156,6 +170,7 @@ def kept(done: int, learner: Learner[Handle, Published], recorder: Recorder) -> 
     try:
         yield
     except (WorkLost, Terminated):
+        recorder.settle()
         if done > recorder.checkpoints.done():
             with suppress(WorkLost):  # the state went the same way
                 recorder.checkpoint(done, learner.state())

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -62,6 +63,8 @@ class Recorder:
         self._worked: dict[int, float] = {}
         self._bar: tqdm[int] | None = None
         self._opened: Board | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
         self._marks: dict[str, float] = {}
         self._warned = False
 
@@ -96,10 +99,26 @@ class Recorder:
         return self._opened
 
     def checkpoint(self, done: int, state: dict[str, torch.Tensor]) -> None:
-        """Save all that resuming after `done` iterations needs."""
-        self.checkpoints.save(
-            Checkpoint(iteration=done, state=state, history=self.history.entries, seconds=dict(self.seconds))
-        )
+        """Save all that resuming after `done` iterations needs, while the run goes on.
+
+        The one before is whole first. Of a large model it takes a minute: storage writes it, and reads it for its sum.
+
+        Raises:
+            StorageFailed: the one before could not be written.
+        """
+        self.settle()
+        entries = [*self.history.entries]
+        checkpoint = Checkpoint(iteration=done, state=state, history=entries, seconds=dict(self.seconds))
+        self._writing = self._writer.submit(self.checkpoints.save, checkpoint)
+
+    def settle(self) -> None:
+        """Return when the last checkpoint is whole. Raises StorageFailed."""
+        if self._writing is not None:
+            try:
+                self._writing.result()
+            finally:
+                if self._writing.done():
+                    self._writing = None
 
     # --- what the loop reports ---------------------------------------------------------------------------------
 
@@ -219,7 +238,12 @@ class Recorder:
         Args:
             beside: what else there is to see of the scorers [P, G], by name: a judge's position bias, and what is
                 missing of his verdicts.
+
+        Raises:
+            StorageFailed: the last checkpoint could not be written.
         """
+        if self._writing is not None and self._writing.done():
+            self.settle()  # a failure is not kept for later
         rewards = weighted_sum(self.run.rewards, scores)
         whole = rewards.isfinite().all(1)
         finite = rewards[whole]
@@ -271,13 +295,19 @@ class Recorder:
         plot_samples(before["images"], after["images"], self.dir / "samples.png", start=self.run.start)
 
     def export(self, weights: Weights) -> None:
-        """Write the weights for stock diffusers, in place of those of a shorter run, and close TensorBoard."""
+        """Write the weights for stock diffusers, in place of those of a shorter run, and close TensorBoard.
+
+        Raises:
+            StorageFailed: they, or the last checkpoint, cannot be written.
+        """
+        self.settle()
         self._export(self.exported, weights.tensors)
         note_finished(self.run.iterations, self.dir)
         self.close()
 
     def close(self) -> None:
         """Leave the files and the terminal to another recorder of the same run."""
+        self._writer.shutdown(wait=False)
         if self._opened is not None:
             self._opened.close()
         if self._bar is not None:

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import threading
 from contextlib import ExitStack
 
 import pytest
 
 from dina_rl import storage
+from dina_rl.alignment.checkpoints import Checkpoints
 from dina_rl.alignment.inline import InlineExperience, InlineLearner
 from dina_rl.alignment.loop import align
 from dina_rl.alignment.prompts import load_prompts
@@ -14,6 +16,7 @@ from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import load_tensors
 from dina_rl.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, interruptible
 from dina_rl.errors import WorkLost
+from dina_rl.kept import number_of
 from dina_rl.storage import StorageFailed
 from dina_rl.termination import Terminated, deferred, heard, listening
 from jobs.align import exporter
@@ -111,6 +114,21 @@ def test_a_disk_that_fills_or_goes_away_costs_no_number(
         troubled.close()
         assert Recorder(run, run.run_dir, exporter(run)).checkpoints.done() == (1 if stage == "update" else 0)
         assert_ended_alike(perform(run), whole)
+
+
+def test_the_run_goes_on_while_a_checkpoint_is_written(whole, tmp_path, tiny_pipeline, tiny_reward, monkeypatch):
+    run = make(tmp_path, tiny_pipeline, tiny_reward, checkpoint_every=1)
+    goes_on, save = threading.Event(), Checkpoints.save
+
+    def save_then(checkpoints, checkpoint):
+        assert goes_on.wait(60), "the second iteration waits for the first one's checkpoint"
+        save(checkpoints, checkpoint)
+
+    monkeypatch.setattr(Checkpoints, "save", save_then)
+    recorder = perform(run, Struck(run, "collect", 2, goes_on.set))
+    assert [number_of(each) for each in sorted((run.run_dir / "checkpoints").iterdir())] == [1, 2]
+    assert [entry["iteration"] for entry in recorder.checkpoints.last().history][-1] == 2
+    assert_ended_alike(recorder, whole)
 
 
 def assert_ended_alike(again, whole):

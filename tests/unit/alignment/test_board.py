@@ -65,6 +65,7 @@ def run_dir(tmp_path_factory) -> Path:
     first.base([measurement(1.0, 0.4), measurement(4.5, 0.6)])
     first.measured(0, measurement(1.0, 0.4), WEIGHTS)
     iterate(first, range(2))
+    first.settle()
     resumed = Recorder(run, directory, lambda directory, tensors: directory)
     assert resumed.restore()[0] == 2
     iterate(resumed, range(2, ITERATIONS))
