@@ -34,14 +34,20 @@ def losses_told() -> Iterator[None]:
 
 
 def cause_of(death: RayError) -> str:
-    """What an actor died of, in a line: of Ray's own page the sentence that says it, and where the process was."""
-    lines = str(death).strip().splitlines()
+    """What an actor died of, in a line: of Ray's own page the sentences that say it, and where the process was."""
+    lines = [line for line in str(death).splitlines() if line.strip()] or [type(death).__name__]
     if isinstance(death, OutOfMemoryError):
         return lines[0]
+    if isinstance(death, RayActorError) and death.actor_init_failed:
+        return lines[-1].strip()  # of a traceback
     page = [line.strip().partition(": ") for line in lines if line.startswith("\t")]
     where = [f"{name} {value}" for name, _, value in page if name in ("pid", "ip")]
     sentences = [line for line in lines if not line.startswith("\t")]
-    said = sentences[min(1, len(sentences) - 1)].partition(". ")[0]  # the first says only that it died
+    why = sentences[min(1, len(sentences) - 1)]  # the first says only that it died
+    said, _, exit_of_process = why.partition("Worker exit detail: ")
+    said = said.partition(". ")[0]
+    if exit_of_process:
+        said = f"{said}: {exit_of_process.partition('. ')[0]}"
     return f"{said} ({', '.join(where)})" if where else said
 
 

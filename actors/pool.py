@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from textwrap import shorten
 from typing import Generic, Literal, TypeVar
 
 import ray
@@ -243,7 +242,7 @@ class Pool(Generic[Actor]):
         kill(member.handle)
         lost = member.work()
         self.restarts += 1
-        which = f"item {lost[0].index} ({shorten(repr(lost[0].item), ITEM_SHOWN)})" if lost else "no item"
+        which = f"item {lost[0].index} ({_cut(repr(lost[0].item))})" if lost else "no item"
         if self.restarts > self._max_restarts:
             raise RunStopped(
                 f"pool {self.name!r}: actor {number} was lost with {which}, after {self._max_restarts} replaced actors "
@@ -252,3 +251,7 @@ class Pool(Generic[Actor]):
         log.warning("pool %r: actor %d was lost with %s and is replaced; it %s", self.name, number, which, reason)
         self._pending.extendleft(reversed(lost))  # at the front: lost work is the oldest
         self._members[number] = self._create(number)
+
+
+def _cut(item: str) -> str:
+    return item if len(item) <= ITEM_SHOWN else f"{item[:ITEM_SHOWN]}..."

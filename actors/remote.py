@@ -29,14 +29,14 @@ class StoredTensors:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._arrays: dict[str, np.ndarray] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        self.arrays: dict[str, np.ndarray] = {name: tensor.numpy() for name, tensor in tensors.items()}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that read them share the memory: copy, and never write to them."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return {name: torch.from_numpy(array) for name, array in self._arrays.items()}
+            return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
 
 Part = ray.ObjectRef[StoredTensors]

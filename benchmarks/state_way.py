@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Annotated
 
 import ray
 import torch
+from pydantic import Field
 from torch import nn
 
 from actors.gang import Gang, GangMember
@@ -29,6 +31,7 @@ from dina_rl.config.base import Positive, Section
 
 WHOLE, SHARES = "whole, from rank 0", "in shares"
 MATRIX = (1536, 6144)  # of SD3.5-medium's feed-forward layers
+MATRIX_MIB = 4 * MATRIX[0] * MATRIX[1] // 2**20
 LIMIT_S = 600.0
 
 State = dict[str, torch.Tensor]
@@ -40,8 +43,8 @@ class BenchmarkRun(Section):
 
     ranks: Positive = 2
     """of the learner, on this machine"""
-    mib: Positive = 1024
-    """size of the state"""
+    mib: Annotated[int, Field(ge=MATRIX_MIB, multiple_of=MATRIX_MIB)] = 28 * MATRIX_MIB
+    """size of the state, of matrices of 36 MiB"""
     part_mib: Positive = WorkersConfig().weights_part_mib
     """size of the parts of a share"""
     repeats: Positive = 3
@@ -53,8 +56,8 @@ class Rank(GangMember):
 
     @ray.method
     def build(self, mib: int) -> None:
-        count = max(1, mib * 2**20 // (4 * MATRIX[0] * MATRIX[1]))
-        self._state = {str(number): torch.full(MATRIX, float(number)) for number in range(count)}
+        count = mib // MATRIX_MIB
+        self._state = {str(number): torch.full(MATRIX, 1.0 + number) for number in range(count)}
         parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in self._state.items()}
         self._mine = share(parameters, self.rank, self.world_size)
         self._offered: deque[StoredTensors] = deque()
@@ -73,6 +76,15 @@ class Rank(GangMember):
     @ray.method
     def take(self) -> StoredTensors:
         return self._offered.popleft()
+
+    @ray.method
+    def forget(self) -> None:
+        for tensor in self._state.values():
+            tensor.zero_()
+
+    @ray.method
+    def remembers(self) -> bool:
+        return all(bool((tensor == 1.0 + int(name)).all()) for name, tensor in self._state.items())
 
     @ray.method
     def get_whole(self, state: State) -> None:
@@ -112,15 +124,18 @@ def measure(benchmark: BenchmarkRun) -> tuple[Seconds, Seconds]:
     try:
         gang.call(lambda rank: rank.build.remote(benchmark.mib))
         for number in range(benchmark.repeats + 1):
-            for way, keep in ways.items():
+            for way, keep in [*ways.items()][:: 1 if number % 2 else -1]:
                 begin = perf_counter()
                 get = keep()
-                middle = perf_counter()
+                seconds = perf_counter() - begin
+                gang.call(lambda rank: rank.forget.remote())
+                begin = perf_counter()
                 get()
-                end = perf_counter()
+                again = perf_counter() - begin
+                assert all(ray.get(gang.call(lambda rank: rank.remembers.remote()), timeout=LIMIT_S))
                 if number:  # the first one warms up
-                    kept[way].append(middle - begin)
-                    got[way].append(end - middle)
+                    kept[way].append(seconds)
+                    got[way].append(again)
                 del get  # and with it what lies in the store
     finally:
         gang.shutdown()

@@ -144,7 +144,7 @@ def _on_actors(
     """How much of every shard is done, as it is. An actor is made of `arguments` and its number of threads.
 
     Raises:
-        RunStopped: there was no room for the actors within `fit.start_timeout_s`.
+        RunStopped: there was no room for one of the actors within `fit.start_timeout_s`.
         StorageFailed: an actor could not write or read.
         BadInput: the pipeline or the set cannot be opened, or is broken.
     """
@@ -152,7 +152,7 @@ def _on_actors(
     actors = run.fit.num_workers if gpus else 1  # on a CPU one model with all threads beats two, and starts sooner
     threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
     needs = {"CPU": run.fit.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    wait_for_room([needs] * actors, run.fit.start_timeout_s)
+    wait_for_room([needs], run.fit.start_timeout_s)  # the others come as room does
     announce(f"{actors} encoding actors", sizes(run.pipeline.location, actor.loads, variant=run.pipeline.variant))
     done = ray.data.from_items([{"shard": shard} for shard in shards]).map(
         actor,  # type: ignore[arg-type]  # Ray's annotation knows functions alone, its documentation classes too

@@ -12,19 +12,23 @@ from dina_rl.textfiles import parse_json
 
 POLL_S = 0.5
 QUIET_S = 60.0
+ASKING_S = 5.0
+"""Longest wait at the end for an answer that is on its way."""
 
 
 class FollowedSteps:
     """While open, a bar shows the steps that appear in a JSON-lines file of {step, loss, accuracy, ...}.
 
     Args:
-        around: what is known of those who take the steps. A line tells it whenever none was taken for `quiet_s`.
+        around: what is known of those who take the steps. A line tells it whenever none was taken for `quiet_s`,
+            until all are.
     """
 
     def __init__(
         self, file: Path, *, steps: int, description: str, around: Callable[[], str], quiet_s: float = QUIET_S
     ) -> None:
         self._file = file
+        self._steps = steps
         self._around = around
         self._quiet_s = quiet_s
         self._heard = monotonic()
@@ -40,7 +44,7 @@ class FollowedSteps:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(ASKING_S)
         self._show_new()
         self._bar.close()
 
@@ -48,7 +52,7 @@ class FollowedSteps:
         while not self._stop.wait(POLL_S):
             self._show_new()
             now = monotonic()
-            if now - max(self._heard, self._told) >= self._quiet_s:
+            if self._bar.n < self._steps and now - max(self._heard, self._told) >= self._quiet_s:
                 self._told = now
                 say(f"no step for {now - self._heard:.0f} s; {self._around()}")
 

@@ -60,7 +60,7 @@ class RayTraining:
         announce(f"{run.fit.num_workers} workers", loads(run, latents))
         with (
             writing(run_dir / TRAIN),  # Ray Train tries its storage before anything else
-            FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward", around=resources),
+            FollowedSteps(run_dir / LOG_FILE, steps=run.fit.steps, description="fit reward", around=_around),
         ):
             # Ray Train replaces lost workers, but not what serves them: there it ends.
             result = anew_where_lost(
@@ -130,6 +130,13 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
         datasets={"train": remaining_pairs},
         dataset_config=ordered(),
     )
+
+
+def _around() -> str:
+    try:
+        return resources()
+    except RayError as error:
+        return f"the cluster does not answer ({type(error).__name__})"
 
 
 def _of_a_worker(run: FitRun) -> dict[str, float]:

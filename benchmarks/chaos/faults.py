@@ -26,8 +26,8 @@ WORKING = (
     "ScorerActor.score",
     "ScorerActor.score_evaluation",
     "LearnerActor.update",
-    "LearnerActor.state",
     "LearnerActor.offer",
+    "LearnerActor.take",
 )
 """What Ray calls the actors' processes, at the start and in each stage."""
 LOOP = "RolloutActor.rollout"

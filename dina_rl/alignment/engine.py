@@ -69,7 +69,7 @@ def share(parameters: Mapping[str, nn.Parameter], rank: int, world_size: int) ->
     names, before = set(), 0
     for name, parameter in parameters.items():
         middle = before + parameter.numel() / 2
-        if int(middle * world_size / total) == rank:
+        if min(int(middle * world_size / total), world_size - 1) == rank:
             names.add(name)
         before += parameter.numel()
     return frozenset(names)

@@ -89,8 +89,9 @@ def align(
     """
     try:
         _align(run, prompts, experience, learner, recorder)
-    finally:
-        recorder.settle()  # whoever goes on finds it
+    except BaseException:
+        recorder.leave()  # whoever goes on finds it
+        raise
 
 
 def _align(
@@ -144,6 +145,7 @@ def _align(
             measure(run, prompts.dev, done, average, experience, learner, recorder)
             experience.publish(learner.policy())
         if done % run.checkpoint_every == 0 or done == run.iterations or watch.stopped:
+            recorder.settle()  # before there are two states
             recorder.checkpoint(done, learner.state())
         if watch.stopped:
             break
@@ -170,7 +172,7 @@ def kept(done: int, learner: Learner[Handle, Published], recorder: Recorder) -> 
     try:
         yield
     except (WorkLost, Terminated):
-        recorder.settle()
+        recorder.leave()
         if done > recorder.checkpoints.done():
             with suppress(WorkLost):  # the state went the same way
                 recorder.checkpoint(done, learner.state())

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -11,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from dina_rl.alignment.advantage import Advantages
+from dina_rl.alignment.background import Background
 from dina_rl.alignment.board import SHOWN_IMAGES, Board
 from dina_rl.alignment.checkpoints import Checkpoint, Checkpoints
 from dina_rl.alignment.evolution import Evolution, spacing
@@ -23,7 +23,7 @@ from dina_rl.config import AlignRun
 from dina_rl.errors import opening
 from dina_rl.report import plot_curves, plot_samples
 from dina_rl.scorers.mixture import weighted_sum
-from dina_rl.storage import check_there, patiently
+from dina_rl.storage import StorageFailed, check_there, patiently
 from dina_rl.textfiles import read_record
 from dina_rl.types import Weights
 
@@ -63,8 +63,7 @@ class Recorder:
         self._worked: dict[int, float] = {}
         self._bar: tqdm[int] | None = None
         self._opened: Board | None = None
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._writing = Background()
         self._marks: dict[str, float] = {}
         self._warned = False
 
@@ -99,26 +98,26 @@ class Recorder:
         return self._opened
 
     def checkpoint(self, done: int, state: dict[str, torch.Tensor]) -> None:
-        """Save all that resuming after `done` iterations needs, while the run goes on.
+        """Save all that resuming after `done` iterations needs, while the run goes on; the one before is settled.
 
-        The one before is whole first. Of a large model it takes a minute: storage writes it, and reads it for its sum.
-
-        Raises:
-            StorageFailed: the one before could not be written.
+        Of a large model it takes a minute: storage writes it, and reads it for its sum.
         """
-        self.settle()
         entries = [*self.history.entries]
         checkpoint = Checkpoint(iteration=done, state=state, history=entries, seconds=dict(self.seconds))
-        self._writing = self._writer.submit(self.checkpoints.save, checkpoint)
+        self._writing.begin(lambda: self.checkpoints.save(checkpoint))
 
     def settle(self) -> None:
         """Return when the last checkpoint is whole. Raises StorageFailed."""
-        if self._writing is not None:
-            try:
-                self._writing.result()
-            finally:
-                if self._writing.done():
-                    self._writing = None
+        self._writing.settle()
+
+    def leave(self) -> None:
+        """`settle` where something else ends the run, which is what is raised: a failure is a line."""
+        if self._writing.works:
+            tqdm.write("  waiting for the last checkpoint")
+        try:
+            self.settle()
+        except StorageFailed as failed:
+            tqdm.write(f"  {failed}")
 
     # --- what the loop reports ---------------------------------------------------------------------------------
 
@@ -242,7 +241,7 @@ class Recorder:
         Raises:
             StorageFailed: the last checkpoint could not be written.
         """
-        if self._writing is not None and self._writing.done():
+        if not self._writing.works:
             self.settle()  # a failure is not kept for later
         rewards = weighted_sum(self.run.rewards, scores)
         whole = rewards.isfinite().all(1)
@@ -307,7 +306,6 @@ class Recorder:
 
     def close(self) -> None:
         """Leave the files and the terminal to another recorder of the same run."""
-        self._writer.shutdown(wait=False)
         if self._opened is not None:
             self._opened.close()
         if self._bar is not None:

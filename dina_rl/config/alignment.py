@@ -148,7 +148,7 @@ class WorkersConfig(Section):
     call_timeout_s: Rate = 1800.0
     """longest wait for one rollout, scoring or update call"""
     weights_part_mib: Positive = 512
-    """size of the parts in which the policy's weights travel to the rollout actors, in MiB"""
+    """size of the parts in which the policy's weights and the learner's state travel, in MiB"""
     snapshot_every: Positive = 5
     """iterations between snapshots of the learner's whole state in the object store. If a rank is lost, the updates
     since the last one are made again; until the next one their rollouts stay in the store"""

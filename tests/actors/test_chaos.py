@@ -8,10 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from actors.learner import LearnerActor
+from actors.rollout import RolloutActor
+from actors.scorer import ScorerActor
 from benchmarks.chaos.__main__ import Usual, tried, undisturbed
-from benchmarks.chaos.faults import Fault, Moment
+from benchmarks.chaos.faults import STARTING, WORKING, Fault, Moment
 from benchmarks.chaos.lab import Lab
 from dina_rl.cli import EXIT_STOPPED
+
+
+@pytest.mark.parametrize("title", [*STARTING, *WORKING])
+def test_a_moment_is_one_of_the_actors_own(title: str) -> None:
+    kind, method = title.split(".")
+    (actor,) = [each for each in (RolloutActor, ScorerActor, LearnerActor) if each.__name__ == kind]
+    assert callable(getattr(actor, method))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-DIED = r"The actor is dead because its worker process has died \(pid \d+, ip [\d.]+\)"
+DIED = (
+    r"The actor is dead because its worker process has died: Worker unexpectedly exits with [^.]+ "
+    r"\(pid \d+, ip [\d.]+\)"
+)
 
 
 class Rank(GangMember):
@@ -92,3 +95,18 @@ def test_one_failing_rank_ends_all(gang, handles, call: Callable, error: type[Ex
     with pytest.raises(error, match=message):
         gang.call(call)
     assert_dead(handles)
+
+
+class Unable(GangMember):
+    """Where a node's environment is another."""
+
+    def __init__(self) -> None:
+        raise ModuleNotFoundError("No module named 'deepspeed'")
+
+
+def test_a_rank_that_cannot_be_made_says_why() -> None:
+    def spawn(rank: int) -> ray.actor.ActorHandle:
+        return ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Unable).remote()
+
+    with pytest.raises(GangLost, match=r"\(starting\): ModuleNotFoundError: No module named 'deepspeed'$"):
+        Gang(spawn, 1, name="learner", start_timeout_s=120, call_timeout_s=120)

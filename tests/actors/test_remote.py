@@ -49,6 +49,8 @@ def test_what_is_large_is_read_where_it_lies():
     ref = ray.put(StoredTensors({"large": torch.zeros(2**20)}))
     first, second = (brought_here([ref], timeout_s=60)["large"] for _ in range(2))
     assert first.data_ptr() == second.data_ptr()
+    with pytest.raises(ValueError, match="read-only"):
+        ray.get(ref, timeout=60).arrays["large"][0] = 1
 
 
 @pytest.mark.parametrize("part_bytes", [1, 100, 10**9])

@@ -1,9 +1,11 @@
 """A run that is left early, by a loss, by SIGTERM or for its disk, goes on and ends like one that was not."""
 
+import errno
 import os
 import signal
 import threading
 from contextlib import ExitStack
+from time import monotonic, sleep
 
 import pytest
 
@@ -15,7 +17,7 @@ from dina_rl.alignment.prompts import load_prompts
 from dina_rl.alignment.record import Recorder
 from dina_rl.checkpoint import load_tensors
 from dina_rl.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, interruptible
-from dina_rl.errors import WorkLost
+from dina_rl.errors import RunStopped, WorkLost
 from dina_rl.kept import number_of
 from dina_rl.storage import StorageFailed
 from dina_rl.termination import Terminated, deferred, heard, listening
@@ -109,8 +111,17 @@ def test_a_disk_that_fills_or_goes_away_costs_no_number(
     monkeypatch.setattr(storage, "WAITS_S", (0.01,))
     with mounted(tmp_path / "disk") as disk, ExitStack() as troubled:
         run = make(disk / "run", tiny_pipeline, tiny_reward, checkpoint_every=1)
+        first = run.run_dir / "checkpoints" / "iteration_000001"
+
+        def strike():
+            give_up = monotonic() + 60
+            while stage == "update" and not first.is_dir():  # it is written while the run goes on
+                assert monotonic() < give_up
+                sleep(0.01)
+            troubled.enter_context(trouble(disk))
+
         with pytest.raises(StorageFailed, match="No space left" if trouble is full else "No such file|not there any"):
-            perform(run, Struck(run, stage, time, lambda: troubled.enter_context(trouble(disk))))
+            perform(run, Struck(run, stage, time, strike))
         troubled.close()
         assert Recorder(run, run.run_dir, exporter(run)).checkpoints.done() == (1 if stage == "update" else 0)
         assert_ended_alike(perform(run), whole)
@@ -129,6 +140,26 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(whole, tmp_path, tiny_pip
     assert [number_of(each) for each in sorted((run.run_dir / "checkpoints").iterdir())] == [1, 2]
     assert [entry["iteration"] for entry in recorder.checkpoints.last().history][-1] == 2
     assert_ended_alike(recorder, whole)
+
+
+def test_why_a_run_ends_is_not_lost_behind_a_checkpoint_that_could_not_be_written(
+    tmp_path, tiny_pipeline, tiny_reward, monkeypatch, capfd
+):
+    run = make(tmp_path, tiny_pipeline, tiny_reward, checkpoint_every=1)
+    goes_on = threading.Event()
+
+    def refuse(checkpoints, checkpoint):
+        assert goes_on.wait(60)
+        raise StorageFailed("cannot write: no room", errno.ENOSPC)
+
+    def stop():
+        goes_on.set()
+        raise RunStopped("the gradient norm is nan")
+
+    monkeypatch.setattr(Checkpoints, "save", refuse)
+    with pytest.raises(RunStopped, match="the gradient norm is nan"):
+        perform(run, Struck(run, "collect", 2, stop))
+    assert "  cannot write: no room\n" in "".join(capfd.readouterr())
 
 
 def assert_ended_alike(again, whole):

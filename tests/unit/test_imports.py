@@ -146,3 +146,15 @@ def test_a_directory_of_the_same_name_is_not_taken_for_the_package(tmp_path: Pat
     ask = [sys.executable, "-c", "import dina_rl; print(dina_rl.__version__)"]
     asked = subprocess.run(ask, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert (asked.stdout, asked.returncode) == (f"{dina_rl.__version__}\n", 0), asked.stderr
+
+
+def test_nothing_that_is_installed_needs_what_is_not() -> None:
+    """An editable install has the whole clone on the path, a wheel has these places."""
+    everything = Sources.read(ROOT, (*PLACES, "benchmarks", "tests"))
+    outside = {
+        (module, other)
+        for module, imported in everything.graph().items()
+        for other in imported
+        if cut(module, 1) in PLACES and cut(other, 1) not in PLACES
+    }
+    assert outside == set()

@@ -52,6 +52,7 @@ def iterate(recorder: Recorder, iterations: range) -> None:
         advantages = Advantages(values=scores, kept=torch.tensor([True, True]), failed=0, constant=0)
         recorder.iteration(number, {"dina": scores}, advantages, METRICS, beside={})
         recorder.measured(number + 1, measurement(1.0, 0.5 + 0.05 * number), WEIGHTS)
+        recorder.settle()
         recorder.checkpoint(number + 1, {"weight": torch.zeros(1)})
 
 
