@@ -26,7 +26,7 @@ def losses_told() -> Iterator[None]:
         yield
     except (ObjectLostError, GetTimeoutError) as lost:
         cause = lost.cause if isinstance(lost, RayTaskError) else lost
-        raise WorkLost(f"a value was lost with its node: {_first_line(cause)}") from lost
+        raise WorkLost(f"a value was lost with its node: {_first_sentence(cause)}") from lost
     except RayTaskError as error:
         if isinstance(error.cause, RunStopped):
             raise error.cause from None
@@ -51,5 +51,5 @@ def cause_of(death: RayError) -> str:
     return f"{said} ({', '.join(where)})" if where else said
 
 
-def _first_line(error: object) -> str:
-    return str(error).strip().partition("\n")[0]
+def _first_sentence(error: object) -> str:
+    return str(error).strip().partition("\n")[0].partition(". ")[0]
