@@ -24,6 +24,7 @@ from jobs.align import exporter, opened, preflight
 from jobs.export import main as export
 from tests.tensors import assert_same_tensors
 from tests.tiny_run import TINY, tiny_run
+from tests.waiting import wait_until
 
 LORA = TINY["learner"]["lora"]
 
@@ -338,6 +339,7 @@ class KeepsCheckpoint(FallsAfter):
 
     def collect(self, items):
         if items[0].iteration == 3:
+            wait_until(self._checkpoint.is_file)  # it is written while the run goes on
             self.state = load_tensors(self._checkpoint)
         return super().collect(items)
 

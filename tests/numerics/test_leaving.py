@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from contextlib import ExitStack
-from time import monotonic, sleep
 
 import pytest
 
@@ -25,6 +24,7 @@ from jobs.align import exporter
 from tests.full_disk import away, full, mounted
 from tests.tensors import assert_same_tensors
 from tests.tiny_run import tiny_run
+from tests.waiting import wait_until
 
 
 class Struck:
@@ -114,10 +114,8 @@ def test_a_disk_that_fills_or_goes_away_costs_no_number(
         first = run.run_dir / "checkpoints" / "iteration_000001"
 
         def strike():
-            give_up = monotonic() + 60
-            while stage == "update" and not first.is_dir():  # it is written while the run goes on
-                assert monotonic() < give_up
-                sleep(0.01)
+            if stage == "update":
+                wait_until(first.is_dir)  # it is written while the run goes on
             troubled.enter_context(trouble(disk))
 
         with pytest.raises(StorageFailed, match="No space left" if trouble is full else "No such file|not there any"):
