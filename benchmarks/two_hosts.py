@@ -20,13 +20,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.digests import digest_of
 from dina_rl.cli import fail, load
 from dina_rl.config.base import Positive
 from dina_rl.markdown import grid
@@ -193,7 +193,7 @@ def outcome(run_dir: Path) -> dict[str, object]:
     summary = json.loads(read_text(run_dir / "summary.json"))
     files = [file for place in WEIGHTS for file in sorted((run_dir / place).rglob("*.safetensors"))]
     return {key: value for key, value in summary.items() if key not in TIMES} | {
-        str(file.relative_to(run_dir)): sha256(file.read_bytes()).hexdigest() for file in files
+        str(file.relative_to(run_dir)): digest_of(file) for file in files
     }
 
 

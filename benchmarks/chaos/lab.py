@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import psutil
@@ -15,9 +14,10 @@ import yaml
 from ray._private.node import Node  # Ray's test cluster is made of these, and has no other name for them
 from ray.cluster_utils import Cluster
 
+from benchmarks.digests import digest_of
 from benchmarks.loop import REWARD
 from benchmarks.untrained import save_untrained
-from dina_rl.checkpoint import load_tensors, write_text
+from dina_rl.checkpoint import write_text
 from dina_rl.config import PipelineConfig
 from dina_rl.textfiles import parse_yaml, read_text
 
@@ -187,9 +187,6 @@ def title_of(process: psutil.Process) -> str:
 
 
 def numbers(run_dir: Path) -> Numbers:
-    """Of a run that has ended. The file's own bytes are not compared: its writer orders its metadata by chance."""
+    """Of a run that has ended."""
     (file,) = (run_dir / "adapter").glob("*.safetensors")
-    digest = sha256()
-    for name, tensor in sorted(load_tensors(file).items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return Numbers(history=read_text(run_dir / "history.jsonl"), weights=digest.hexdigest())
+    return Numbers(history=read_text(run_dir / "history.jsonl"), weights=digest_of(file))
