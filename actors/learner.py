@@ -8,7 +8,7 @@ import ray
 import torch
 
 from actors.gang import GangMember
-from actors.remote import StoredTensors, in_parts
+from actors.remote import StoredTensors, in_parts, together
 from actors.shifts import OnSharedGPU
 from dina_rl.alignment.engine import TorchEngine
 from dina_rl.alignment.learner import PolicyLearner
@@ -93,4 +93,4 @@ class LearnerActor(GangMember, OnSharedGPU):
     @ray.method
     def load_state(self, *parts: StoredTensors) -> None:
         """Go on from all ranks' shares of a state."""
-        self._learner.load_state({name: tensor for part in parts for name, tensor in part.tensors.items()})
+        self._learner.load_state(together(parts))

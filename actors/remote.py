@@ -55,8 +55,13 @@ def in_parts(tensors: Mapping[str, torch.Tensor], part_bytes: int) -> list[Store
     return [StoredTensors(part) for part in parts]
 
 
+def together(parts: Iterable[StoredTensors]) -> dict[str, torch.Tensor]:
+    """What all parts hold, to read."""
+    return {name: tensor for part in parts for name, tensor in part.tensors.items()}
+
+
 def brought_here(parts: Iterable[Part], *, timeout_s: float) -> dict[str, torch.Tensor]:
-    """What all parts hold, to read.
+    """What all parts hold, to read, wherever they lie.
 
     Args:
         timeout_s: longest wait for one part.
@@ -65,8 +70,7 @@ def brought_here(parts: Iterable[Part], *, timeout_s: float) -> dict[str, torch.
         WorkLost: they lay on a node that is gone.
     """
     with losses_told():
-        found = [ray.get(part, timeout=timeout_s) for part in parts]
-    return {name: tensor for part in found for name, tensor in part.tensors.items()}
+        return together([ray.get(part, timeout=timeout_s) for part in parts])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

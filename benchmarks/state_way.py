@@ -22,7 +22,7 @@ from torch import nn
 from actors.gang import Gang, GangMember
 from actors.handles import Handle
 from actors.placement import actor_options
-from actors.remote import StoredTensors, in_parts
+from actors.remote import StoredTensors, in_parts, together
 from benchmarks.spread import Row, ratios, spread_table
 from dina_rl.alignment.engine import share
 from dina_rl.cli import load
@@ -92,7 +92,7 @@ class Rank(GangMember):
 
     @ray.method
     def get_parts(self, *parts: StoredTensors) -> None:
-        self._get({name: tensor for part in parts for name, tensor in part.tensors.items()})
+        self._get(together(parts))
 
     def _get(self, state: State) -> None:
         for name, tensor in self._state.items():

@@ -11,6 +11,7 @@ from ray._private import ray_constants
 from ray.data import DataContext
 
 from dina_rl.cli import fail
+from dina_rl.config import FitConfig
 from dina_rl.termination import listen
 from jobs.ray_watch import watch
 
@@ -102,6 +103,11 @@ def quiet_ray_data() -> None:
         rays = type(handler).__module__.startswith("ray.")  # others' may hang there too, pytest's for one
         if rays and isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.ERROR)
+
+
+def resources_of(fit: FitConfig) -> dict[str, float]:
+    """What Ray reserves for one worker of a fit, or one encoding actor."""
+    return {"CPU": fit.cpus_per_worker} | ({"GPU": fit.gpus_per_worker} if fit.gpus_per_worker else {})
 
 
 def visible_gpus(gpus: float) -> dict[str, dict[str, str]]:

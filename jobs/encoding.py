@@ -25,7 +25,7 @@ from dina_rl.data.stores.latents import LatentStore
 from dina_rl.data.stores.prompts import PromptStore
 from dina_rl.loading import TEXT, VAE, announce, sizes
 from dina_rl.runtime import configure_process, open_pipeline
-from jobs.cluster import visible_gpus
+from jobs.cluster import resources_of, visible_gpus
 from jobs.told import FATAL, NOTHING, check_told, told
 
 MEASURED_HERE = 32
@@ -151,8 +151,7 @@ def _on_actors(
     gpus = run.fit.gpus_per_worker
     actors = run.fit.num_workers if gpus else 1  # on a CPU one model with all threads beats two, and starts sooner
     threads = run.fit.threads_per_worker * (1 if gpus else run.fit.num_workers)
-    needs = {"CPU": run.fit.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    wait_for_room([needs], run.fit.start_timeout_s)  # the others come as room does
+    wait_for_room([resources_of(run.fit)], run.fit.start_timeout_s)  # the others come as room does
     announce(f"{actors} encoding actors", sizes(run.pipeline.location, actor.loads, variant=run.pipeline.variant))
     done = ray.data.from_items([{"shard": shard} for shard in shards]).map(
         actor,  # type: ignore[arg-type]  # Ray's annotation knows functions alone, its documentation classes too

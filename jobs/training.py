@@ -20,7 +20,7 @@ from dina_rl.reward.checkpoints import TRAIN, FitCheckpoints
 from dina_rl.reward.outcome import LOG_FILE, Outcome
 from dina_rl.storage import writing
 from jobs.anew import anew_where_lost
-from jobs.cluster import visible_gpus
+from jobs.cluster import resources_of, visible_gpus
 from jobs.pair_stream import ordered, pair_dataset
 from jobs.progress import FollowedSteps
 from jobs.told import FATAL
@@ -56,7 +56,7 @@ class RayTraining:
         from dina_rl.reward.inputs import loads  # here: Ray Train's controller imports this module, and needs no models
 
         _checkpointed_step(run, run_dir)  # before anything starts, where none is whole
-        wait_for_room([_of_a_worker(run)] * run.fit.num_workers + [FOR_DATA], run.fit.start_timeout_s)
+        wait_for_room([resources_of(run.fit)] * run.fit.num_workers + [FOR_DATA], run.fit.start_timeout_s)
         announce(f"{run.fit.num_workers} workers", loads(run, latents))
         with (
             writing(run_dir / TRAIN),  # Ray Train tries its storage before anything else
@@ -117,7 +117,7 @@ def _trainer(run: FitRun, run_dir: Path, latents: Path) -> TorchTrainer:
         on_worker,
         torch_config=MeetingRanks(),
         scaling_config=ScalingConfig(
-            num_workers=fit.num_workers, use_gpu=fit.gpus_per_worker > 0, resources_per_worker=_of_a_worker(run)
+            num_workers=fit.num_workers, use_gpu=fit.gpus_per_worker > 0, resources_per_worker=resources_of(fit)
         ),
         run_config=RunConfig(  # checkpoints are our own: Ray Train's copies appear bit by bit, and without sums
             name=TRAIN,
@@ -137,12 +137,6 @@ def _around() -> str:
         return resources()
     except RayError as error:
         return f"the cluster does not answer ({type(error).__name__})"
-
-
-def _of_a_worker(run: FitRun) -> dict[str, float]:
-    """What Ray reserves for one."""
-    gpus = run.fit.gpus_per_worker
-    return {"CPU": run.fit.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
 
 
 def _checkpointed_step(run: FitRun, run_dir: Path) -> int:

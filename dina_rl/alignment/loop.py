@@ -87,75 +87,63 @@ def align(
         StorageFailed: storage refuses.
         Terminated: SIGTERM came; what was learnt is in a checkpoint.
     """
-    try:
-        _align(run, prompts, experience, learner, recorder)
-    except BaseException:
-        recorder.leave()  # whoever goes on finds it
-        raise
+    with recorder.settled():
+        algorithm, watch = open_algorithm(run), recorder.watch
+        start, state = recorder.restore()
+        if state is not None:
+            learner.load_state(state)
+            del state  # of all weights it is 16 bytes a parameter
+        experience.publish(learner.average())
+        if start == 0:
+            with recorder.timed("measure"), heard():
+                base = measure_base(run, prompts.test, experience)
+            recorder.base(base)
+        if start == 0 or (measures(run, start) and not recorder.history.measured(start)):
+            measure(run, prompts.dev, start, learner.average(), experience, learner, recorder)
+        experience.publish(learner.policy())
 
+        for iteration in recorder.progress(range(start, start if watch.stopped else run.iterations)):
+            with kept(iteration, learner, recorder), recorder.timed("rollout"), heard():
+                groups = experience.collect(plan(run, prompts.train, iteration))
+                found = {name: torch.stack([group.scores[name] for group in groups]) for name in groups[0].scores}
+                scores = {name: found.pop(name) for name in run.rewards.scorers}
+            advantages = algorithm.weigh(scores)
+            if advantages.failed > run.rollout.max_failed * len(groups):
+                raise RunStopped(
+                    f"iteration {iteration}: {advantages.failed} of {len(groups)} groups have a reward that is not "
+                    f"finite (rollout.max_failed allows {run.rollout.max_failed:.0%})"
+                )
+            with kept(iteration, learner, recorder), recorder.timed("update"):
+                used = advantages.kept.nonzero().flatten().tolist()
+                handles = [groups[i].handle for i in used]
+                metrics: dict[str, float] = {"updates": 0}
+                if handles:
+                    metrics = learner.update(iteration, handles, advantages.values[used], watch.kl_scale)
+                    recorder.warn(algorithm.gate(metrics))
+            done = iteration + 1
+            with recorder.timed("publish"):
+                if not measures(run, done):  # the average comes first, and then these
+                    experience.publish(learner.policy())
+            recorder.iteration(iteration, scores, advantages, metrics, beside=found)
+            del groups, handles  # trajectories, or references to them: whoever needs them longer has its own
 
-def _align(
-    run: AlignRun,
-    prompts: Prompts,
-    experience: Experience[Handle, Published],
-    learner: Learner[Handle, Published],
-    recorder: Recorder,
-) -> None:
-    algorithm, watch = open_algorithm(run), recorder.watch
-    start, state = recorder.restore()
-    if state is not None:
-        learner.load_state(state)
-    experience.publish(learner.average())
-    if start == 0:
-        with recorder.timed("measure"), heard():
-            base = measure_base(run, prompts.test, experience)
-        recorder.base(base)
-    if start == 0 or (measures(run, start) and not recorder.history.measured(start)):
-        measure(run, prompts.dev, start, learner.average(), experience, learner, recorder)
-    experience.publish(learner.policy())
-
-    for iteration in recorder.progress(range(start, start if watch.stopped else run.iterations)):
-        with kept(iteration, learner, recorder), recorder.timed("rollout"), heard():
-            groups = experience.collect(plan(run, prompts.train, iteration))
-            found = {name: torch.stack([group.scores[name] for group in groups]) for name in groups[0].scores}
-            scores = {name: found.pop(name) for name in run.rewards.scorers}
-        advantages = algorithm.weigh(scores)
-        if advantages.failed > run.rollout.max_failed * len(groups):
-            raise RunStopped(
-                f"iteration {iteration}: {advantages.failed} of {len(groups)} groups have a reward that is not finite "
-                f"(rollout.max_failed allows {run.rollout.max_failed:.0%})"
-            )
-        with kept(iteration, learner, recorder), recorder.timed("update"):
-            used = advantages.kept.nonzero().flatten().tolist()
-            handles = [groups[i].handle for i in used]
-            metrics: dict[str, float] = {"updates": 0}
-            if handles:
-                metrics = learner.update(iteration, handles, advantages.values[used], watch.kl_scale)
-                recorder.warn(algorithm.gate(metrics))
-        done = iteration + 1
-        with recorder.timed("publish"):
-            if not measures(run, done):  # the average comes first, and then these
+            if measures(run, done):
+                average = learner.average()
+                experience.publish(average)
+                measure(run, prompts.dev, done, average, experience, learner, recorder)
                 experience.publish(learner.policy())
-        recorder.iteration(iteration, scores, advantages, metrics, beside=found)
-        del groups, handles  # trajectories, or references to them: whoever needs them longer has its own
+            if done % run.checkpoint_every == 0 or done == run.iterations or watch.stopped:
+                recorder.settle()  # before there are two states
+                recorder.checkpoint(done, learner.state())
+            if watch.stopped:
+                break
 
-        if measures(run, done):
-            average = learner.average()
-            experience.publish(average)
-            measure(run, prompts.dev, done, average, experience, learner, recorder)
-            experience.publish(learner.policy())
-        if done % run.checkpoint_every == 0 or done == run.iterations or watch.stopped:
-            recorder.settle()  # before there are two states
-            recorder.checkpoint(done, learner.state())
-        if watch.stopped:
-            break
-
-    final: Published | PolicyWeights = recorder.checkpoints.best_weights() if watch.stopped else learner.average()
-    experience.publish(final)
-    with recorder.timed("measure"), heard():
-        aligned = measure_aligned(run, prompts.test, experience, recorder.opponents("test"))
-    recorder.aligned(aligned)
-    recorder.export(final)
+        final: Published | PolicyWeights = recorder.checkpoints.best_weights() if watch.stopped else learner.average()
+        experience.publish(final)
+        with recorder.timed("measure"), heard():
+            aligned = measure_aligned(run, prompts.test, experience, recorder.opponents("test"))
+        recorder.aligned(aligned)
+        recorder.export(final)
 
 
 def measures(run: AlignRun, done: int) -> bool:

@@ -110,6 +110,20 @@ class Recorder:
         """Return when the last checkpoint is whole. Raises StorageFailed."""
         self._writing.settle()
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """However the block ends, nothing is written any more: whoever goes on finds the last checkpoint whole.
+
+        Raises:
+            StorageFailed: the block ended well, but for that checkpoint.
+        """
+        try:
+            yield
+        except BaseException:
+            self.leave()
+            raise
+        self.settle()
+
     def leave(self) -> None:
         """`settle` where something else ends the run, which is what is raised: a failure is a line."""
         if self._writing.works:
