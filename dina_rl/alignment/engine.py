@@ -63,7 +63,7 @@ def build_optimizer(parameters: Sequence[nn.Parameter], config: LearnerConfig) -
 def share(parameters: Mapping[str, nn.Parameter], rank: int, world_size: int) -> frozenset[str]:
     """Names of a rank's part of the parameters: neighbours, and about as many numbers as any other rank's.
 
-    No part leaves a process, or is copied to its host's memory, more than once.
+    Where each rank copies and sends its own, nothing is copied or sent twice.
     """
     total = sum(parameter.numel() for parameter in parameters.values())
     names, before = set(), 0

@@ -100,7 +100,7 @@ class Recorder:
     def checkpoint(self, done: int, state: dict[str, torch.Tensor]) -> None:
         """Save all that resuming after `done` iterations needs, while the run goes on; the one before is settled.
 
-        Of a large model it takes a minute: storage writes it, and reads it for its sum.
+        With all weights of a large model it takes long: storage writes it, and reads it for its sum.
         """
         entries = [*self.history.entries]
         checkpoint = Checkpoint(iteration=done, state=state, history=entries, seconds=dict(self.seconds))
